@@ -1,0 +1,179 @@
+"""Every option of the plugin: its name, default, range and help, in one place.
+
+Each dataclass is one flag group (`--distill.*`, `--teacher.*`, ...), one YAML section and one table of
+docs/options.md. Values are checked on construction, so an instance is always usable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that must not start: names the flag, the value and the fix."""
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+class Group:
+    """Shared by the option groups: `prefix` is the flag prefix (`distill` -> `--distill.alpha`)."""
+
+    prefix: str
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                self.fail(f.name, f"choose one of {', '.join(choices)}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a value out of range or a combination without meaning."""
+
+    def fail(self, name: str, fix: str) -> None:
+        raise ConfigError(f"--{self.prefix}.{name} {getattr(self, name)}: {fix}")
+
+    def in_unit_interval(self, name: str) -> None:
+        value = getattr(self, name)
+        if not (isinstance(value, (int, float)) and 0.0 <= value <= 1.0):
+            self.fail(name, "give a number in [0, 1]")
+
+    def positive(self, name: str, *, optional: bool = False, integer: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        number = isinstance(value, int) if integer else isinstance(value, (int, float)) and math.isfinite(value)
+        if not number or value <= 0:
+            self.fail(name, f"give a positive {'integer' if integer else 'number'}{' or none' if optional else ''}")
+
+
+@dataclass(frozen=True)
+class DistillConfig(Group):
+    """What is distilled, and how much of it."""
+
+    prefix = "distill"
+
+    mode: str = option(
+        "topk", "divergence over the whole vocabulary, over the top-k, or of the sampled token only",
+        ("full", "topk", "sampled"),
+    )
+    alpha: float = option(0.5, "0: KL(teacher||student); 1: KL(student||teacher); between: generalised Jensen-Shannon")
+    topk: int | None = option(100, "k of --distill.mode topk")
+    support: str = option("student", "whose top-k tokens carry the divergence", ("student", "teacher", "union"))
+    add_tail: bool = option(True, "collect the mass outside the top-k in one bucket instead of renormalising")
+    is_clip: float | None = option(2.0, "upper bound of the importance ratio student/rollout policy; none: no ratio")
+    kl_clip: float | None = option(None, "upper bound of each vocabulary entry's share of a token's divergence (OPSD)")
+    weight: float = option(1.0, "(1-w) x the host's policy loss + w x distillation; 0 is the host alone")
+    skip_tokens: int = option(0, "leading response tokens without a distillation loss")
+    generate_from_teacher: bool = option(False, "sample from the teacher's prompt, train on the student's")
+
+    def check(self) -> None:
+        self.in_unit_interval("alpha")
+        self.in_unit_interval("weight")
+        self.positive("is_clip", optional=True)
+        self.positive("kl_clip", optional=True)
+        if self.mode == "topk":
+            if self.topk is None:
+                self.fail("topk", "--distill.mode topk needs k; give --distill.topk 100, or --distill.mode full")
+            self.positive("topk", integer=True)
+        if self.mode == "sampled" and self.alpha != 1.0:
+            self.fail("alpha", "--distill.mode sampled is the reverse KL only; give --distill.alpha 1")
+        if not isinstance(self.skip_tokens, int) or self.skip_tokens < 0:
+            self.fail("skip_tokens", "give an integer >= 0")
+
+
+@dataclass(frozen=True)
+class TeacherConfig(Group):
+    """Which weights read the teacher's context."""
+
+    prefix = "teacher"
+
+    kind: str = option(
+        "ema", "live: the student itself; base: the initial weights; ema: their moving average; "
+        "trust_region: logits between base and student", ("live", "base", "ema", "trust_region"),
+    )
+    update_rate: float = option(0.05, "ema: teacher = (1-rate) x teacher + rate x student; trust_region: the share "
+                                "of the student's logits")
+    sync_steps: int = option(1, "optimizer steps between updates of the ema teacher")
+    offload: bool = option(False, "keep the teacher's weights in host memory between its forward passes")
+    backend: str = option("local", "where the teacher is scored: local, in the policy workers", ("local",))
+    save: bool = option(False, "also export the teacher as a Hugging Face model")
+
+    def check(self) -> None:
+        self.positive("sync_steps", integer=True)
+        if self.kind in ("ema", "trust_region"):
+            self.in_unit_interval("update_rate")
+            if self.update_rate == 0.0:
+                self.fail("update_rate", "this teacher would never move; give --teacher.kind base")
+            if self.update_rate == 1.0:
+                self.fail("update_rate", "this teacher would be the student; give --teacher.kind live")
+
+
+@dataclass(frozen=True)
+class RepromptConfig(Group):
+    """What the teacher is shown. A section the template does not name is not used."""
+
+    prefix = "reprompt"
+
+    success_threshold: float = option(0.5, "a rollout with reward >= this is a success, and may teach its group")
+    exclude_self: bool = option(True, "a rollout's own success does not teach itself")
+    demonstration: str = option(
+        "first", "which of the successes is shown", ("first", "random", "best", "shortest")
+    )
+    remove_thinking: bool = option(True, "cut closed <think> blocks from demonstrations")
+    use_feedback: bool = option(True, "show the environment's feedback on the rollout")
+    feedback_only_without_solution: bool = option(True, "show feedback only where no demonstration exists")
+    template: str = option(
+        "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
+        "the teacher's user turn; names {prompt}, {solution}, {feedback}, {privileged_context}",
+    )
+    solution_template: str = option(
+        "\nCorrect solution:\n\n{successful_previous_attempt}", "the {solution} section"
+    )
+    feedback_template: str = option(
+        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}",
+        "the {feedback} section",
+    )
+    privileged_key: str = option("privileged_context", "data-set column of the {privileged_context} section")
+    max_len: int = option(10240, "longest teacher prompt, in tokens")
+    truncation: str = option(
+        "right", "which side of the shown sections is cut when the prompt is too long; the question and the "
+        "closing instruction never are", ("right", "left", "middle"),
+    )
+    seed: int = option(42, "of --reprompt.demonstration random")
+
+    def check(self) -> None:
+        self.positive("max_len", integer=True)
+        for name, known in (("template", "prompt"), ("solution_template", "successful_previous_attempt"),
+                            ("feedback_template", "feedback_raw")):
+            if "{" + known + "}" not in getattr(self, name):
+                self.fail(name, "the template must contain {" + known + "}")
+
+
+@dataclass(frozen=True)
+class DiagnosticsConfig(Group):
+    """What is watched while training."""
+
+    prefix = "diagnostics"
+
+    guard: str = option("warn", "what to do about a degenerate run", ("off", "warn", "stop"))
+    interval: int = option(1, "optimizer steps between two looks")
+    tolerance: int = option(10, "consecutive degenerate looks before the guard acts")
+
+    def check(self) -> None:
+        self.positive("interval", integer=True)
+        self.positive("tolerance", integer=True)
+
+
+GROUPS: tuple[type[Group], ...] = (DistillConfig, TeacherConfig, RepromptConfig, DiagnosticsConfig)
+
+
+def from_namespace(group: type[Group], args: Any) -> Any:
+    """The group's instance from the host's nested arguments (`args.distill.alpha`)."""
+    section = vars(getattr(args, group.prefix))
+    return group(**{f.name: section[f.name] for f in dataclasses.fields(group)})

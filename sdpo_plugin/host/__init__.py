@@ -1,0 +1,1 @@
+"""Everything that knows OpenRLHF, Ray, vLLM or DeepSpeed."""

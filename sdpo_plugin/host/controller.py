@@ -1,0 +1,136 @@
+"""The controller's side: it sees the whole batch, so who teaches whom is decided here, without rank arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from openrlhf.trainer import ppo_trainer, ppo_trainer_async
+
+from sdpo_plugin.host import manager
+from sdpo_plugin.host.engine import FAILURE, FEEDBACK, Prompt
+from sdpo_plugin.host.seams import ATTACHED, plain_class
+
+class RewardError(RuntimeError):
+    """A reward function failed; the host alone would go on without a reward."""
+
+
+class Records(ppo_trainer.PromptDataset):
+    """datasets/prompts_dataset.py: keeps the rows whose other columns the host drops."""
+
+    def __init__(self, dataset: Any, tokenizer: Any, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        manager.of(strategy.args).hook.openrlhf_dataset(dataset=dataset, args=strategy.args)
+        super().__init__(dataset, tokenizer, strategy, *args, **kwargs)
+        self.rows = dataset
+
+    def __getitem__(self, idx: int) -> tuple[Any, ...]:
+        source, text, *rest = super().__getitem__(idx)
+        prompt = Prompt(text)
+        prompt.split, prompt.row = id(self), idx
+        return source, prompt, *rest
+
+
+class Samples(ppo_trainer.SamplesGenerator):
+    """samples_generator.py: gives each sample its data-set row and the words of its reward function."""
+
+    def _process_response_into_experience(self, response: dict[str, Any], **kwargs: Any) -> Any:
+        extra_logs = dict(response.get("extra_logs") or {})
+        if failure := extra_logs.get(FAILURE):
+            raise RewardError(f"--reward.remote_url {self.args.reward.remote_url}: the reward function failed\n{failure}")
+        feedback = extra_logs.pop(FEEDBACK, None)
+        sample = super()._process_response_into_experience({**response, "extra_logs": extra_logs}, **kwargs)
+        sample.feedback = feedback
+        sample.record = self._record(response["prompt"])
+        manager.of(self.args).hook.openrlhf_sample(sample=sample, response=response, args=self.args)
+        return sample
+
+    def _record(self, prompt: str) -> dict[str, Any]:
+        for loader in (self.prompts_dataloader, self.eval_dataloader):
+            if loader is not None and id(loader.dataset) == getattr(prompt, "split", None):
+                return loader.dataset.rows[prompt.row]
+        raise RuntimeError("the rollout's prompt lost its data-set row: an agent must return the prompt it was given")
+
+
+class RolloutBatch:
+    """All samples of one step, rewarded, in data order: `args.rollout.n_samples_per_prompt` per prompt.
+
+    Attributes:
+        samples: the host's `Experience`, one row each, with `record` and `feedback`.
+        rewards: float per sample, before length penalties and baselines.
+        args, tokenizer: the host's.
+        metrics: scalars a plugin wants logged for this step.
+    """
+
+    def __init__(self, samples: Sequence[Any], experiences: Sequence[Any], args: Any, tokenizer: Any) -> None:
+        self.samples, self.args, self.tokenizer = samples, args, tokenizer
+        self.metrics: dict[str, float] = {}
+        self._experiences = experiences
+        self.rewards = [0.0] * len(samples)
+        for experience in experiences:
+            for index, reward in zip(experience.index, experience.rewards.tolist(), strict=True):
+                self.rewards[index] = reward
+
+    def response_ids(self, i: int) -> list[int]:
+        """Everything after sample i's prompt: its actions and, of an agent, the observations between them."""
+        sample = self.samples[i]
+        return sample.sequences[0, int(sample.action_mask[0].nonzero()[0]) + 1 :].tolist()
+
+    def attach(self, name: str, values: Sequence[torch.Tensor]) -> None:
+        """Send one tensor per sample (any shape) to the worker that trains on it: `step.data[name]`.
+
+        The name `loss_mask` (bool [A_i] per sample, over its action positions) also defines `step.loss_weights`.
+        """
+        for experience in self._experiences:
+            experience.info[ATTACHED + name] = [values[i] for i in experience.index]
+
+
+class Experiences(ppo_trainer.RemoteExperienceMaker):
+    """experience_maker.py: calls `openrlhf_batch` between rewards and advantages."""
+
+    def make_experience_batch(self, rollout_samples: Sequence[Any]) -> list[Any]:
+        self.samples = rollout_samples
+        return super().make_experience_batch(rollout_samples)
+
+    def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
+        batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer)
+        manager.of(self.args).hook.openrlhf_batch(batch=batch)
+        self.metrics = batch.metrics
+        return super().compute_advantages_and_returns(experiences)
+
+
+def bind() -> None:
+    """Let the host's controllers in this process build our classes."""
+    ppo_trainer.PromptDataset = Records
+    ppo_trainer.SamplesGenerator = ppo_trainer_async.SamplesGenerator = Samples
+    ppo_trainer.RemoteExperienceMaker = Experiences
+
+
+class _Metrics:
+    """The part the synchronous and the asynchronous controller share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bind()
+        super().__init__(*args, **kwargs)
+
+    def train_step(self, rollout_samples: Sequence[Any], global_step: int) -> tuple[dict[str, Any], int]:
+        status, global_step = super().train_step(rollout_samples, global_step)
+        status.update(self.experience_maker.metrics)
+        manager.of(self.args).hook.openrlhf_metrics(status=status, args=self.args)
+        return status, global_step
+
+
+class Controller(_Metrics, plain_class(ppo_trainer.PPOTrainer)):
+    """ppo_trainer.py: `PPOTrainer`."""
+
+
+class AsyncController(_Metrics, plain_class(ppo_trainer_async.TrainingActor)):
+    """ppo_trainer_async.py: `TrainingActor`."""
+
+
+class AsyncGenerator(plain_class(ppo_trainer_async.GenerateSamplesActor)):
+    """ppo_trainer_async.py: `GenerateSamplesActor`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bind()
+        super().__init__(*args, **kwargs)

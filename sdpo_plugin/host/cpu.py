@@ -1,0 +1,186 @@
+"""Run the installed host without CUDA: for trying, testing and developing, not for training at scale.
+
+`enable()` changes one process; `sdpo_plugin.host.seams` calls it in every process of a run. What the host and its
+engines assume about CUDA is met at the place where it is assumed, and only once that module is imported:
+
+| assumption                                          | met by                                                     |
+| --------------------------------------------------- | ---------------------------------------------------------- |
+| `flash_attn` is installed                           | a module of that name with the padding helpers of transformers |
+| `torch.cuda` has a current device, streams, a cache | functions that answer for the one device there is          |
+| the device mesh is made of CUDA devices             | `init_device_mesh` on `cpu` (openrlhf.utils.deepspeed)     |
+| weights reach vLLM through NCCL                     | a gloo group on both sides (openrlhf.utils.distributed_util) |
+| vLLM keeps the weights it loaded                    | no packed copies of linear weights (vllm layers)           |
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+import types
+from typing import Any
+
+from wrapt import when_imported
+
+# Read by vLLM's own child processes, which are not Ray workers and load no set-up hook (`vllm_general_plugin`).
+ENABLED = "SDPO_PLUGIN_CPU"
+
+ENVIRONMENT = {
+    ENABLED: "1",
+    "DS_ACCELERATOR": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "OMP_NUM_THREADS": "1",  # one worker process per core already
+    "RAY_prestart_worker_first_driver": "0",  # made-up CPUs must not each get a warm Python process
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def enable() -> None:
+    """Make the installed host importable and runnable in this process. Idempotent.
+
+    Raises:
+        RuntimeError: CUDA is available; nothing here may touch a GPU run.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        raise RuntimeError("CPU mode was asked for, but CUDA is available: run the host as it is")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "flash_attn" in sys.modules:
+        return
+    _stand_in_for_flash_attn()
+    _answer_for_torch_cuda(torch)
+    when_imported("openrlhf.utils.deepspeed.deepspeed")(_mesh_on_cpu)
+    when_imported("openrlhf.utils.distributed_util")(_sync_weights_through_gloo)
+    when_imported("openrlhf.trainer.ray.vllm_worker_wrap")(_receive_weights_on_cpu)
+    when_imported("vllm.model_executor.layers.utils")(_keep_loaded_weights)
+
+
+def vllm_general_plugin() -> None:
+    """Entry point `vllm.general_plugins`: vLLM calls it in each of its processes. Does nothing outside CPU mode."""
+    if os.environ.get(ENABLED):
+        enable()
+
+
+def refuse(args: Any) -> str | None:
+    """What these (nested) host arguments ask of a CPU that it cannot do, or None."""
+    needs_gpu = {
+        "--ds.packing_samples": args.ds.packing_samples,
+        "--train.dynamic_batch_enable": args.train.dynamic_batch_enable,
+        "--train.colocate_all": args.train.colocate_all,
+        "--vllm.enable_sleep": args.vllm.enable_sleep,
+        "--ds.enable_sleep": args.ds.enable_sleep,
+        "--ds.load_in_4bit": args.ds.load_in_4bit,
+        "--ds.use_liger_kernel": args.ds.use_liger_kernel,
+        "--ds.ring_attn_size": args.ds.ring_attn_size > 1,
+        "--ds.tensor_parallel_size": args.ds.tensor_parallel_size > 1,
+        "--vllm.tensor_parallel_size": args.vllm.tensor_parallel_size > 1,
+        "--ds.attn_implementation": args.ds.attn_implementation not in ("sdpa", "eager"),
+        "--vllm.sync_backend": args.vllm.sync_backend != "gloo",
+    }
+    fixes = {"--ds.attn_implementation": "sdpa", "--vllm.sync_backend": "gloo"}
+    for flag, asked in needs_gpu.items():
+        if asked:
+            fix = f"give {flag} {fixes[flag]}" if flag in fixes else "leave it out"
+            return f"{flag} needs a CUDA GPU, and this machine has none; {fix}"
+    return None
+
+
+class _Device(str):
+    """The device `torch.cuda.current_device()` names here: `cpu`, and index 0 where the host writes `cuda:{...}`."""
+
+    def __format__(self, spec: str) -> str:
+        return "0"
+
+
+def _answer_for_torch_cuda(torch: Any) -> None:
+    for name in ("synchronize", "empty_cache", "set_device", "current_stream"):
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
+    torch.cuda.current_device = lambda: _Device("cpu")
+
+
+def _stand_in_for_flash_attn() -> None:
+    def module(name: str, **members: Any) -> None:
+        stand_in = types.ModuleType(name)
+        stand_in.__spec__ = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
+        stand_in.__path__ = []
+        vars(stand_in).update(members)
+        sys.modules[name] = stand_in
+
+    def padding(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            import transformers.modeling_flash_attention_utils as helpers
+
+            return getattr(helpers, f"_{name}")(*args, **kwargs)
+
+        return call
+
+    def rearrange(*args: Any, **kwargs: Any) -> Any:
+        import einops
+
+        return einops.rearrange(*args, **kwargs)
+
+    def all_gather(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("--ds.ring_attn_size > 1 needs a CUDA GPU and flash-attn")
+
+    module("flash_attn", __version__="0")
+    module("flash_attn.bert_padding", rearrange=rearrange,
+           **{name: padding(name) for name in ("unpad_input", "pad_input", "index_first_axis")})
+    module("flash_attn.utils")
+    module("flash_attn.utils.distributed", all_gather=all_gather)
+
+
+def _mesh_on_cpu(module: Any) -> None:
+    init_device_mesh = module.init_device_mesh
+    module.init_device_mesh = lambda device, *args, **kwargs: init_device_mesh("cpu", *args, **kwargs)
+
+
+class _GlooGroup:
+    """What the host uses of vLLM's `PyNcclCommunicator`: a blocking broadcast between trainer and engines."""
+
+    def __init__(self, host: str, port: int, rank: int, world_size: int) -> None:
+        from torch.distributed import ProcessGroupGloo, TCPStore
+
+        store = TCPStore(host, port, world_size, is_master=rank == 0)
+        self.group = ProcessGroupGloo(store, rank, world_size)
+
+    def broadcast(self, tensor: Any, src: int, stream: Any = None) -> None:
+        self.group.broadcast(tensor, src).wait()
+
+
+def _sync_weights_through_gloo(module: Any) -> None:
+    def stateless_init_process_group(master_address, master_port, rank, world_size, device):
+        return _GlooGroup(master_address, master_port, rank, world_size)
+
+    module.stateless_init_process_group = stateless_init_process_group
+
+
+def _receive_weights_on_cpu(module: Any) -> None:
+    from torch.overrides import TorchFunctionMode
+
+    class CudaMeansCpu(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = dict(kwargs or {})
+            if kwargs.get("device") == "cuda":
+                kwargs["device"] = "cpu"
+            return func(*args, **kwargs)
+
+    update_weight = module.WorkerWrap.update_weight
+
+    def update_weight_on_cpu(self, *args, **kwargs):
+        with CudaMeansCpu():
+            return update_weight(self, *args, **kwargs)
+
+    module.WorkerWrap.update_weight = update_weight_on_cpu
+
+
+def _keep_loaded_weights(module: Any) -> None:
+    import torch
+
+    # vLLM packs each linear weight for its GEMM and drops the parameter, so a later update has nothing to load into.
+    def plain_linear(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    module.dispatch_cpu_unquantized_gemm = plain_linear

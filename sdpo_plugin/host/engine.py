@@ -1,0 +1,58 @@
+"""The rollout engine's side: a reward function's words and failures survive the way back to the controller."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from openrlhf.trainer.ray import vllm_engine
+from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+from sdpo_plugin.host.seams import plain_class
+
+# Keys of a response's `extra_logs`, the one dictionary that the host passes on as it is.
+FEEDBACK = "feedback"
+FAILURE = "reward_failure"
+
+Fetch = Callable[..., Awaitable[list[dict[str, Any]]]]
+
+
+class Prompt(str):
+    """A prompt's text that remembers its data-set row. The engines pass prompts through and echo them."""
+
+    split: int
+    row: int
+
+
+class Engine(plain_class(vllm_engine.RolloutRayActor)):
+    """vllm_engine.py: `RolloutRayActor`. Agents give feedback as `extra_logs["feedback"]` themselves."""
+
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:
+        await super().__init__(*args, **kwargs)
+        if isinstance(self.executor, SingleTurnAgentExecutor):
+            for name in ("_fetch_rewards_via_func", "_fetch_rewards_via_http"):
+                setattr(self.executor, name, keep_words(getattr(self.executor, name)))
+
+
+def keep_words(fetch: Fetch) -> Fetch:
+    """`fetch` with `feedback` moved to `extra_logs`, and an exception, which the host swallows, turned into data."""
+
+    async def call(queries: list[str], prompts: list[str], labels: list[Any]) -> list[dict[str, Any]]:
+        try:
+            results = await fetch(queries, prompts, labels)
+            return [_with_feedback(result) for result in results]
+        except Exception:
+            return [{"extra_logs": {FAILURE: traceback.format_exc()}} for _ in queries]
+
+    return call
+
+
+def _with_feedback(result: dict[str, Any]) -> dict[str, Any]:
+    if FEEDBACK not in result:
+        return result
+    feedback = result[FEEDBACK]
+    if isinstance(feedback, (list, tuple)) and len(feedback) == 1:  # one entry per query, like `rewards`
+        feedback = feedback[0]
+    extra_logs = {**(result.get("extra_logs") or {}), FEEDBACK: feedback}
+    return {**{k: v for k, v in result.items() if k != FEEDBACK}, "extra_logs": extra_logs}

@@ -1,0 +1,104 @@
+"""Every hook, in the order a sample meets them. Import `hookimpl` from here and implement the ones you need.
+
+Shapes: B samples of a micro-batch, S tokens of a sequence, A = S - 1 positions that predict a token (the host's
+action positions, aligned from the right), N response tokens of the micro-batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import argparse
+
+    from sdpo_plugin.host.controller import RolloutBatch
+    from sdpo_plugin.host.worker import PolicyStep, PolicyWorker
+
+PROJECT = "openrlhf"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+# ── the launcher, before Ray starts and before any model loads (openrlhf/cli/train_ppo_ray.py) ──
+
+
+@hookspec
+def openrlhf_algorithms() -> list[type]:
+    """Classes this plugin offers to `--algo`: each has a `name`; the chosen one is instantiated and registered."""
+
+
+@hookspec
+def openrlhf_add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add flags to the host's parser. Dotted names become nested arguments (`--my.rate` -> `args.my.rate`)."""
+
+
+@hookspec
+def openrlhf_configure(args: Any) -> None:
+    """Check the parsed, nested arguments, or complete them in place. Raise `ConfigError` to stop with a message."""
+
+
+# ── the controller, which sees the whole batch (ppo_trainer.py, samples_generator.py, experience_maker.py) ──
+
+
+@hookspec
+def openrlhf_dataset(dataset: Any, args: Any) -> None:
+    """A split was loaded (`datasets.Dataset`, every column there). Raise `ConfigError` if it cannot serve."""
+
+
+@hookspec
+def openrlhf_sample(sample: Any, response: dict[str, Any], args: Any) -> None:
+    """A rollout became `sample` (the host's `Experience`, one row) from the engine's `response`.
+
+    `sample.record` is its data-set row and `sample.feedback` the reward function's text or None; attributes set
+    here stay with the sample until `openrlhf_batch`.
+    """
+
+
+@hookspec
+def openrlhf_batch(batch: RolloutBatch) -> None:
+    """All samples of a step have their rewards. `batch.attach(...)` sends tensors along to the policy workers."""
+
+
+@hookspec
+def openrlhf_metrics(status: dict[str, Any], args: Any) -> None:
+    """The step's metrics, before they reach progress bar, TensorBoard and W&B; change them in place."""
+
+
+# ── every policy worker (ppo_actor.py) ──
+
+
+@hookspec
+def openrlhf_worker_setup(worker: PolicyWorker) -> None:
+    """Model, optimizer and tokenizer of this rank are ready."""
+
+
+@hookspec
+def openrlhf_before_forward(step: PolicyStep) -> None:
+    """Before the student's forward pass of a micro-batch: score teachers, and set `step.head` to replace the head."""
+
+
+@hookspec
+def openrlhf_policy_loss(step: PolicyStep) -> None:
+    """`step.loss` is the host's scalar policy loss, `step.log_probs` [B, A]; replace or add to `step.loss`."""
+
+
+@hookspec
+def openrlhf_optimizer_step(worker: PolicyWorker) -> None:
+    """The optimizer has stepped (not called between accumulated micro-batches)."""
+
+
+@hookspec
+def openrlhf_save_checkpoint(worker: PolicyWorker, path: str) -> None:
+    """The host has saved its checkpoint into directory `path`; called on every rank."""
+
+
+@hookspec
+def openrlhf_load_checkpoint(worker: PolicyWorker, path: str) -> None:
+    """The host has restored the checkpoint in directory `path`; called on every rank, after worker set-up."""
+
+
+@hookspec
+def openrlhf_save_model(worker: PolicyWorker, path: str) -> None:
+    """The host has saved the final model into directory `path`; called on every rank."""

@@ -1,0 +1,24 @@
+"""`python -m openrlhf.cli.train_ppo_ray --algo NAME ...` becomes `openrlhf-sdpo train --algo NAME ...`.
+
+Imported by `startup.pth` when an interpreter starts for the host's launcher; the host knows neither `--algo` nor
+`--config`, so without them its command line is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def redirect(command: list[str]) -> list[str] | None:
+    """The command line to run instead of `command` (`sys.orig_argv`), or None."""
+    at = command.index("openrlhf.cli.train_ppo_ray")
+    arguments = command[at + 1 :]
+    asked = any(a.split("=", 1)[0] in ("--algo", "--config") for a in arguments)
+    if command[at - 1] != "-m" or not asked:
+        return None
+    return [*command[:at], "sdpo_plugin.host.cli", "train", *arguments]
+
+
+if (_command := redirect(sys.orig_argv)) is not None:
+    os.execv(sys.executable, [sys.executable, *_command[1:]])

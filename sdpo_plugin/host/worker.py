@@ -1,0 +1,338 @@
+"""The policy worker's side: one micro-batch, its hidden states at response positions, and the loss on them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
+from openrlhf.trainer.ray import ppo_actor
+
+from sdpo_plugin.fused import Head, Scores, linear_log_probs
+from sdpo_plugin.host import manager
+from sdpo_plugin.host.seams import ATTACHED, LOSS_MASK, plain_class
+from sdpo_plugin.host.zero import Fragment, MasterWeights, gathered, publish
+
+HeadFunction = Callable[[torch.Tensor, Head, torch.Tensor], Scores]
+
+
+class HeadTap:
+    """Puts a function in the place of a causal LM's head, inside the model's own forward pass.
+
+    There the head's weights are whole at every ZeRO stage, and DeepSpeed's hooks, which surround the module, hold
+    for whatever the function computes. What the model does with logits afterwards gets a dummy.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._module = model.get_output_embeddings()
+        self._function: Callable[[torch.Tensor], Any] | None = None
+        self._result: Any = None
+        self._forward = self._module.forward
+        self._module.forward = self._call
+        self._module.register_forward_hook(self._take)  # runs after DeepSpeed's, so the result carries its hooks
+
+    @contextmanager
+    def replaced_by(self, function: Callable[[torch.Tensor], Any]) -> Iterator[SimpleNamespace]:
+        """While active, `function(hidden [B, S, H])` (a tensor or a tuple of them) runs as the head; `.result` it."""
+        self._function, box = function, SimpleNamespace(result=None)
+        try:
+            yield box
+            box.result = self._result
+        finally:
+            self._function = self._result = None
+
+    def _call(self, hidden: torch.Tensor) -> Any:
+        return self._forward(hidden) if self._function is None else self._function(hidden)
+
+    def _take(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+        if self._function is None:
+            return None
+        self._result = output
+        return inputs[0].new_zeros(1, 1, 1)
+
+
+class PolicyActor(ppo_actor.Actor):
+    """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called."""
+
+    tap: HeadTap | None = None
+    head_function: HeadFunction | None = None
+
+    def __init__(self, pretrain: str, **built_with: Any) -> None:
+        super().__init__(pretrain, **built_with)
+        self.built_with = built_with
+
+    def tap_head(self) -> None:
+        """Call after DeepSpeed wrapped the model."""
+        self.tap = HeadTap(self.model.module)
+
+    def forward(
+        self,
+        sequences: torch.Tensor,
+        action_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_output: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As the host's, but logits exist at response positions only, and a chunk at a time.
+
+        Args:
+            sequences, attention_mask: int64 [B, S]. action_mask: [B, A].
+
+        Returns:
+            Log-probabilities float32 [B, A], zero where the mask is, and with `return_output` the model's output
+            with `entropy` [B, A] where asked.
+        """
+        if self.tap is None or action_mask is None:
+            return super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
+        with_entropy = kwargs.get("return_entropy", False)
+        rows = response_rows(action_mask, sequences)
+        targets = torch.roll(sequences, -1, dims=1)[rows]
+
+        def run_head(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if self.head_function is None:
+                log_probs, entropy = linear_log_probs(
+                    hidden, self.head(), targets, self.temperature, with_entropy=with_entropy
+                )
+                scores = (log_probs, entropy)
+            else:
+                self.scores = self.head_function(hidden, self.head(), targets)
+                scores = (self.scores.log_probs, self.scores.entropy, self.scores.loss)
+            return tuple(s for s in scores if s is not None)
+
+        scores, output = self.at_rows(run_head, sequences, attention_mask, rows)
+        mask = action_mask.bool()
+        log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores[0].float())
+        if with_entropy:
+            output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, scores[1].float())
+        if self.head_function is not None:
+            output.loss = scores[-1]
+            self.scores = Scores(scores[-1], self.scores.token_loss, scores[0], self.scores.entropy)
+        return (log_probs, output) if return_output else log_probs
+
+    def at_rows(
+        self,
+        function: Callable[[torch.Tensor], Any],
+        sequences: torch.Tensor,
+        attention_mask: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> tuple[Any, Any]:
+        """Run the model with `function(hidden [N, H])` for a head, on the N positions of `rows` (bool [B, S]).
+
+        Returns:
+            The function's result and the model's output (whose logits mean nothing).
+        """
+        if self.packing_samples:
+            sequences, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, None)
+            rows, attention_mask = rows.reshape(1, -1)[:, kept], None
+        else:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+        with self.tap.replaced_by(lambda hidden: function(hidden[rows])) as head:
+            output = self.model(sequences, attention_mask=attention_mask, position_ids=position_ids)
+        return head.result, output
+
+    @torch.no_grad()
+    def hidden_states(
+        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Final hidden states [N, H] at `rows` (bool [B, S]), without dropout and without a graph."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            return self.at_rows(torch.clone, sequences, attention_mask, rows)[0]
+        finally:
+            self.model.train(training)
+
+    def head(self) -> Head:
+        """The LM head with what the model's configuration adds to it. Under ZeRO-3 use inside `whole_head`."""
+        module, config = self.tap._module, self.model.module.config
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    @contextmanager
+    def whole_head(self) -> Iterator[Head]:
+        """The head with its weights gathered from all ranks where ZeRO-3 keeps them apart."""
+        with gathered(list(self.tap._module.parameters())):
+            yield self.head()
+
+
+def response_rows(action_mask: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+    """Positions whose hidden state predicts a response token: bool [B, S] from the mask [B, A], aligned right."""
+    left = sequences.shape[1] - 1 - action_mask.shape[1]
+    return torch.nn.functional.pad(action_mask.bool(), (left, 1))
+
+
+class PolicyStep:
+    """One micro-batch on its way from data to loss.
+
+    Attributes:
+        worker: this rank's `PolicyWorker`.
+        experience: the host's batch: `sequences`, `attention_mask` [B, S], `action_mask`, `advantages` [B, A], ...
+        data: what plugins attached on the controller, a list of B tensors per name.
+        head: set it to a function `(hidden [N, H], Head, token_ids [N]) -> Scores` to run in place of the LM head.
+        scores: what that function returned.
+        loss, log_probs: from the host, while the policy loss is computed.
+        metrics: scalars to log, averaged over the step's response tokens.
+    """
+
+    def __init__(self, worker: PolicyWorker, experience: Any, batch_info: dict[str, Any] | None) -> None:
+        self.worker, self.experience = worker, experience
+        info = experience.info  # the host logs every entry that stays
+        self.data = {k.removeprefix(ATTACHED): info.pop(k) for k in list(info) if k.startswith(ATTACHED)}
+        self.head: HeadFunction | None = None
+        self.scores: Scores | None = None
+        self.loss: torch.Tensor | None = None
+        self.log_probs: torch.Tensor | None = None
+        self.metrics: dict[str, float | torch.Tensor] = {}
+        self._batch_info = batch_info
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """Bool [B, A]: the mask attached as `loss_mask`, or the host's action mask."""
+        return loss_mask(self.experience, self.data.get(LOSS_MASK))
+
+    @property
+    def loss_weights(self) -> torch.Tensor:
+        """Float32 [B, A]: each token's share of the mean over `loss_mask` in the whole optimizer step.
+
+        `(loss_weights * x).sum()` is the scalar to backpropagate: over all ranks and accumulated micro-batches it
+        adds up to one mean, the way the host's `aggregate_loss` does for its own loss (`--actor.loss_agg_mode`).
+        """
+        info = getattr(self.experience, "loss_mask_info", self._batch_info)
+        unit = torch.zeros(self.loss_mask.shape, device=self.experience.sequences.device, requires_grad=True)
+        mean = ppo_actor.aggregate_loss(
+            unit, self.loss_mask.float(), token_level_loss=self.worker.trainer.host_loss_fn.token_level_loss,
+            dp_size=info["dp_size"],
+            # A step without a single token in the mask has a loss of zero, not 0/0.
+            **{k: info[k].clamp(min=1e-8) for k in ("batch_num_tokens", "global_batch_size")},
+        )
+        return torch.autograd.grad(mean, unit)[0]
+
+
+def loss_mask(experience: Any, attached: list[torch.Tensor] | None) -> torch.Tensor:
+    if attached is None:
+        return experience.action_mask.bool()
+    mask = torch.zeros_like(experience.action_mask, dtype=torch.bool)
+    for row, values in zip(mask, attached, strict=True):
+        row[: len(values)] = values.bool()
+    return mask
+
+
+def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
+    """utils/loss_utils.py: normalises by the plugins' loss mask too, over the host's own accumulation windows."""
+
+    def windows(data_iter: Iterable[Any], strategy: Any, accumulated_gradient: int, mask_fn: Callable[..., Any]) -> Any:
+        def mask(experience: Any) -> torch.Tensor:
+            return loss_mask(experience, experience.info.get(ATTACHED + LOSS_MASK))
+
+        for_host, for_plugins = itertools.tee(data_iter)
+        both = zip(
+            original(for_host, strategy, accumulated_gradient, mask_fn),
+            original(for_plugins, strategy, accumulated_gradient, mask),
+            strict=True,
+        )
+        for (experience, info), (_, experience.loss_mask_info) in both:
+            yield experience, info
+
+    return windows
+
+
+class PolicyTrainer(ppo_actor.ActorPPOTrainer):
+    """ppo_actor.py: `ActorPPOTrainer`, with hooks around the forward pass, in the loss and after the optimizer."""
+
+    worker: PolicyWorker
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hook = manager.of(self.args).hook
+        self.host_loss_fn, self.actor_loss_fn = self.actor_loss_fn, self._loss
+
+    def training_step(
+        self, experience: Any, kl_ctl: float, step: int, loss_batch_info: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        self.step = PolicyStep(self.worker, experience, loss_batch_info)
+        self.hook.openrlhf_before_forward(step=self.step)
+        self.actor.head_function = self.step.head
+        try:
+            status = super().training_step(experience, kl_ctl, step, loss_batch_info)
+        finally:
+            self.actor.head_function = None
+        if self.actor.model.was_step_applied():
+            self.hook.openrlhf_optimizer_step(worker=self.worker)
+        status["metrics"].update(self.step.metrics)
+        status["weights"].update(dict.fromkeys(self.step.metrics, "token"))
+        return status
+
+    def _loss(self, log_probs: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        step = self.step
+        step.loss, *rest = self.host_loss_fn(log_probs, *args, **kwargs)
+        step.log_probs = log_probs
+        if step.head is not None:
+            step.scores = self.actor.scores
+        self.hook.openrlhf_policy_loss(step=step)
+        return step.loss, *rest
+
+
+class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
+    """ppo_actor.py: `PolicyModelActor`. Plugins find here `strategy`, `actor`, `tokenizer`, `trainer` and:
+
+    Attributes:
+        args: the host's nested arguments.
+        pretrain: where the initial weights came from.
+        masters: the fp32 weights DeepSpeed's optimizer holds on this rank.
+    """
+
+    def init_model_from_pretrained(
+        self, strategy: Any, pretrain: str, max_steps: int | None = None, vllm_engines: Any = None
+    ) -> None:
+        self.args, self.pretrain = strategy.args, pretrain
+        _bind()
+        super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
+        self.trainer.worker = self
+        self.masters = MasterWeights(self.actor.model)
+        self.hook = manager.of(self.args).hook
+        self.hook.openrlhf_worker_setup(worker=self)
+        if self.checkpoint_states:
+            with open(os.path.join(self.args.ckpt.path, "_actor", "latest")) as latest:
+                self.hook.openrlhf_load_checkpoint(worker=self, path=self._checkpoint(latest.read().strip()))
+
+    def frozen_copy(self, offload: bool) -> PolicyActor:
+        """The initial model once more, for scoring only (as the host builds its reference model)."""
+        ds_config = self.strategy.get_ds_eval_config(offload=offload)
+        actor = PolicyActor(self.pretrain, **{**self.actor.built_with, "ds_config": ds_config})
+        actor._offload = offload
+        actor = self.strategy.prepare(actor)
+        actor.eval()
+        actor.tap_head()
+        return actor
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def publish(self, fragments: dict[str, Fragment], actor: PolicyActor) -> None:
+        """Write fp32 fragments, sharded like `masters`, into a frozen copy's weights. Collective."""
+        publish(fragments, actor.model.module)
+
+    def save_checkpoint(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(tag, *args, **kwargs)
+        if not self.disable_ds_ckpt:
+            self.hook.openrlhf_save_checkpoint(worker=self, path=self._checkpoint(tag))
+
+    def save_model(self) -> None:
+        super().save_model()
+        self.hook.openrlhf_save_model(worker=self, path=self.args.ckpt.output_dir)
+
+    def _checkpoint(self, tag: str) -> str:
+        return os.path.join(self.args.ckpt.path, "_actor", tag)
+
+
+def _bind() -> None:
+    """Let the host's worker in this process build our classes."""
+    if ppo_actor.Actor is not PolicyActor:
+        ppo_actor.Actor, ppo_actor.ActorPPOTrainer = PolicyActor, PolicyTrainer
+        ppo_actor.iter_grad_accum_global_norm = windows_with_loss_mask(ppo_actor.iter_grad_accum_global_norm)

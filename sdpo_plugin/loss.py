@@ -1,0 +1,145 @@
+"""The self-distillation loss: the readable definition that everything else is tested against.
+
+Student and teacher are the same model under two contexts; `S` and `T` are their next-token distributions at one
+response token. SDPO (arXiv 2601.20802) distils `T` into `S` on the policy's own tokens. The generalised Jensen-Shannon
+divergence is the one of GKD (arXiv 2306.13649), the clip per vocabulary entry the one of OPSD (arXiv 2601.18734).
+
+Everything here is computed in float32 whatever comes in, or in float64 for float64, and the teacher gets no gradient.
+`config.weight` and `config.skip_tokens` are the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdpo_plugin.config import DistillConfig
+
+# Stands for log 0. Lower than any log-probability of finite logits, but finite: 0 * log 0 is then 0 and never nan.
+LOG_ZERO = -1e15
+
+# A tail bucket never holds less than this: log(1 - mass) of a support that holds everything would be -inf.
+MIN_TAIL = 1e-7
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """Log-softmax over the last dimension, float32 or float64, with `LOG_ZERO` where a logit is -inf."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits, dim=-1).clamp(min=LOG_ZERO)
+
+
+def token_divergence(
+    student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float, kl_clip: float | None = None
+) -> Tensor:
+    """The divergence of two distributions over the last dimension: `[..., K]`, `[..., K]` -> `[...]`.
+
+    alpha 0: KL(T||S). alpha 1: KL(S||T). Between: (1-alpha) KL(S||M) + alpha KL(T||M), M = (1-alpha) S + alpha T.
+    `kl_clip` bounds each entry's share from above, before the sum. Shares of a KL can be negative, those of the
+    mixtures cannot: a clipped KL may therefore be below zero.
+    """
+    s, t = student_log_probs, teacher_log_probs
+    if alpha == 0.0:
+        shares = t.exp() * (t - s)
+    elif alpha == 1.0:
+        shares = s.exp() * (s - t)
+    else:
+        m = torch.logaddexp(s + math.log1p(-alpha), t + math.log(alpha))
+        shares = torch.lerp(s.exp() * (s - m), t.exp() * (t - m), alpha)
+    if kl_clip is not None:
+        shares = shares.clamp(max=kl_clip)
+    return shares.sum(dim=-1)
+
+
+def on_support(student_log_probs: Tensor, teacher_log_probs: Tensor, config: DistillConfig) -> tuple[Tensor, Tensor]:
+    """The two distributions that are compared: `[..., V]`, `[..., V]` -> `[..., K]`, `[..., K]`, log-probabilities.
+
+    `mode=full`, or a top-k that is the whole vocabulary: as they come. `mode=topk`: the entries that are among the k
+    likeliest of `config.support`, the same ones for both, and the mass outside them in one more bucket (`add_tail`)
+    or divided among them.
+    """
+    pair = (student_log_probs, teacher_log_probs)
+    if config.mode == "full" or config.topk >= student_log_probs.shape[-1]:
+        return pair
+    choosers = {"student": pair[:1], "teacher": pair[1:], "union": pair}[config.support]
+    ids = torch.cat([x.topk(config.topk, dim=-1).indices for x in choosers], dim=-1)
+    pair = tuple(x.gather(-1, ids) for x in pair)
+    if config.support == "union":
+        # A token that both choose is counted once: of two equal neighbours the second becomes an empty bucket.
+        ids, order = ids.sort(dim=-1)
+        repeated = F.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
+        pair = tuple(x.gather(-1, order).masked_fill(repeated, LOG_ZERO) for x in pair)
+    student, teacher = (_with_tail(x) if config.add_tail else torch.log_softmax(x, dim=-1) for x in pair)
+    return student, teacher
+
+
+def _with_tail(log_probs: Tensor) -> Tensor:
+    """Appends log(1 - mass): `[..., K]` -> `[..., K+1]`, as published (log1mexp of the clamped log mass)."""
+    log_mass = torch.logsumexp(log_probs, dim=-1, keepdim=True).clamp(max=-MIN_TAIL)
+    return torch.cat([log_probs, torch.log(-torch.expm1(log_mass))], dim=-1)
+
+
+def importance_ratio(token_log_probs: Tensor, old_log_probs: Tensor | None, is_clip: float | None) -> Tensor | float:
+    """min(S/S_old, c) of the sampled token, detached; S_old is the policy that sampled it, None if that is S itself."""
+    if is_clip is None:
+        return 1.0
+    if old_log_probs is None:
+        return min(1.0, is_clip)
+    return (token_log_probs.detach() - old_log_probs).clamp(-20.0, 20.0).exp().clamp(max=is_clip)
+
+
+def loss_from_log_probs(
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    token_ids: Tensor,
+    config: DistillConfig,
+    old_log_probs: Tensor | None = None,
+) -> Tensor:
+    """`per_token_loss` for distributions that are normalised already: `[..., V]`, `[..., V]`, `[...]` -> `[...]`."""
+    student_token = student_log_probs.gather(-1, token_ids[..., None]).squeeze(-1)
+    if config.mode == "sampled":
+        teacher_token = teacher_log_probs.gather(-1, token_ids[..., None]).squeeze(-1)
+        loss = (student_token - teacher_token).detach() * student_token
+    else:
+        student, teacher = on_support(student_log_probs, teacher_log_probs, config)
+        loss = token_divergence(student, teacher, config.alpha, config.kl_clip)
+    return loss * importance_ratio(student_token, old_log_probs, config.is_clip)
+
+
+def per_token_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    config: DistillConfig,
+    old_log_probs: Tensor | None = None,
+) -> Tensor:
+    """The loss of every token: logits `[..., V]`, sampled `token_ids` and `old_log_probs` `[...]` -> `[...]`."""
+    student = log_probs(student_logits)
+    teacher = log_probs(teacher_logits.detach()).to(student.dtype)
+    return loss_from_log_probs(student, teacher, token_ids, config, old_log_probs)
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    loss_mask: Tensor,
+    config: DistillConfig,
+    old_log_probs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+) -> Tensor:
+    """The mean loss over the mask: logits `[B, T, V]`, everything else `[B, T]` -> scalar.
+
+    `token_weights` scale single tokens (to gate by entropy or pass rate) and do not enter the mean's denominator.
+    Tokens of mask or weight 0 are left out before any arithmetic, so what their logits hold does not matter. Without
+    any token the loss is a zero that still backpropagates.
+    """
+    weights = loss_mask if token_weights is None else (loss_mask * token_weights).where(loss_mask != 0, 0)
+    rows = weights != 0
+    losses = per_token_loss(
+        student_logits[rows], teacher_logits[rows], token_ids[rows], config,
+        None if old_log_probs is None else old_log_probs[rows],
+    )
+    return (losses * weights[rows].to(losses.dtype)).sum() / loss_mask.sum(dtype=losses.dtype).clamp(min=1)

@@ -1,0 +1,264 @@
+"""Self-distillation, from a rewarded batch to a loss: read top to bottom.
+
+On the controller the whole batch is there: who teaches whom is decided (`context.py`) and each sample's teacher
+prompt is sent along with it. On every policy worker the teacher scores the sample's own response behind that prompt,
+and the divergence between teacher and student (`loss.py`, computed by `fused.py`) becomes the policy's loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sdpo_plugin.config import (
+    GROUPS,
+    ConfigError,
+    DiagnosticsConfig,
+    DistillConfig,
+    RepromptConfig,
+    TeacherConfig,
+    from_namespace,
+)
+from sdpo_plugin.context import Rollout, build_teacher_contexts, context_metrics, teacher_prompt_ids
+from sdpo_plugin.fused import Head, Scores, linear_distillation
+from sdpo_plugin.host.hookspecs import hookimpl
+from sdpo_plugin.teacher import make_teacher
+
+PREFIX = "self_distillation/"
+
+
+@hookimpl
+def openrlhf_algorithms() -> list[type]:
+    return [SDPO]
+
+
+@hookimpl
+def openrlhf_add_arguments(parser: Any) -> None:
+    from sdpo_plugin.host.cli import add_group
+
+    for group in GROUPS:
+        add_group(parser, group)
+
+
+class SelfDistillation:
+    """What SDPO, SDFT and their variants share. A variant overrides `defaults` and what it does differently."""
+
+    name: str
+    defaults: dict[str, Any] = {}
+
+    # ── the launcher ──
+
+    @hookimpl
+    def openrlhf_configure(self, args: Any) -> None:
+        for group in GROUPS:
+            from_namespace(group, args)
+        self._read(args)
+        refuse(args)
+
+    def _read(self, args: Any) -> None:
+        self.distill: DistillConfig = from_namespace(DistillConfig, args)
+        self.reprompt: RepromptConfig = from_namespace(RepromptConfig, args)
+        self.teacher_config: TeacherConfig = from_namespace(TeacherConfig, args)
+        self.diagnostics: DiagnosticsConfig = from_namespace(DiagnosticsConfig, args)
+
+    # ── the controller: contexts for the whole batch ──
+
+    @hookimpl
+    def openrlhf_dataset(self, dataset: Any, args: Any) -> None:
+        for row, record in enumerate(dataset):
+            messages = record[args.data.input_key]
+            if isinstance(messages, list) and (not messages or messages[-1].get("role") != "user"):
+                raise ConfigError(
+                    f"--data.input_key {args.data.input_key}: row {row} has no user turn at its end, which is where "
+                    "the teacher's context goes; end every prompt with a user message"
+                )
+
+    @hookimpl
+    def openrlhf_batch(self, batch: Any) -> None:
+        self._read(batch.args)
+        if self.distill.weight == 0.0:
+            return
+        rollouts = [self.rollout(batch, i) for i in range(len(batch.samples))]
+        contexts = build_teacher_contexts(rollouts, self.reprompt)
+        prompts, truncated = [], 0
+        for context in contexts:
+            ids, cut = teacher_prompt_ids(context, batch.tokenizer, self.reprompt) if context.active else ([], False)
+            prompts.append(torch.tensor(ids, dtype=torch.long))
+            truncated += cut
+        masks = [self.loss_mask(sample, c.active) for sample, c in zip(batch.samples, contexts, strict=True)]
+        batch.attach("teacher_prompt", prompts)
+        batch.attach("loss_mask", masks)
+        batch.metrics.update(context_metrics(rollouts, contexts, self.reprompt))
+        batch.metrics[PREFIX + "truncated_fraction"] = truncated / len(contexts)
+
+    def rollout(self, batch: Any, i: int) -> Rollout:
+        """What sample i can teach and be taught with."""
+        sample, args = batch.samples[i], batch.args
+        return Rollout(
+            group=i // args.rollout.n_samples_per_prompt,
+            messages=prompt_messages(sample, args),
+            response=batch.tokenizer.decode(batch.response_ids(i), skip_special_tokens=True),
+            reward=batch.rewards[i],
+            feedback=sample.feedback,
+            privileged_context=sample.record.get(self.reprompt.privileged_key),
+        )
+
+    def loss_mask(self, sample: Any, active: bool) -> torch.Tensor:
+        """Bool [A]: response tokens of a sample with a teacher context, but for the first `skip_tokens`."""
+        response = sample.action_mask[0].bool()
+        return response & (response.cumsum(0) > self.distill.skip_tokens) & active
+
+    # ── the policy worker: teacher, loss, update ──
+
+    @hookimpl
+    def openrlhf_worker_setup(self, worker: Any) -> None:
+        self._read(worker.args)
+        if self.distill.weight > 0.0:
+            worker.actor.tap_head()
+            self.teacher = make_teacher(self.teacher_config, worker)
+
+    @hookimpl
+    def openrlhf_before_forward(self, step: Any) -> None:
+        if self.distill.weight == 0.0:
+            return
+        batch, actor = step.experience, step.worker.actor
+        response = batch.action_mask.bool()
+        in_loss = step.loss_mask[response]  # [N]
+        teacher_hidden = self._teacher_hidden(step, in_loss)
+        weights = (step.loss_weights * step.loss_mask)[response]
+        # With one update per rollout the student still is the rollout policy, and the ratio is 1.
+        old_log_probs = batch.action_log_probs[response] if batch.action_log_probs is not None else None
+
+        def head(hidden: torch.Tensor, student: Head, token_ids: torch.Tensor) -> Scores:
+            with self.teacher.head() as teacher:
+                return linear_distillation(
+                    hidden, student, teacher_hidden, teacher, token_ids, weights, self.distill, old_log_probs,
+                    actor.temperature,
+                    differentiable_log_probs=host_needs_log_probs(step.worker.args, self.distill.weight),
+                    with_entropy=step.worker.args.actor.entropy_coef is not None,
+                )
+
+        step.head = head
+
+    def _teacher_hidden(self, step: Any, in_loss: torch.Tensor) -> torch.Tensor:
+        """The teacher's hidden states [N, H] at the response tokens; zero where the loss has no use for them."""
+        batch = step.experience
+        sequences, attention_mask, rows, taught = teacher_inputs(
+            batch.sequences, batch.attention_mask, batch.action_mask, step.data["teacher_prompt"]
+        )
+        hidden = self.teacher.hidden_states(sequences, attention_mask, rows)
+        full = hidden.new_zeros(len(in_loss), hidden.shape[1])
+        full[taught] = hidden[: int(taught.sum())]
+        return full
+
+    @hookimpl
+    def openrlhf_policy_loss(self, step: Any) -> None:
+        w = self.distill.weight
+        if w == 0.0:
+            return
+        step.loss = step.scores.loss if w == 1.0 else (1.0 - w) * step.loss + w * step.scores.loss
+        response = step.experience.action_mask.bool()
+        in_loss = step.loss_mask[response]
+        # Sums over the micro-batch per response token: both averages have the same denominator (see metrics).
+        step.metrics[PREFIX + "loss"] = torch.where(in_loss, step.scores.token_loss, 0.0).sum() / response.sum()
+        step.metrics[PREFIX + "token_fraction"] = in_loss.float().mean()
+        step.metrics[PREFIX + "empty_target_batch"] = float(not in_loss.any())
+
+    @hookimpl
+    def openrlhf_optimizer_step(self, worker: Any) -> None:
+        if self.distill.weight > 0.0:
+            self.teacher.after_optimizer_step()
+
+    @hookimpl
+    def openrlhf_save_checkpoint(self, worker: Any, path: str) -> None:
+        if self.distill.weight > 0.0:
+            self.teacher.save(path)
+
+    @hookimpl
+    def openrlhf_load_checkpoint(self, worker: Any, path: str) -> None:
+        if self.distill.weight > 0.0:
+            self.teacher.load(path)
+
+    @hookimpl
+    def openrlhf_metrics(self, status: dict[str, Any], args: Any) -> None:
+        fraction = status.get(PREFIX + "token_fraction")
+        if fraction:  # from a mean over response tokens to the mean over the tokens in the loss
+            status[PREFIX + "loss"] /= fraction
+
+
+class SDPO(SelfDistillation):
+    """Self-Distillation Policy Optimization (arXiv 2601.20802): successful siblings and feedback teach."""
+
+    name = "sdpo"
+
+
+def prompt_messages(sample: Any, args: Any) -> list[dict[str, Any]] | str:
+    """The data-set row's chat, or the rendered prompt of data that never was one."""
+    if not args.data.apply_chat_template:
+        return str(sample.prompts[0])
+    messages = sample.record[args.data.input_key]
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def teacher_inputs(
+    sequences: torch.Tensor,
+    attention_mask: torch.Tensor,
+    action_mask: torch.Tensor,
+    teacher_prompts: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The samples that have a teacher prompt, with it in place of their own.
+
+    Everything behind the student's prompt is replayed as it is, so response tokens keep their order and number. If
+    no sample has a teacher prompt, the first is scored behind its own, for ranks that have some (ZeRO-3 is
+    collective).
+
+    Args:
+        sequences, attention_mask: [B, S], right-padded. action_mask: [B, A]. teacher_prompts: B of int64 [P_i].
+
+    Returns:
+        sequences, attention_mask [B', S'], rows bool [B', S'] of the positions that predict response tokens, and
+        bool [N], which of the N response tokens of the micro-batch those are.
+    """
+    response = action_mask.bool()
+    chosen = [i for i, prompt in enumerate(teacher_prompts) if len(prompt)]
+    taught = torch.zeros_like(response)
+    taught[chosen] = True
+    replayed, positions = [], []
+    for i in chosen or [0]:
+        length = int(attention_mask[i].sum())
+        first = int(response[i].nonzero()[0]) + 1  # action position p predicts token p + 1
+        prompt = teacher_prompts[i] if len(teacher_prompts[i]) else sequences[i, :first]
+        replayed.append(torch.cat([prompt, sequences[i, first:length]]))
+        positions.append(response[i].nonzero()[:, 0] - first + len(prompt))
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch = pad(replayed, batch_first=True)
+    mask = pad([torch.ones_like(r) for r in replayed], batch_first=True)
+    rows = torch.zeros_like(batch, dtype=torch.bool)
+    for row, at in zip(rows, positions, strict=True):
+        row[at] = True
+    return batch, mask, rows, taught[response]
+
+
+def host_needs_log_probs(args: Any, weight: float) -> bool:
+    """Whether any of the host's own loss terms backpropagates through the student's log-probabilities."""
+    return weight < 1.0 or args.algo.kl.use_loss or bool(args.actor.entropy_coef)
+
+
+def refuse(args: Any) -> None:
+    """Stop, before anything loads, where self-distillation and the host's options do not go together yet."""
+    if args.distill.weight == 0.0:
+        return
+    for flag, asked, fix in (
+        ("--ds.lora.rank", args.ds.lora.rank > 0, "train all weights: --ds.lora.rank 0"),
+        ("--train.dynamic_batch_enable", args.train.dynamic_batch_enable, "leave it out"),
+        ("--ds.ring_attn_size", args.ds.ring_attn_size > 1, "give --ds.ring_attn_size 1"),
+        ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),
+        ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),
+        ("--ds.enable_sleep", args.ds.enable_sleep, "leave it out"),
+        ("--teacher.kind trust_region", args.teacher.kind == "trust_region", "use ema, base or live"),
+        ("--distill.generate_from_teacher", args.distill.generate_from_teacher, "leave it out"),
+        ("--teacher.save", args.teacher.save, "leave it out"),
+    ):
+        if asked:
+            raise ConfigError(f"{flag} is not supported with --algo {args.algo.name} yet; {fix}")

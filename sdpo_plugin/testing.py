@@ -1,0 +1,252 @@
+"""The test harness for plugin authors: the real host on CPU for end-to-end tests, a fake worker for units.
+
+As a pytest plugin it offers the fixture `openrlhf`; as a plugin of the host (it names itself in `--plugins`) it
+records rollouts and feeds recorded ones back, so that runs can be compared on the very same data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sdpo_plugin.host.hookspecs import hookimpl
+
+if TYPE_CHECKING:  # pytest loads this module in every project of the environment: it must cost nothing
+    import torch
+
+# ── the host's side: record and replay ──
+
+
+@hookimpl
+def openrlhf_add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("--testing")
+    group.add_argument("--testing.record", metavar="DIR", help="write each step's rewarded samples to DIR")
+    group.add_argument("--testing.replay", metavar="DIR", help="train on recorded samples instead of generating")
+
+
+@hookimpl(tryfirst=True)
+def openrlhf_dataset(dataset: Any, args: Any) -> None:
+    if args.testing.replay:
+        _replay(args.testing.replay)
+
+
+@hookimpl(tryfirst=True)
+def openrlhf_batch(batch: Any) -> None:
+    if batch.args.testing.record:
+        import torch
+
+        os.makedirs(batch.args.testing.record, exist_ok=True)
+        step = len(os.listdir(batch.args.testing.record))
+        torch.save(list(batch.samples), os.path.join(batch.args.testing.record, f"{step:05d}.pt"))
+
+
+def _replay(directory: str) -> None:
+    """Bind the host's sample generator in this process to the recorded steps."""
+    import torch
+    from openrlhf.trainer import ppo_trainer
+
+    class Recorded(ppo_trainer.SamplesGenerator):
+        def generate_samples(self, **kwargs: Any) -> tuple[list[Any], None, int, bool]:
+            self.files = getattr(self, "files", None) or sorted(glob.glob(os.path.join(directory, "*.pt")))
+            samples = torch.load(self.files.pop(0), weights_only=False)
+            return samples, None, len(samples) // self.args.rollout.n_samples_per_prompt, not self.files
+
+    ppo_trainer.SamplesGenerator = Recorded
+
+
+# ── the pytest side: runs of the real host ──
+
+
+class RunFailed(RuntimeError):
+    """The launcher ended with an error; the message holds the end of its output."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left in `directory`.
+
+    Attributes:
+        output: what the launcher printed (Ray forwards the workers' lines).
+        seconds: wall time, start-up included.
+    """
+
+    directory: Path
+    output: str = field(repr=False)
+    seconds: float
+
+    @property
+    def metrics(self) -> dict[str, list[list[float]]]:
+        """Logged scalars, `{"train/policy_loss": [[step, value], ...]}`."""
+        from sdpo_plugin.report import read_scalars
+
+        return read_scalars(str(self.directory / "tensorboard"))
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The final model's tensors, as the host saved them."""
+        from safetensors.torch import load_file
+
+        return {k: v for file in self.directory.glob("model/*.safetensors") for k, v in load_file(file).items()}
+
+    @property
+    def samples(self) -> list[list[Any]]:
+        """The rewarded samples of each step (the host's `Experience`, with `record` and `feedback`)."""
+        import torch
+
+        return [torch.load(f, weights_only=False) for f in sorted((self.directory / "samples").glob("*.pt"))]
+
+
+class OpenRLHF:
+    """Runs the installed host on CPU, each run in a process of its own. Comes as the fixture `openrlhf`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.runs = directory, 0
+
+    def __call__(
+        self,
+        model: str | Path,
+        rows: Sequence[dict[str, Any]],
+        reward: str | Path,
+        *flags: str,
+        replay: Run | None = None,
+        plain: bool = False,
+        timeout: float = 300.0,
+    ) -> Run:
+        """Train `model` on `rows` (columns `prompt` and `label`) with the reward function in file `reward`.
+
+        One step per pass over the rows, one rank, two samples per prompt, ZeRO-2; `flags` (the host's or a plugin's)
+        come last and so win.
+
+        Args:
+            replay: train on that run's recorded samples; no engine is started.
+            plain: the host's own policy worker, without plugins; needs `replay`.
+
+        Raises:
+            RunFailed: the launcher ended with an error, or outlasted `timeout` seconds.
+        """
+        self.runs += 1
+        directory = self.directory / f"run{self.runs}"
+        directory.mkdir(parents=True)
+        (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments = [
+            f"--actor.model_name_or_path={model}", "--actor.num_gpus_per_node=1",
+            f"--vllm.num_engines={0 if replay else 1}", "--vllm.enforce_eager", "--vllm.sync_backend=gloo",
+            "--vllm.gpu_memory_utilization=0.1", "--ds.attn_implementation=sdpa", f"--reward.remote_url={reward}",
+            f"--data.prompt_dataset={directory}/rows.jsonl", "--data.input_key=prompt", "--data.label_key=label",
+            "--data.apply_chat_template", "--data.max_len=128", "--rollout.max_new_tokens=8",
+            f"--rollout.batch_size={len(rows)}", "--rollout.n_samples_per_prompt=2",
+            f"--train.batch_size={2 * len(rows)}", "--train.micro_batch_size=8", "--rollout.micro_batch_size=8",
+            "--algo.advantage.estimator=group_norm", "--algo.kl.init_coef=0", "--actor.adam.lr=1e-3",
+            "--actor.lr_scheduler=constant", "--actor.lr_warmup_ratio=0", f"--ckpt.output_dir={directory}/model",
+            f"--ckpt.path={directory}/ckpt", f"--logger.tensorboard_dir={directory}/tensorboard",
+        ]  # fmt: skip
+        if plain:
+            command = ["-m", "sdpo_plugin.testing", f"{replay.directory}/samples", *arguments, *flags]
+        else:
+            command = ["-m", "sdpo_plugin.host.cli", "train", *arguments, f"--testing.record={directory}/samples"]
+            command += [f"--testing.replay={replay.directory}/samples"] if replay else []
+            command += [*flags, *([] if "--plugins" in flags else ["--plugins", "sdpo_plugin.testing"])]
+        began = time.monotonic()
+        with open(directory / "output.txt", "w+") as log:
+            # A session of its own: whatever Ray started in it ends with it.
+            process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, start_new_session=True)
+            try:
+                status: int | str = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                status = f"no end within {timeout} s"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            log.seek(0)
+            output = log.read()
+        if status != 0:
+            raise RunFailed(f"{status}; {directory}/output.txt ends\n{output[-4000:]}")
+        return Run(directory, output, time.monotonic() - began)
+
+
+@pytest.fixture(scope="session")
+def openrlhf(tmp_path_factory: pytest.TempPathFactory) -> OpenRLHF:
+    """The real host on CPU: `run = openrlhf(model, rows, "reward.py", "--algo", "sdpo")`."""
+    return OpenRLHF(tmp_path_factory.mktemp("openrlhf"))
+
+
+def tiny_model(directory: str | Path, *, tied: bool = False, seed: int = 0) -> Path:
+    """An untrained Llama with a character tokenizer and a chat template, small enough for a laptop's CPU.
+
+    354,176 parameters untied; head size 64, which vLLM's CPU attention needs.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>", "<unk>"]
+    vocab = {token: i for i, token in enumerate([*special, "\n", *map(chr, range(32, 127))])}
+    characters = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=special[2:5],
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=64, max_position_embeddings=512, tie_word_embeddings=tied,
+            pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        )
+    )
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return Path(directory)
+
+
+def _train_plain(samples: str, arguments: list[str]) -> None:
+    """The host's launcher with the host's own policy worker; only the controller reads recorded samples."""
+    from sdpo_plugin.host import cpu, seams
+
+    cpu.enable()
+    import ray
+    from openrlhf.trainer import ppo_trainer
+
+    from sdpo_plugin import testing  # by its importable name, for Ray
+
+    ray.init = seams.with_cpu_resources(ray.init)
+    os.environ["SDPO_PLUGIN_REPLAY"] = samples
+    ppo_trainer.PPOTrainer = ray.remote(testing.replaying_controller())
+    sys.argv = ["train_ppo_ray", *arguments]
+    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
+
+
+def replaying_controller() -> type:
+    from openrlhf.trainer import ppo_trainer
+
+    from sdpo_plugin.host.seams import plain_class
+
+    class Replaying(plain_class(ppo_trainer.PPOTrainer)):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            _replay(os.environ["SDPO_PLUGIN_REPLAY"])
+            super().__init__(*args, **kwargs)
+
+    return Replaying
+
+
+if __name__ == "__main__":
+    _train_plain(sys.argv[1], sys.argv[2:])
