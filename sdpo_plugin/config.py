@@ -161,8 +161,8 @@ class DiagnosticsConfig(Group):
 
     prefix = "diagnostics"
 
-    guard: str = option("warn", "what to do about a degenerate run", ("off", "warn", "stop"))
-    interval: int = option(1, "optimizer steps between two looks")
+    guard: str = option("warn", "what to do about a degenerate run", ("off", "warn"))
+    interval: int = option(1, "rollout batches between two looks")
     tolerance: int = option(10, "consecutive degenerate looks before the guard acts")
 
     def check(self) -> None:
@@ -177,3 +177,21 @@ def from_namespace(group: type[Group], args: Any) -> Any:
     """The group's instance from the host's nested arguments (`args.distill.alpha`)."""
     section = vars(getattr(args, group.prefix))
     return group(**{f.name: section[f.name] for f in dataclasses.fields(group)})
+
+
+def options_page() -> str:
+    """docs/options.md: every flag with its default."""
+    lines = ["# Options", "", "Made by `python -m sdpo_plugin.config > docs/options.md`.", ""]
+    for group in GROUPS:
+        lines += [f"## --{group.prefix}", "", group.__doc__ or "", "", "| flag | default | |", "| --- | --- | --- |"]
+        for f in fields(group):
+            choices = f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
+            default = str(f.default).replace("\n", "\\n")
+            text = f"{f.metadata['help']}{choices}".replace("|", "\\|")
+            lines.append(f"| `--{group.prefix}.{f.name}` | `{default}` | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(options_page(), end="")

@@ -7,6 +7,7 @@ and the divergence between teacher and student (`loss.py`, computed by `fused.py
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from sdpo_plugin.config import (
     from_namespace,
 )
 from sdpo_plugin.context import Rollout, build_teacher_contexts, context_metrics, teacher_prompt_ids
+from sdpo_plugin.diagnostics import Watch
 from sdpo_plugin.fused import Head, Scores, linear_distillation
 from sdpo_plugin.host.hookspecs import hookimpl
 from sdpo_plugin.teacher import make_teacher
 
 PREFIX = "self_distillation/"
+logger = logging.getLogger(__name__)
 
 
 @hookimpl
@@ -46,6 +49,7 @@ class SelfDistillation:
 
     name: str
     defaults: dict[str, Any] = {}
+    watch: Watch | None = None
 
     # ── the launcher ──
 
@@ -91,6 +95,9 @@ class SelfDistillation:
         batch.attach("loss_mask", masks)
         batch.metrics.update(context_metrics(rollouts, contexts, self.reprompt))
         batch.metrics[PREFIX + "truncated_fraction"] = truncated / len(contexts)
+        self.watch = self.watch or Watch(self.diagnostics, self.reprompt)
+        for warning in self.watch.look(rollouts, contexts):
+            logger.warning(warning)
 
     def rollout(self, batch: Any, i: int) -> Rollout:
         """What sample i can teach and be taught with."""

@@ -74,7 +74,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     Order, later wins: the host's defaults, the algorithm's defaults, the recipe, the command line.
     """
     group = parser.add_argument_group("plugins")
-    algo = group.add_argument("--algo", dest="algo.name", metavar="NAME", default=None, help="self-distillation algorithm")
+    algo = group.add_argument("--algo", dest="algo.name", metavar="NAME", help="self-distillation algorithm")
     group.add_argument("--config", metavar="RECIPE.yaml", help="flags as nested YAML; the command line wins")
     group.add_argument("--plugins", nargs="*", default=[], metavar="MODULE", help="plugin modules besides installed")
 

@@ -12,6 +12,7 @@ from sdpo_plugin.host import manager
 from sdpo_plugin.host.engine import FAILURE, FEEDBACK, Prompt
 from sdpo_plugin.host.seams import ATTACHED, plain_class
 
+
 class RewardError(RuntimeError):
     """A reward function failed; the host alone would go on without a reward."""
 
@@ -37,7 +38,8 @@ class Samples(ppo_trainer.SamplesGenerator):
     def _process_response_into_experience(self, response: dict[str, Any], **kwargs: Any) -> Any:
         extra_logs = dict(response.get("extra_logs") or {})
         if failure := extra_logs.get(FAILURE):
-            raise RewardError(f"--reward.remote_url {self.args.reward.remote_url}: the reward function failed\n{failure}")
+            url = self.args.reward.remote_url
+            raise RewardError(f"--reward.remote_url {url}: the reward function failed\n{failure}")
         feedback = extra_logs.pop(FEEDBACK, None)
         sample = super()._process_response_into_experience({**response, "extra_logs": extra_logs}, **kwargs)
         sample.feedback = feedback

@@ -10,6 +10,7 @@ engines assume about CUDA is met at the place where it is assumed, and only once
 | the device mesh is made of CUDA devices             | `init_device_mesh` on `cpu` (openrlhf.utils.deepspeed)     |
 | weights reach vLLM through NCCL                     | a gloo group on both sides (openrlhf.utils.distributed_util) |
 | vLLM keeps the weights it loaded                    | no packed copies of linear weights (vllm layers)           |
+| C++ kernels are worth building                      | gloo and torch's AdamW (deepspeed): no compiler, no waiting |
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ ENABLED = "SDPO_PLUGIN_CPU"
 ENVIRONMENT = {
     ENABLED: "1",
     "DS_ACCELERATOR": "cpu",
+    "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "OMP_NUM_THREADS": "1",  # one worker process per core already
     "RAY_prestart_worker_first_driver": "0",  # made-up CPUs must not each get a warm Python process
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "RAY_worker_niceness": "0",  # the default, 15, is for machines that do something else besides
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",  # its report runs a CPU detection of several seconds in every engine
 }
 
 
@@ -52,6 +56,8 @@ def enable() -> None:
         return
     _stand_in_for_flash_attn()
     _answer_for_torch_cuda(torch)
+    when_imported("deepspeed.comm.torch")(_plain_collectives)
+    when_imported("deepspeed.ops.adam")(_plain_adam)
     when_imported("openrlhf.utils.deepspeed.deepspeed")(_mesh_on_cpu)
     when_imported("openrlhf.utils.distributed_util")(_sync_weights_through_gloo)
     when_imported("openrlhf.trainer.ray.vllm_worker_wrap")(_receive_weights_on_cpu)
@@ -130,6 +136,22 @@ def _stand_in_for_flash_attn() -> None:
            **{name: padding(name) for name in ("unpad_input", "pad_input", "index_first_axis")})
     module("flash_attn.utils")
     module("flash_attn.utils.distributed", all_gather=all_gather)
+
+
+def _plain_collectives(module: Any) -> None:
+    module.build_shm_op = lambda: None  # what DeepSpeed itself does where the operator cannot be built
+
+
+def _plain_adam(module: Any) -> None:
+    import torch
+
+    class FusedAdam(torch.optim.AdamW):
+        """The same update without a kernel: DeepSpeed builds one per machine, and a killed build blocks the next."""
+
+        def __init__(self, params: Any, adam_w_mode: bool = True, **settings: Any) -> None:
+            super().__init__(params, **settings)
+
+    module.FusedAdam = FusedAdam
 
 
 def _mesh_on_cpu(module: Any) -> None:

@@ -1,0 +1,31 @@
+# `make demo` and `make test` set up everything they need in .venv on a machine without CUDA.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test bench lint install clean
+
+demo: .venv/installed
+	$(PY) recipes/quickstart/run.py
+
+test: .venv/installed
+	$(PY) -m ruff check sdpo_plugin tests recipes
+	$(PY) -m pytest
+
+bench: .venv/installed
+	$(PY) -m pip install -q -e '.[bench]'
+	$(PY) tests/bench/loss.py
+
+install: .venv/installed
+
+# The host and vLLM ask for packages without a CPU build, so they come without their dependencies, and the rest of
+# what they ask for is read from them (.ci/host_requirements.py). Versions are pinned in pyproject.toml only.
+.venv/installed: pyproject.toml .ci/host_requirements.py
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --upgrade 'pip>=25.1'
+	$(PY) -m pip install -q --no-deps --group cpu-host
+	$(PY) .ci/host_requirements.py > .venv/host.txt
+	DS_BUILD_OPS=0 $(PY) -m pip install -q --no-warn-conflicts -r .venv/host.txt -e '.[cpu,test]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,329 @@
+"""Who teaches whom: what the self-teacher reads in place of the student's prompt.
+
+The template says who teaches. Its sections are `{solution}`, a success of the rollout's group; `{feedback}`, what the
+environment said about the rollout; `{privileged_context}`, what the data set knows. A section that the template does
+not name is not used, so SDPO (arXiv 2601.20802) and SDFT (arXiv 2601.19897) differ here in their templates only.
+
+Prompts and templates are trusted. What fills a section is not: it was written by a model, an environment or an
+unknown author, and must never be read as chat mark-up.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from sdpo_plugin.config import RepromptConfig
+
+Messages = list[dict[str, Any]] | str  # chat messages, or a prompt that was never a chat
+
+CLOSED_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+# Only so much of the sections is tokenized at all: a megabyte of log output must not stall the controller. Text has
+# about 4 characters a token, indented code and tables up to 10; beyond 16 the limit may cut earlier than needed.
+MAX_CHARS_PER_TOKEN = 16
+SECTIONS = ("solution", "feedback", "privileged_context")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response, and all that is known about it. Rollouts of one prompt share `group`."""
+
+    group: Hashable
+    messages: Messages
+    response: str
+    reward: float | None
+    feedback: Any = None
+    privileged_context: str | None = None
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """What the teacher reads.
+
+    messages: as the rollout's, the last turn rewritten; the rollout's own where not `active`.
+    active: whether anything is shown; only then is the sample distilled.
+    sections: the untrusted text that is shown, by section name.
+    prompt: the rollout's messages where something is shown; without it, `messages` are rendered as they are, trusted.
+    """
+
+    messages: Messages
+    active: bool
+    sections: Mapping[str, str] = field(default_factory=dict)
+    prompt: Messages | None = None
+
+
+def build_teacher_contexts(rollouts: Sequence[Rollout], config: RepromptConfig) -> list[TeacherContext]:
+    """One context per rollout, in order. The rollouts are one whole batch: a group's successes are looked up in it.
+
+    Raises ValueError for a chat without a user turn at its end; TypeError for feedback or privileged context that is
+    not text. Source: published SDPO code, `_maybe_build_self_distillation_batch` in verl's `ray_trainer.py`.
+    """
+    successes = _successes_by_group(rollouts, config)
+    contexts = []
+    for i, rollout in enumerate(rollouts):
+        _user_text(rollout.messages)  # a prompt that cannot be rewritten is an error before its first success, too
+        teachers = [j for j in successes[rollout.group] if j != i or not config.exclude_self]
+        found: dict[str, str | None] = {}
+        if teachers and "{solution}" in config.template:
+            found["solution"] = _demonstration([rollouts[j] for j in teachers], i, config)
+        if not (found and config.feedback_only_without_solution):
+            found["feedback"] = _feedback(rollout, config)
+        found["privileged_context"] = _text(rollout.privileged_context, "privileged_context", rollout)
+        shown = {name: text for name, text in found.items() if text is not None and "{" + name + "}" in config.template}
+        if shown:
+            messages = _fill(rollout.messages, shown, config)
+            contexts.append(TeacherContext(messages, True, shown, rollout.messages))
+        else:
+            contexts.append(TeacherContext(rollout.messages, False))
+    return contexts
+
+
+def context_metrics(
+    rollouts: Sequence[Rollout], contexts: Sequence[TeacherContext], config: RepromptConfig
+) -> dict[str, float]:
+    """Fractions of the batch, under the published names; `success_group` counts groups, all others samples.
+
+    `unclosed_thought` is ours: demonstrations that never get past their thoughts, and show no answer to the student.
+    """
+    groups = {rollout.group for rollout in rollouts}
+    taught = [context.sections["solution"] for context in contexts if "solution" in context.sections]
+    counts = {
+        "success_sample": len(taught),
+        "feedback_available": sum(_feedback(rollout, config) is not None for rollout in rollouts),
+        "feedback_used": sum("feedback" in context.sections for context in contexts),
+        "reprompt_sample": sum(context.active for context in contexts),
+        "unclosed_thought": sum(CLOSED_THOUGHT.sub("", text).lstrip().startswith("<think>") for text in taught),
+    }
+    metrics = {"success_group": len(_successes_by_group(rollouts, config)) / max(len(groups), 1)}
+    metrics |= {name: count / max(len(contexts), 1) for name, count in counts.items()}
+    return {f"self_distillation/{name}_fraction": value for name, value in metrics.items()}
+
+
+def teacher_prompt_ids(
+    context: TeacherContext,
+    tokenizer: Any,
+    config: RepromptConfig,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[int], bool]:
+    """The teacher's prompt as token ids, ready for the response behind it, and whether it had to be cut.
+
+    Send these ids to an engine, not their text: as text, a section could become mark-up again.
+
+    tokenizer: a Hugging Face tokenizer. chat_template_kwargs: what the student's prompt is rendered with (`tools`,
+    `enable_thinking`, ...). An inactive context gives the student's ids. An active one gives the ids of the plain
+    rendering, unless a section would change the mark-up or the prompt is longer than `config.max_len`. Then sections
+    are tokenized on their own, so that tokens do not merge across their borders, and are cut, taken together, at
+    `config.truncation`; one of which nothing is left goes with its frame. Everything else is kept, even if it alone is
+    longer than `max_len`. Where a chat template strips the user turn, a section at its very end keeps its white space.
+
+    Raises ValueError for chat messages and a tokenizer without a chat template.
+    """
+
+    def render(messages: Messages) -> str:
+        if isinstance(messages, str):
+            return messages
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "the prompt is a chat, but the tokenizer has no chat template: give one to the tokenizer, or train on "
+                "plain text prompts without --data.apply_chat_template"
+            )
+        kwargs = {**(chat_template_kwargs or {}), "tokenize": False, "add_generation_prompt": True}
+        return tokenizer.apply_chat_template(messages, **kwargs)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    if context.prompt is None:
+        return encode([render(context.messages)])[0], False
+
+    # Sentinels stand for the sections while the chat template runs, so that it can neither read nor change them.
+    bare = render(_fill(context.prompt, {}, config))
+    names = dict(zip((c for c in map(chr, range(0xE000, 0xF900)) if c not in bare), SECTIONS, strict=False))
+    sentinels = {name: sentinel for sentinel, name in names.items() if name in context.sections}
+    pieces = re.split(f"([{''.join(names)}])", render(_fill(context.prompt, sentinels, config)))
+    order = [names[sentinel] for sentinel in pieces[1::2]]
+
+    # Environments hand over what they read: half of a surrogate pair has no UTF-8 form, and tokenizers raise on it.
+    texts = [context.sections[name].encode("utf-8", "replace").decode() for name in order]
+    bounded = ["".join(ends) for ends in _cut(texts, config.max_len * MAX_CHARS_PER_TOKEN, config.truncation)]
+    is_cut = bounded != texts
+    markup, markup_pattern = _markup(tokenizer, len(tokenizer))
+    trusted = encode(pieces[0::2])
+    shown = [_ids_without_markup(text, encode, markup, markup_pattern) for text in bounded]
+    ids = _interleave(trusted, shown)
+
+    plain = encode(["".join(_interleave(pieces[0::2], bounded))])[0]
+    if len(plain) <= config.max_len and [i for i in plain if i in markup] == [i for i in ids if i in markup]:
+        return plain, is_cut
+    if len(ids) <= config.max_len:
+        return ids, is_cut
+    budget = max(config.max_len - sum(map(len, trusted)), 0)
+    kept = [
+        _whole_characters(before, tokenizer, -1) + _whole_characters(after, tokenizer, 0)
+        for before, after in _cut(shown, budget, config.truncation)
+    ]
+    left = {name: context.sections[name] for name, part in zip(order, kept, strict=True) if part}
+    if len(left) < len(context.sections):
+        return teacher_prompt_ids(replace(context, sections=left), tokenizer, config, chat_template_kwargs)[0], True
+    return _interleave(trusted, kept), True
+
+
+# ── successes, demonstrations, feedback ──
+
+
+def _successes_by_group(rollouts: Sequence[Rollout], config: RepromptConfig) -> defaultdict[Hashable, list[int]]:
+    """The indices of each group's successes. A missing reward (None or nan: the reward function failed) is none."""
+    successes: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for i, rollout in enumerate(rollouts):
+        if rollout.reward is not None and rollout.reward >= config.success_threshold:
+            successes[rollout.group].append(i)
+    return successes
+
+
+def _demonstration(successes: list[Rollout], index: int, config: RepromptConfig) -> str:
+    if config.demonstration == "best":
+        chosen = max(successes, key=lambda rollout: rollout.reward)
+    elif config.demonstration == "shortest":
+        chosen = min(successes, key=lambda rollout: len(rollout.response))
+    elif config.demonstration == "random":
+        # The responses are part of the seed: with the index alone, every step would choose alike.
+        seed = repr((config.seed, index, [rollout.response for rollout in successes]))
+        chosen = random.Random(seed).choice(successes)
+    else:
+        chosen = successes[0]
+    return CLOSED_THOUGHT.sub("", chosen.response) if config.remove_thinking else chosen.response
+
+
+def _feedback(rollout: Rollout, config: RepromptConfig) -> str | None:
+    return _text(rollout.feedback, "feedback", rollout) if config.use_feedback else None
+
+
+def _text(value: Any, name: str, rollout: Rollout) -> str | None:
+    """`value`, or None where there is nothing to read in it."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} of a rollout of group {rollout.group!r} is {type(value).__name__}, not text: the teacher reads "
+            "text; pass a str (json.dumps(...) for a structure), or None where there is none"
+        )
+    return value if value.strip() else None
+
+
+# ── templates ──
+
+
+def _fill(prompt: Messages, sections: Mapping[str, str], config: RepromptConfig) -> Messages:
+    """`prompt` with its last turn rewritten by `config.template`; a section that is not given is empty."""
+    text = _user_text(prompt)
+    values = dict.fromkeys(SECTIONS, "") | dict(sections, prompt=text)
+    if "solution" in sections:
+        values["solution"] = _substitute(
+            config.solution_template, {"successful_previous_attempt": sections["solution"]}
+        )
+    if "feedback" in sections:
+        values["feedback"] = _substitute(config.feedback_template, {"feedback_raw": sections["feedback"]})
+    turn = _substitute(config.template, values)
+    if isinstance(prompt, str):
+        return turn
+    content = prompt[-1]["content"]
+    if isinstance(content, list):
+        i = _last_text(content)
+        content = [*content[:i], {**content[i], "text": turn}, *content[i + 1 :]]
+    else:
+        content = turn
+    return [*prompt[:-1], {**prompt[-1], "content": content}]
+
+
+def _substitute(template: str, values: Mapping[str, str]) -> str:
+    """One pass: braces that name no value stay, and a value is never looked at again."""
+    return re.sub("{(" + "|".join(values) + ")}", lambda match: values[match[1]], template)
+
+
+def _user_text(prompt: Messages) -> str:
+    """The text of the turn the teacher's replaces. Raises ValueError where there is none."""
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt or prompt[-1].get("role") != "user":
+        role = f"its last turn is of role {prompt[-1].get('role')!r}" if prompt else "it has no turns"
+        raise ValueError(f"prompt without a user turn at its end, where the teacher's context goes: {role}")
+    content = prompt[-1].get("content")
+    if isinstance(content, list):
+        return content[_last_text(content)]["text"]
+    if not isinstance(content, str):
+        raise ValueError(f"prompt without a user turn of text: its last turn's content is {type(content).__name__}")
+    return content
+
+
+def _last_text(parts: list[dict[str, Any]]) -> int:
+    """The index of the last text part; what is not text (images) stays where it is."""
+    for i in reversed(range(len(parts))):
+        if parts[i].get("type") == "text":
+            return i
+    raise ValueError("prompt without a user turn of text: its last turn has no part of type 'text'")
+
+
+# ── tokens ──
+
+
+@lru_cache(maxsize=4)  # 6,000 reserved tokens, as Gemma has, take 40 ms; `size` notices one that is added later
+def _markup(tokenizer: Any, size: int) -> tuple[set[int], re.Pattern[str]]:
+    """The tokens that structure a chat: their ids, and where one starts in a text.
+
+    Special tokens, and those in brackets that are not declared special: Qwen3's `<think>` and `<tool_call>` are not.
+    Other added tokens are vocabulary (Gemma's runs of line breaks, a domain's words).
+    """
+    contents = {
+        i: token.content
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special or re.fullmatch(r"<\S+>|\[\S+\]", token.content)
+    }
+    # The set of first characters is for speed: Python tries the alternatives one by one.
+    first = "".join({re.escape(content[0]) for content in contents.values()})
+    pattern = f"(?=[{first}])(?={'|'.join(map(re.escape, contents.values()))})" if contents else "(?!)"
+    return set(contents), re.compile(pattern)
+
+
+def _ids_without_markup(text: str, encode: Any, markup: set[int], markup_pattern: re.Pattern[str]) -> list[int]:
+    """`text` as ordinary tokens.
+
+    `split_special_tokens=True` is not enough: it leaves added tokens that are not declared special whole, and a
+    Unigram model finds `</s>` in its own vocabulary. A text in which none is whole has nothing to find. What a
+    normalizer still makes of look-alikes, and unknown characters where the unknown token is special, is left out.
+    """
+    cuts = [match.start() + 1 for match in markup_pattern.finditer(text)]
+    parts = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
+    return [i for part in encode(parts) for i in part if i not in markup]
+
+
+def _cut(sections: Sequence[Any], budget: int, side: str) -> list[tuple[Any, Any]]:
+    """What is left of each section (str or list) before and after the cut, if all together may be `budget` long."""
+    total = sum(map(len, sections))
+    start = {"right": budget, "left": 0, "middle": (budget + 1) // 2}[side]
+    stop = start + max(total - budget, 0)
+    left = []
+    for section in sections:
+        left.append((section[: max(start, 0)], section[max(stop, 0) :]))
+        start, stop = start - len(section), stop - len(section)
+    return left
+
+
+def _whole_characters(ids: list[int], tokenizer: Any, edge: int) -> list[int]:
+    """`ids` without the part of a character that a cut left at `edge` (0 or -1); UTF-8 has at most 3 such bytes."""
+    for _ in range(3):
+        window = ids[:4] if edge == 0 else ids[-4:]
+        if not window or tokenizer.decode(window)[edge:][:1] != "\ufffd":
+            break
+        ids = ids[1:] if edge == 0 else ids[:-1]
+    return ids
+
+
+def _interleave(trusted: Sequence[Any], shown: Sequence[Any]) -> list[Any]:
+    """The items (token ids, characters) of trusted[0], shown[0], trusted[1], ... in one list."""
+    return [item for pair in zip(trusted, [*shown, ()], strict=True) for part in pair for item in part]

@@ -1,0 +1,371 @@
+"""The loss of `loss.py` from hidden states and head weights, in memory that does not grow with the tokens.
+
+Logits over a vocabulary of 150,000 are the largest tensors of a training step. Here they exist for one chunk of rows at
+a time, and so do their gradients: as in Liger-Kernel (arXiv 2410.10989) the gradients of hidden states and head are
+made in the forward pass, while the chunk's logits are at hand, and the backward pass only scales them. Where the
+log-probabilities are differentiated too (a policy loss beside the distillation), their gradient is unknown until the
+backward pass, which then makes the chunk's logits again.
+
+This module multiplies matrices. The loss of a chunk is `loss.loss_from_log_probs`, under an autograd graph over a few
+of its rows that ends with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdpo_plugin.config import DistillConfig
+from sdpo_plugin.loss import loss_from_log_probs
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`.
+
+    weight `[V, H]`, bias `[V]`. `scale` multiplies the logits (Cohere, Granite), `softcap` bounds them (Gemma). Token
+    ids from `vocab_size` on are padding: they have no probability and get no gradient.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+
+    def live(self, temperature: float) -> Head:
+        """The head of logits / temperature, without the padding and outside any graph."""
+        vocab = slice(self.vocab_size)
+        return Head(
+            self.weight.detach()[vocab],
+            None if self.bias is None else self.bias.detach()[vocab],
+            self.scale / temperature,
+            None if self.softcap is None else self.softcap / temperature,
+        )
+
+    def logits(self, products: Tensor) -> Tensor:
+        """`hidden @ weight.T` `[n, V]` -> logits `[n, V]`."""
+        if self.bias is not None:
+            products = products + self.bias
+        if self.scale != 1.0:
+            products = products * self.scale
+        if self.softcap is not None:
+            products = torch.tanh(products / self.softcap) * self.softcap
+        return products
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a pass over N rows yields, in float32 (float64 for a float64 head)."""
+
+    loss: Tensor  # scalar: the sum of weights * token_loss
+    token_loss: Tensor  # [N], detached; 0 where the weight is 0
+    log_probs: Tensor  # [N], of token_ids
+    entropy: Tensor | None  # [N]
+
+
+def linear_distillation(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    token_ids: Tensor,
+    weights: Tensor,
+    config: DistillConfig,
+    old_log_probs: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    differentiable_log_probs: bool = False,
+    with_entropy: bool = False,
+    chunk_size: int | None = None,
+) -> Scores:
+    """`sum(weights * per_token_loss)` of both models' logits / temperature, without the logits.
+
+    Student hidden states `[N, H]`, the teacher's `[N, H']` with a head of that width; token_ids, weights and
+    old_log_probs `[N]`. Rows of weight 0 get neither teacher logits nor a loss, but log-probabilities and entropy like
+    all others. Gradients reach the student's hidden states, weight and bias; they are summed in float32 (float64 for
+    float64) and returned in the dtype of what they belong to.
+
+    `differentiable_log_probs` lets gradients through `log_probs` and `entropy`, at the price of both heads' products
+    once more in the backward pass, where the weights must be in place again (ZeRO-3 gathers them for the forward).
+    """
+    lesson = _Lesson(teacher_hidden.detach(), teacher_head.live(temperature), weights.detach(), config, old_log_probs)
+    job = _Job(token_ids, temperature, with_entropy, chunk_size, lesson)
+    return _run(student_hidden, student_head, job, differentiable_log_probs)
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    token_ids: Tensor,
+    loss_mask: Tensor,
+    config: DistillConfig,
+    old_log_probs: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`loss.distillation_loss` of `hidden @ head.T / temperature`: hidden `[N, H]`, heads `[V, H]`, the rest `[N]`.
+
+    The same value and gradients, never a `[N, V]` tensor. Rows of mask 0 are not read.
+    """
+    sums = _sum_dtype(student_head)
+    weights = loss_mask.to(sums) / loss_mask.sum(dtype=sums).clamp(min=1)
+    lesson = _Lesson(teacher_hidden.detach(), Head(teacher_head).live(temperature), weights, config, old_log_probs)
+    job = _Job(token_ids, temperature, False, None, lesson, rows=weights != 0)
+    return _run(student_hidden, Head(student_head), job, differentiable_log_probs=False).loss
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    head: Head,
+    token_ids: Tensor,
+    temperature: float = 1.0,
+    *,
+    with_entropy: bool = False,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of `token_ids` and entropies, differentiable: hidden `[N, H]`, ids `[N]` -> `[N]`, `[N]`."""
+    scores = _run(hidden, head, _Job(token_ids, temperature, with_entropy, chunk_size), differentiable_log_probs=True)
+    return scores.log_probs, scores.entropy
+
+
+class _Lesson(NamedTuple):
+    """The teacher's side of a pass."""
+
+    hidden: Tensor
+    head: Head
+    weights: Tensor
+    config: DistillConfig
+    old_log_probs: Tensor | None
+
+
+class _Job(NamedTuple):
+    """A pass over the rows, but for the tensors that get gradients."""
+
+    token_ids: Tensor
+    temperature: float
+    with_entropy: bool
+    chunk_size: int | None
+    lesson: _Lesson | None = None
+    rows: Tensor | None = None  # [N] bool, the rows to visit; None: all
+
+
+class _Upstream(NamedTuple):
+    """The gradients that arrive at the outputs of a pass."""
+
+    loss: Tensor | float | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def _run(hidden: Tensor, head: Head, job: _Job, differentiable_log_probs: bool) -> Scores:
+    eager = torch.is_grad_enabled() and not differentiable_log_probs
+    return Scores(*_Pass.apply(hidden, head.weight, head.bias, replace(head, weight=None, bias=None), job, eager))
+
+
+class _Pass(torch.autograd.Function):
+    """A sweep over the rows. `eager` makes the gradients of the loss along the way, else a second sweep makes them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head, job, eager):
+        needed = ctx.needs_input_grad[:3] if eager else (False, False, False)
+        upstream = _Upstream(loss=1.0) if any(needed) else _Upstream()
+        outputs, gradients = _sweep(hidden, replace(head, weight=weight, bias=bias), job, upstream, needed)
+        _, token_loss, log_probs, entropy = outputs
+        fixed = (token_loss, log_probs, entropy) if eager else (token_loss,)
+        ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
+        ctx.set_materialize_grads(False)
+        ctx.head, ctx.job, ctx.eager = head, job, eager
+        ctx.save_for_backward(*(gradients if eager else (hidden, weight, bias)))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss, _, log_probs, entropy):
+        if ctx.eager:
+            gradients = ctx.saved_tensors
+            if loss.item() != 1.0:
+                # In place: a scaled copy of the head's gradient would be the largest tensor of the step.
+                for gradient in gradients:
+                    if gradient is not None:
+                        gradient.mul_(loss)
+        else:
+            hidden, weight, bias = ctx.saved_tensors
+            job = ctx.job if loss is not None else ctx.job._replace(lesson=None)
+            reached = [job.lesson.weights] if job.lesson is not None else []
+            reached += [x for x in (log_probs, entropy) if x is not None]
+            job = job._replace(rows=torch.stack([x != 0 for x in reached]).any(dim=0))
+            head = replace(ctx.head, weight=weight, bias=bias)
+            _, gradients = _sweep(hidden, head, job, _Upstream(loss, log_probs, entropy), ctx.needs_input_grad[:3])
+        return (*gradients, None, None, None)
+
+
+def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: Sequence[bool]):
+    """Visits the rows, a chunk of them at a time.
+
+    Returns the outputs (loss, token_loss, log_probs, entropy) and, where `needed`, the gradients of hidden states,
+    weight and bias for the `upstream` gradients of the outputs.
+    """
+    live, sums, n = head.live(job.temperature), _sum_dtype(head.weight), len(hidden)
+    vocab = len(live.weight)
+    if job.lesson is not None and len(job.lesson.head.weight) != vocab:
+        raise ValueError(
+            f"the student's head has {vocab} tokens and the teacher's {len(job.lesson.head.weight)}: "
+            "give both heads the same vocab_size"
+        )
+    token_loss = hidden.new_zeros(n, dtype=sums)
+    log_probs = torch.zeros_like(token_loss)
+    entropy = torch.zeros_like(token_loss) if job.with_entropy else None
+    grad_hidden = torch.zeros_like(hidden) if needed[0] else None
+    grad_weight = torch.zeros_like(head.weight, dtype=sums) if needed[1] else None
+    grad_bias = torch.zeros_like(head.bias, dtype=sums) if needed[2] else None
+
+    chunk_rows, tile_rows = _rows_at_a_time(hidden.device, vocab * sums.itemsize)
+    chunk_rows = min(job.chunk_size or chunk_rows, max(n, 1))
+    student_buffer = hidden.new_empty(chunk_rows, vocab, dtype=sums)
+    teacher_buffer = torch.empty_like(student_buffer) if job.lesson is not None else None
+
+    visited = torch.ones_like(token_loss, dtype=torch.bool) if job.rows is None else job.rows
+    taught = torch.zeros_like(visited) if job.lesson is None else visited & (job.lesson.weights != 0)
+    untaught = (visited & ~taught, job._replace(lesson=None), upstream._replace(loss=None))
+    for mask, part, arriving in ((taught, job, upstream), untaught):
+        lesson, differentiate = part.lesson, any(x is not None for x in arriving)
+        for rows in _split(mask.nonzero().squeeze(-1), chunk_rows):
+            states = hidden[rows].to(_product_dtype(live.weight))
+            student = _multiply(states, live.weight, student_buffer)
+            teacher = None if lesson is None else _multiply(lesson.hidden[rows], lesson.head.weight, teacher_buffer)
+            for start in range(0, len(rows), tile_rows):
+                tile = slice(start, start + tile_rows)
+                scores, gradient = _score(
+                    student[tile], None if teacher is None else teacher[tile], rows[tile], live, part, arriving
+                )
+                for output, values in zip((token_loss, log_probs, entropy), scores, strict=True):
+                    if values is not None:
+                        output[rows[tile]] = values
+                if differentiate:
+                    student[tile] = gradient
+            if differentiate:
+                _accumulate(student, states, live.weight, rows, grad_hidden, grad_weight, grad_bias)
+
+    loss = (token_loss * job.lesson.weights.to(sums)).sum() if job.lesson is not None else None
+    grad_weight = None if grad_weight is None else grad_weight.to(head.weight.dtype)
+    grad_bias = None if grad_bias is None else grad_bias.to(head.bias.dtype)
+    return (loss, token_loss, log_probs, entropy), (grad_hidden, grad_weight, grad_bias)
+
+
+def _score(
+    student_products: Tensor, teacher_products: Tensor | None, rows: Tensor, head: Head, job: _Job, upstream: _Upstream
+):
+    """A tile of rows: (token_loss, log_probs, entropy) `[r]`, and the gradient of its student products `[r, V]`."""
+    lesson, differentiate = job.lesson, any(x is not None for x in upstream)
+    with torch.set_grad_enabled(differentiate):
+        products = student_products.detach().requires_grad_(differentiate)
+        # Unlike `loss.log_probs` without a floor under log 0: logits of finite products are finite.
+        student = torch.log_softmax(head.logits(products), dim=-1)
+        ids = job.token_ids[rows]
+        token = student.gather(-1, ids[:, None]).squeeze(-1)
+        entropy = -(student.exp() * student).sum(dim=-1) if job.with_entropy else None
+        loss = None
+        if lesson is not None:
+            teacher = torch.log_softmax(lesson.head.logits(teacher_products), dim=-1)
+            old = None if lesson.old_log_probs is None else lesson.old_log_probs[rows]
+            loss = loss_from_log_probs(student, teacher, ids, lesson.config, old)
+    gradient = None
+    if differentiate:
+        arriving = (
+            None if upstream.loss is None else upstream.loss * lesson.weights[rows].to(loss.dtype),
+            None if upstream.log_probs is None else upstream.log_probs[rows],
+            None if upstream.entropy is None else upstream.entropy[rows],
+        )
+        pairs = [(output, g) for output, g in zip((loss, token, entropy), arriving, strict=True) if g is not None]
+        (gradient,) = torch.autograd.grad([x for x, _ in pairs], products, [g for _, g in pairs])
+    return (loss, token, entropy), gradient
+
+
+def _multiply(states: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """`states @ weight.T` `[r, V]`, in the first rows of `buffer`."""
+    out, dtype = buffer[: len(states)], _product_dtype(weight)
+    states = states.to(dtype)
+    for columns, block in _blocks(weight, dtype):
+        if dtype == out.dtype:
+            torch.mm(states, block.t(), out=out[:, columns])
+        else:
+            out[:, columns] = states @ block.t()
+    return out
+
+
+def _accumulate(
+    gradient: Tensor, states: Tensor, weight: Tensor, rows: Tensor,
+    grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+) -> None:
+    """Adds what the gradient `[r, V]` of a chunk's products says about its hidden states, the weight and the bias."""
+    vocab, dtype = len(weight), states.dtype
+    if grad_bias is not None:
+        grad_bias[:vocab] += gradient.sum(dim=0)
+    gradient = gradient.to(dtype)
+    if grad_weight is not None:
+        _add_product(grad_weight[:vocab], gradient.t(), states)
+    if grad_hidden is not None:
+        total = torch.zeros_like(states, dtype=_sum_dtype(weight))
+        for columns, block in _blocks(weight, dtype):
+            _add_product(total, gradient[:, columns], block)
+        grad_hidden[rows] = total.to(grad_hidden.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _sum_dtype(weight: Tensor) -> torch.dtype:
+    """Of logits, losses and sums of gradients."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """Of the factors of a product. bf16 is for GPUs: products of bf16 took this CPU 6 to 400 times as long as float32.
+
+    float16 is never a factor, it cannot hold the gradient of a mean over many tokens.
+    """
+    native = weight.dtype == torch.bfloat16 and weight.device.type != "cpu"
+    return torch.bfloat16 if native else _sum_dtype(weight)
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in the dtype of the product: as it is, or cast 16 MiB at a time rather than whole."""
+    step = len(weight) if weight.dtype == dtype else max(1, 16 * MIB // (weight.shape[1] * dtype.itemsize))
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        yield rows, weight[rows].to(dtype)
+
+
+def _rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
+    """Rows of a chunk, whose products exist at a time, and of a tile of it, for the elementwise work.
+
+    A chunk of c rows reads and writes the sum of the head's gradient once, 8 V H bytes, for 2 c V H operations: c/4 of
+    them per byte. A CPU does some 10 in the time a byte takes, so 256 rows are plenty; a GPU does some 300. Each of the
+    two `[c, V]` tensors stays under 320 MiB besides.
+
+    About ten temporaries of a tile are alive at once. On a CPU they should fit its last-level cache, which makes the
+    elementwise work 4 times faster than on whole chunks; on a GPU they need only be large enough to hide the launches.
+    """
+    if device.type == "cpu":
+        chunk, tile_bytes = 256, 2 * MIB * torch.get_num_threads()
+    else:
+        chunk, tile_bytes = 1024, 64 * MIB
+    return max(16, min(chunk, 320 * MIB // row_bytes)), max(1, tile_bytes // row_bytes)
+
+
+def _split(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """`rows.split(size)`, but no chunk where there are no rows."""
+    return rows.split(size) if len(rows) else ()

@@ -1,0 +1,27 @@
+"""What the end-to-end tests share: data, flags, and how runs are compared."""
+
+import torch
+
+REWARD = '''
+import torch
+
+def reward_func(queries, prompts, labels):
+    """Every second label succeeds; the feedback tells what was expected, whatever happened."""
+    reward = torch.tensor([float(int(label) % 2) for label in labels])
+    return {"rewards": reward, "scores": reward, "feedback": [f"expected {label}" for label in labels]}
+'''
+ROWS = [{"prompt": [{"role": "user", "content": f"say {i}"}], "label": str(i), "note": f"row {i}"} for i in range(8)]
+SDPO = ("--algo", "sdpo", "--distill.topk", "20")
+TWO_RANKS = ("--actor.num_gpus_per_node", "2", "--train.micro_batch_size", "4")
+ZERO = [(*TWO_RANKS, "--ds.zero_stage", stage) for stage in ("0", "1", "2", "3")]
+
+
+def same(a, b) -> bool:
+    """Whether two runs ended with the same weights, bit for bit."""
+    assert a.weights.keys() == b.weights.keys() and a.weights
+    return all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
+
+
+def motion(run, start) -> float:
+    """Euclidean distance of a run's final weights from `start`."""
+    return sum((run.weights[name].float() - w.float()).norm().item() ** 2 for name, w in start.items()) ** 0.5

@@ -1,0 +1,39 @@
+"""One tiny model and one reward function for all end-to-end runs; the fixture `openrlhf` is the harness itself."""
+
+from pathlib import Path
+
+import pytest
+from common import REWARD, ROWS, SDPO, TWO_RANKS
+
+from sdpo_plugin.testing import Run, tiny_model
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "untied")
+
+
+@pytest.fixture(scope="session")
+def reward(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("reward") / "reward.py"
+    path.write_text(REWARD)
+    return path
+
+
+@pytest.fixture(scope="session")
+def recorded(openrlhf, model, reward) -> Run:
+    """Two steps of SDPO on two ranks with ZeRO-2 and a real engine; other runs replay its samples."""
+    return openrlhf(model, ROWS, reward, *SDPO, *TWO_RANKS, "--train.num_episodes", "2", "--ckpt.save_steps", "1")
+
+
+@pytest.fixture(scope="session")
+def replay(openrlhf, model, reward, recorded):
+    """`replay(*flags)`: train on the recorded samples of two steps, without an engine; equal runs run once."""
+    done: dict[tuple, Run] = {}
+
+    def run(*flags: str, plain: bool = False) -> Run:
+        if (flags, plain) not in done:
+            done[flags, plain] = openrlhf(model, ROWS, reward, *flags, replay=recorded, plain=plain)
+        return done[flags, plain]
+
+    return run

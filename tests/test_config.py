@@ -1,0 +1,140 @@
+"""Bad input stops before anything loads, with a message that names the flag, the value and the fix."""
+
+import argparse
+
+import pytest
+
+from sdpo_plugin.config import ConfigError, DiagnosticsConfig, DistillConfig, RepromptConfig, TeacherConfig
+from sdpo_plugin.host import cli, manager, recipe
+
+
+def host_parser() -> argparse.ArgumentParser:
+    """A stand-in with the host flags these tests name; the real parser is reached in test_host.py."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--actor.model_name_or_path")
+    parser.add_argument("--actor.adam.lr", type=float, default=1e-6)
+    parser.add_argument("--actor.adam.betas", type=float, nargs=2, default=(0.9, 0.95))
+    parser.add_argument("--vllm.enforce_eager", action="store_true", default=False)
+    parser.add_argument("--actor.muon.nesterov", action="store_true", default=True)
+    parser.add_argument("--actor.muon.no_nesterov", dest="actor.muon.nesterov", action="store_false")
+    for flag, value in {
+        "ds.lora.rank": 0, "train.dynamic_batch_enable": False, "ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1,
+        "data.max_images_per_prompt": 0, "ds.enable_sleep": False, "algo.kl.init_coef": 0.0,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{flag}", default=value, type=type(value))
+    return parser
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    return cli.parse(host_parser(), list(arguments), on_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        (DistillConfig, {"weight": 1.5}, r"--distill.weight 1.5: give a number in \[0, 1\]"),
+        (DistillConfig, {"weight": -0.1}, r"--distill.weight -0.1: give a number in \[0, 1\]"),
+        (DistillConfig, {"weight": float("nan")}, r"--distill.weight nan"),
+        (DistillConfig, {"alpha": 2.0}, r"--distill.alpha 2.0: give a number in \[0, 1\]"),
+        (DistillConfig, {"mode": "sampled", "alpha": 0.5}, r"--distill.alpha 0.5: .* give --distill.alpha 1"),
+        (DistillConfig, {"mode": "topk", "topk": None}, r"--distill.topk None: .* give --distill.topk 100"),
+        (DistillConfig, {"mode": "topk", "topk": 0}, r"--distill.topk 0: give a positive integer"),
+        (DistillConfig, {"mode": "fulll"}, r"--distill.mode fulll: choose one of full, topk, sampled"),
+        (DistillConfig, {"is_clip": 0.0}, r"--distill.is_clip 0.0: give a positive number or none"),
+        (DistillConfig, {"skip_tokens": -1}, r"--distill.skip_tokens -1"),
+        (TeacherConfig, {"update_rate": 0.0}, r"--teacher.update_rate 0.0: .* give --teacher.kind base"),
+        (TeacherConfig, {"update_rate": 1.0}, r"--teacher.update_rate 1.0: .* give --teacher.kind live"),
+        (TeacherConfig, {"kind": "frozen"}, r"--teacher.kind frozen: choose one of live, base, ema"),
+        (RepromptConfig, {"max_len": 0}, r"--reprompt.max_len 0: give a positive integer"),
+        (RepromptConfig, {"template": "{solution}"}, r"--reprompt.template .*must contain \{prompt\}"),
+        (DiagnosticsConfig, {"interval": 0}, r"--diagnostics.interval 0"),
+    ],
+)
+def test_out_of_range(group, values, message):
+    with pytest.raises(ConfigError, match=message):
+        group(**values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--algo", "spdo"], r"--algo spdo: unknown algorithm; choose one of .*sdpo"),
+        (["--algo", "sdpo", "--distill.weight", "2"], r"--distill.weight 2.0: give a number in \[0, 1\]"),
+        (["--algo", "sdpo", "--ds.lora.rank", "8"], r"--ds.lora.rank is not supported .* --ds.lora.rank 0"),
+        (["--plugins", "no_such_module"], r"--plugins no_such_module: No module named"),
+        (["--config", "/no/such/recipe.yaml"], r"--config /no/such/recipe.yaml: .*No such file"),
+    ],
+)
+def test_command_line(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(*arguments)
+
+
+def test_a_value_of_the_wrong_type_is_argparse_s_error(capsys):
+    with pytest.raises(SystemExit):
+        parse("--algo", "sdpo", "--distill.alpha", "half")
+    assert "argument --distill.alpha: invalid float value: 'half'" in capsys.readouterr().err
+
+
+def test_defaults_are_the_dataclasses():
+    args = parse("--algo", "sdpo")
+    values = vars(args)
+    for group in (DistillConfig, TeacherConfig, RepromptConfig, DiagnosticsConfig):
+        for name, value in vars(group()).items():
+            assert values[f"{group.prefix}.{name}"] == value, name
+
+
+def test_recipe_is_a_command_line_that_comes_first(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "algo: {name: sdpo}\n"
+        "actor: {adam: {lr: 1e-5, betas: [0.8, 0.9]}, muon: {nesterov: false}}\n"
+        "vllm: {enforce_eager: true}\n"
+        "distill: {alpha: 0.25, is_clip: null, add_tail: false}\n"
+        "reprompt: {template: '{prompt} -- {feedback}'}\n"
+    )
+    args = vars(parse("--config", str(path), "--distill.alpha", "0.75"))
+    assert args["algo.name"] == "sdpo" and args["actor.adam.lr"] == 1e-5 and args["actor.adam.betas"] == [0.8, 0.9]
+    assert args["vllm.enforce_eager"] is True and args["actor.muon.nesterov"] is False
+    assert args["distill.is_clip"] is None and args["distill.add_tail"] is False
+    assert args["distill.alpha"] == 0.75 and args["reprompt.template"] == "{prompt} -- {feedback}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distil: {alpha: 1}", "unknown key distil.alpha; did you mean distill.alpha?"),
+        ("actor: {adam: {rl: 1}}", "unknown key actor.adam.rl; did you mean actor.adam.lr?"),
+        ("vllm: {enforce_eager: 3}", "vllm.enforce_eager: 3 is not true or false"),
+        ("[1, 2]", "expected nested keys, found list"),
+        ("a: [", "--config"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse("--config", str(path))
+    assert message in str(error.value)
+
+
+def test_an_algorithm_s_defaults_are_below_recipe_and_command_line(monkeypatch, tmp_path):
+    (tmp_path / "variant.py").write_text(
+        "from sdpo_plugin.plugin import SDPO\n"
+        "from sdpo_plugin.host.hookspecs import hookimpl\n"
+        "class Variant(SDPO):\n"
+        "    name = 'variant'\n"
+        "    defaults = {'distill.alpha': 1.0, 'teacher.kind': 'base'}\n"
+        "@hookimpl\n"
+        "def openrlhf_algorithms():\n"
+        "    return [Variant]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    args = vars(parse("--plugins", "variant", "--algo", "variant", "--distill.alpha", "0.5"))
+    assert args["distill.alpha"] == 0.5 and args["teacher.kind"] == "base"
+    chosen = manager.plugin_manager(("variant",), "variant")
+    assert type(chosen.get_plugin("algorithm variant")).__name__ == "Variant"
+
+
+def test_recipe_names_are_flat():
+    assert recipe._flatten({"a": {"b": {"c": 1}, "d": 2}, "e": 3}) == {"a.b.c": 1, "a.d": 2, "e": 3}

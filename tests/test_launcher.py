@@ -1,0 +1,106 @@
+"""The start-up file, the seam check and the words of reward functions, without Ray."""
+
+import asyncio
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sdpo_plugin.host import seams
+from sdpo_plugin.host.startup import redirect
+
+
+def test_only_the_hosts_launcher_with_our_flags_is_redirected():
+    run = ["python", "-u", "-m", "openrlhf.cli.train_ppo_ray"]
+    ours = ["python", "-u", "-m", "sdpo_plugin.host.cli", "train"]
+    assert redirect([*run, "--algo", "sdpo", "--x", "1"]) == [*ours, "--algo", "sdpo", "--x", "1"]
+    assert redirect([*run, "--algo=sdpo"]) == [*ours, "--algo=sdpo"]
+    assert redirect([*run, "--config", "r.yaml"]) == [*ours, "--config", "r.yaml"]
+    assert redirect([*run, "--algo.advantage.estimator", "rloo"]) is None
+    assert redirect(["python", "tool.py", "openrlhf.cli.train_ppo_ray", "--algo", "x"]) is None
+
+
+def test_start_up_file_is_installed_and_costs_nothing():
+    """Median over interpreter starts of the line itself, which must stay under 2 ms; it imports nothing of ours."""
+    code = (
+        "import sys, time, sysconfig, pathlib\n"
+        "line = (pathlib.Path(sysconfig.get_paths()['purelib']) / 'sdpo_plugin_startup.pth').read_text()\n"
+        "began = time.perf_counter(); exec(line); print(time.perf_counter() - began)\n"
+        "assert not any(m.startswith('sdpo_plugin') for m in sys.modules)\n"
+    )
+    times = sorted(float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(5))
+    assert times[2] < 2e-3
+
+
+def test_the_command_works_verbatim_and_shows_one_help():
+    command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", "--algo", "sdpo", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for flag in ("--actor.adam.lr", "--algo.advantage.estimator", "--algo NAME", "--distill.alpha", "--teacher.kind",
+                 "--reprompt.template", "--diagnostics.guard", "--config"):  # fmt: skip
+        assert flag in shown, flag
+
+
+def test_bad_configuration_is_one_line_on_the_command_line():
+    command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", "--algo", "sdpo", "--teacher.update_rate", "1"]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and time.monotonic() - began < 120
+    error = "--teacher.update_rate 1.0: this teacher would be the student; give --teacher.kind live"
+    assert done.stderr.rstrip().endswith(f"openrlhf-sdpo: error: {error}")
+
+
+def test_a_cpu_is_not_asked_for_what_needs_a_gpu():
+    command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--algo", "sdpo", "--vllm.num_engines", "1"]
+    done = subprocess.run([*command, "--ds.packing_samples"], capture_output=True, text=True)
+    assert "--ds.packing_samples needs a CUDA GPU, and this machine has none; leave it out" in done.stderr
+
+
+def test_a_host_whose_seams_moved_is_refused_by_name():
+    moved = (
+        seams.Seam("reward function", "openrlhf.utils.agent:SingleTurnAgentExecutor.no_such_method"),
+        seams.Seam("data set", "openrlhf.utils.config:hierarchize", ("args", "schema")),
+        seams.Seam("engine", "openrlhf.no_such_module:Engine"),
+        seams.Seam("fits", "openrlhf.utils.config:hierarchize", ("args",)),
+    )
+    with pytest.raises(seams.SeamError) as error:
+        seams.check(moved)
+    message = str(error.value)
+    assert "openrlhf 0.11.2 cannot be extended; tested with 0.11.2" in message
+    assert "reward function (openrlhf.utils.agent:SingleTurnAgentExecutor.no_such_method): not found" in message
+    assert "data set (openrlhf.utils.config:hierarchize): takes (args), expected also (schema)" in message
+    assert "engine (openrlhf.no_such_module:Engine): not found" in message and "fits" not in message
+
+
+@pytest.fixture(scope="module")
+def keep_words():
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    cpu.enable()  # idempotent
+    from sdpo_plugin.host.engine import keep_words
+
+    def call(result):
+        async def fetch(queries, prompts, labels):
+            if isinstance(result, Exception):
+                raise result
+            return [result]
+
+        return asyncio.run(keep_words(fetch)(["q"], ["p"], ["l"]))[0]
+
+    return call
+
+
+@pytest.mark.parametrize("feedback", ["expected 4", None, "", "x" * 2**20, {"not": "text"}])
+def test_feedback_moves_to_what_the_host_passes_on(keep_words, feedback):
+    for form in (feedback, [feedback]):
+        result = keep_words({"rewards": 1.0, "feedback": form, "extra_logs": {"seconds": 2}})
+        assert result == {"rewards": 1.0, "extra_logs": {"seconds": 2, "feedback": feedback}}
+
+
+def test_no_feedback_changes_nothing(keep_words):
+    assert keep_words({"rewards": 1.0}) == {"rewards": 1.0}
+
+
+def test_a_failure_is_kept_as_data(keep_words):
+    assert "ZeroDivisionError: by zero" in keep_words(ZeroDivisionError("by zero"))["extra_logs"]["reward_failure"]
