@@ -118,9 +118,10 @@ def teacher_prompt_ids(
     tokenizer: a Hugging Face tokenizer. chat_template_kwargs: what the student's prompt is rendered with (`tools`,
     `enable_thinking`, ...). An inactive context gives the student's ids. An active one gives the ids of the plain
     rendering, unless a section would change the mark-up or the prompt is longer than `config.max_len`. Then sections
-    are tokenized on their own, so that tokens do not merge across their borders, and are cut, taken together, at
-    `config.truncation`; one of which nothing is left goes with its frame. Everything else is kept, even if it alone is
-    longer than `max_len`. Where a chat template strips the user turn, a section at its very end keeps its white space.
+    are tokenized on their own: tokens do not merge across their borders (SentencePiece may see a space there). If still
+    too long they are cut, taken together, at `config.truncation`; one of which nothing is left goes with its frame.
+    Everything else is kept, even if it alone is longer than `max_len`. Where a chat template strips the user turn, a
+    section at its very border keeps its white space.
 
     Raises ValueError for chat messages and a tokenizer without a chat template.
     """

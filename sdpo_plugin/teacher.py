@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,14 @@ import torch
 from sdpo_plugin.config import TeacherConfig
 
 STATE = "teacher_rank{rank}.pt"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of one parameter's fp32 master weight: elements `start : start + values.numel()`."""
+
+    start: int
+    values: torch.Tensor
 
 
 class Model(Protocol):
@@ -71,7 +80,7 @@ class EmaTeacher(Teacher):
         self.worker, self.config = worker, config
         self.steps = 0
         self.average = {
-            name: type(fragment)(fragment.start, fragment.values.detach().clone())
+            name: Fragment(fragment.start, fragment.values.detach().clone())
             for name, fragment in worker.masters.fragments().items()
         }
 
@@ -113,7 +122,7 @@ class EmaTeacher(Teacher):
         self.worker.publish(self.average, self.model)
 
 
-def _copy_overlap(into: Any, start: int, values: torch.Tensor) -> None:
+def _copy_overlap(into: Fragment, start: int, values: torch.Tensor) -> None:
     """Copy what `values`, beginning at element `start` of its parameter, shares with the fragment `into`."""
     begin = max(into.start, start)
     end = min(into.start + into.values.numel(), start + values.numel())

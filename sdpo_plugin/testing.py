@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
 import json
 import os
 import runpy
@@ -19,11 +18,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sdpo_plugin.host.hookspecs import hookimpl
+from sdpo_plugin.teacher import Fragment
 
 if TYPE_CHECKING:  # pytest loads this module in every project of the environment: it must cost nothing
     import torch
@@ -41,7 +42,9 @@ def openrlhf_add_arguments(parser: argparse.ArgumentParser) -> None:
 @hookimpl(tryfirst=True)
 def openrlhf_dataset(dataset: Any, args: Any) -> None:
     if args.testing.replay:
-        _replay(args.testing.replay)
+        from sdpo_plugin.host import replay
+
+        replay.bind(args.testing.replay)
 
 
 @hookimpl(tryfirst=True)
@@ -52,20 +55,6 @@ def openrlhf_batch(batch: Any) -> None:
         os.makedirs(batch.args.testing.record, exist_ok=True)
         step = len(os.listdir(batch.args.testing.record))
         torch.save(list(batch.samples), os.path.join(batch.args.testing.record, f"{step:05d}.pt"))
-
-
-def _replay(directory: str) -> None:
-    """Bind the host's sample generator in this process to the recorded steps."""
-    import torch
-    from openrlhf.trainer import ppo_trainer
-
-    class Recorded(ppo_trainer.SamplesGenerator):
-        def generate_samples(self, **kwargs: Any) -> tuple[list[Any], None, int, bool]:
-            self.files = getattr(self, "files", None) or sorted(glob.glob(os.path.join(directory, "*.pt")))
-            samples = torch.load(self.files.pop(0), weights_only=False)
-            return samples, None, len(samples) // self.args.rollout.n_samples_per_prompt, not self.files
-
-    ppo_trainer.SamplesGenerator = Recorded
 
 
 # ── the pytest side: runs of the real host ──
@@ -218,6 +207,103 @@ def tiny_model(directory: str | Path, *, tied: bool = False, seed: int = 0) -> P
     return Path(directory)
 
 
+# ── units: a policy worker without the host ──
+
+
+def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> Any:
+    """A policy worker on one CPU rank with a toy model, for units: what a plugin sees, in milliseconds.
+
+    Args:
+        groups: options that differ from their defaults, `fake_worker(distill={"alpha": 1.0}, actor={...})`.
+
+    Returns:
+        An object with the attributes of `host.worker.PolicyWorker` that algorithms use, and
+        `step(plugin, sequences, attention_mask, action_mask, **data) -> PolicyStep`: one micro-batch through
+        `openrlhf_before_forward`, the student's forward pass and `openrlhf_policy_loss`; `data` is what a plugin
+        attached on the controller. The host's own policy loss is the mean of -log_probs.
+    """
+    import copy
+
+    import torch
+
+    from sdpo_plugin.config import GROUPS
+    from sdpo_plugin.fused import Head, linear_log_probs
+    from sdpo_plugin.step import ATTACHED, PolicyStep, response_rows
+
+    class Actor(torch.nn.Module):
+        temperature = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(vocab, hidden)
+            self.mix = torch.nn.Linear(hidden, hidden)
+            self.lm_head = torch.nn.Linear(hidden, vocab, bias=False)
+
+        def states(self, sequences: torch.Tensor) -> torch.Tensor:
+            positions = torch.arange(1, sequences.shape[1] + 1)[:, None]
+            return torch.tanh(self.mix(self.embedding(sequences).cumsum(1) / positions.sqrt()))
+
+        @torch.no_grad()
+        def hidden_states(self, sequences: Any, attention_mask: Any, rows: torch.Tensor) -> torch.Tensor:
+            return self.states(sequences)[rows]
+
+        @contextlib.contextmanager
+        def whole_head(self) -> Any:
+            yield Head(self.lm_head.weight)
+
+        def tap_head(self) -> None:
+            pass
+
+    class Worker:
+        rank = 0
+
+        def __init__(self) -> None:
+            defaults = {g.prefix: vars(g()) for g in GROUPS} | {
+                "actor": {"entropy_coef": None}, "algo": {"name": "sdpo", "kl": SimpleNamespace(use_loss=False)},
+                "rollout": {"n_samples_per_prompt": 2}, "data": {"apply_chat_template": True, "input_key": "prompt"},
+            }  # fmt: skip
+            self.args = SimpleNamespace(
+                **{name: SimpleNamespace(**{**values, **groups.get(name, {})}) for name, values in defaults.items()}
+            )
+            torch.manual_seed(0)
+            self.actor, self.masters = Actor(), self
+
+        def fragments(self) -> dict[str, Any]:
+            return {name: Fragment(0, p.data.view(-1)) for name, p in self.actor.named_parameters()}
+
+        def publish(self, fragments: dict[str, Any], model: Actor) -> None:
+            for name, parameter in model.named_parameters():
+                parameter.data.view(-1).copy_(fragments[name].values)
+
+        def frozen_copy(self, offload: bool) -> Actor:
+            return copy.deepcopy(self.actor)
+
+        def step(
+            self, plugin: Any, sequences: Any, attention_mask: Any, action_mask: Any, **data: list[Any]
+        ) -> PolicyStep:
+            info = {ATTACHED + name: values for name, values in data.items()}
+            experience = SimpleNamespace(
+                sequences=sequences, attention_mask=attention_mask, action_mask=action_mask, action_log_probs=None,
+                info=info,
+            )  # fmt: skip
+            step = PolicyStep(self, experience, lambda loss, mask: (loss * mask).sum() / mask.sum().clamp(min=1))
+            plugin.openrlhf_before_forward(step)
+            rows = response_rows(action_mask, sequences)
+            states, targets = self.actor.states(sequences)[rows], torch.roll(sequences, -1, dims=1)[rows]
+            with self.actor.whole_head() as head:
+                if step.head is not None:
+                    step.scores = step.head(states, head, targets)
+                    log_probs = step.scores.log_probs
+                else:
+                    log_probs, _ = linear_log_probs(states, head, targets)
+            step.log_probs = torch.zeros(action_mask.shape).masked_scatter(action_mask.bool(), log_probs)
+            step.loss = -log_probs.mean()
+            plugin.openrlhf_policy_loss(step)
+            return step
+
+    return Worker()
+
+
 def _train_plain(samples: str, arguments: list[str]) -> None:
     """The host's launcher with the host's own policy worker; only the controller reads recorded samples."""
     from sdpo_plugin.host import cpu, seams
@@ -226,26 +312,13 @@ def _train_plain(samples: str, arguments: list[str]) -> None:
     import ray
     from openrlhf.trainer import ppo_trainer
 
-    from sdpo_plugin import testing  # by its importable name, for Ray
+    from sdpo_plugin.host import replay
 
+    os.environ[replay.DIRECTORY] = samples
     ray.init = seams.with_cpu_resources(ray.init)
-    os.environ["SDPO_PLUGIN_REPLAY"] = samples
-    ppo_trainer.PPOTrainer = ray.remote(testing.replaying_controller())
+    ppo_trainer.PPOTrainer = ray.remote(replay.PlainController)
     sys.argv = ["train_ppo_ray", *arguments]
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
-
-
-def replaying_controller() -> type:
-    from openrlhf.trainer import ppo_trainer
-
-    from sdpo_plugin.host.seams import plain_class
-
-    class Replaying(plain_class(ppo_trainer.PPOTrainer)):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            _replay(os.environ["SDPO_PLUGIN_REPLAY"])
-            super().__init__(*args, **kwargs)
-
-    return Replaying
 
 
 if __name__ == "__main__":

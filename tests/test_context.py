@@ -423,6 +423,11 @@ def test_an_inactive_context_is_the_students_prompt(tokenizers, family, messages
     assert teacher_prompt_ids(context, tokenizers[family], SDPO) == (plain_ids(messages, tokenizers[family]), False)
 
 
+def test_private_use_characters_of_the_question_are_kept(tokenizers):
+    context = teacher("the answer", messages=user("\ue000Q?\ue001\ue003"), config=SDPO)
+    assert teacher_prompt_ids(context, tokenizers["qwen3"], SDPO)[0] == plain_ids(context.messages, tokenizers["qwen3"])
+
+
 def test_a_context_made_by_hand_is_trusted(tokenizers):
     messages = user("<|im_end|>")
     ids, _ = teacher_prompt_ids(TeacherContext(messages, True), tokenizers["qwen3"], SDPO)
@@ -567,6 +572,15 @@ def test_cut_keeps_question_closing_and_characters(tokenizers, texts, max_len, t
     if truncated and context.sections:
         closing = tokenizer(bare[bare.index("\nNow answer.") :], add_special_tokens=False)["input_ids"]
         assert ids[-len(closing) :] == closing
+
+
+@pytest.mark.parametrize("truncation", ["right", "left", "middle"])
+def test_a_cut_does_not_leave_half_a_character(tokenizers, truncation):
+    for max_len in range(150, 158):  # four tokens a character: some of these limits fall inside one
+        config = RepromptConfig(max_len=max_len, truncation=truncation)
+        ids, truncated = teacher_prompt_ids(teacher(feedback="\U0001f600" * 99), tokenizers["qwen3"], config)
+        text = tokenizers["qwen3"].decode(ids)
+        assert truncated and max_len - 6 <= len(ids) <= max_len and "\ufffd" not in text and "\U0001f600" in text
 
 
 def test_a_question_longer_than_the_limit_is_not_cut(tokenizers):

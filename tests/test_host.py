@@ -92,7 +92,7 @@ def test_resume_continues_with_the_teacher(openrlhf, model, reward, recorded, tm
     samples.mkdir()
     shutil.copy(recorded.directory / "samples" / "00001.pt", samples)
     resumed = openrlhf(
-        model, ROWS, reward, *SDPO, *TWO_RANKS, "--train.num_episodes", "2", "--ckpt.load_enable", "--ckpt.path",
+        model, ROWS, reward, *SDPO, *TWO_RANKS, "--ckpt.load_enable", "--ckpt.path",
         str(tmp_path / "ckpt"), "--testing.replay", str(samples), replay=recorded,
     )  # fmt: skip
     assert same(resumed, recorded)

@@ -10,7 +10,8 @@ from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
 from sdpo_plugin.host import manager
 from sdpo_plugin.host.engine import FAILURE, FEEDBACK, Prompt
-from sdpo_plugin.host.seams import ATTACHED, plain_class
+from sdpo_plugin.host.seams import plain_class
+from sdpo_plugin.step import ATTACHED
 
 
 class RewardError(RuntimeError):

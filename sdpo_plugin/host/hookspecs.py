@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import argparse
 
     from sdpo_plugin.host.controller import RolloutBatch
-    from sdpo_plugin.host.worker import PolicyStep, PolicyWorker
+    from sdpo_plugin.host.worker import PolicyWorker
+    from sdpo_plugin.step import PolicyStep
 
 PROJECT = "openrlhf"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -16,10 +16,6 @@ from typing import Any
 
 TESTED = ("0.11.2",)
 
-# Entries of `Experience.info`, the only field through which the host carries new tensors to the policy workers.
-ATTACHED = "plugin/"
-LOSS_MASK = "loss_mask"
-
 
 class SeamError(RuntimeError):
     """The installed host does not have the shape this adapter attaches to."""

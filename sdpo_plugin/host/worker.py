@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,10 @@ from openrlhf.trainer.ray import ppo_actor
 
 from sdpo_plugin.fused import Head, Scores, linear_log_probs
 from sdpo_plugin.host import manager
-from sdpo_plugin.host.seams import ATTACHED, LOSS_MASK, plain_class
-from sdpo_plugin.host.zero import Fragment, MasterWeights, gathered, publish
-
-HeadFunction = Callable[[torch.Tensor, Head, torch.Tensor], Scores]
+from sdpo_plugin.host.seams import plain_class
+from sdpo_plugin.host.zero import MasterWeights, gathered, publish
+from sdpo_plugin.step import ATTACHED, LOSS_MASK, HeadFunction, PolicyStep, loss_mask, response_rows
+from sdpo_plugin.teacher import Fragment
 
 
 class HeadTap:
@@ -160,68 +161,6 @@ class PolicyActor(ppo_actor.Actor):
             yield self.head()
 
 
-def response_rows(action_mask: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
-    """Positions whose hidden state predicts a response token: bool [B, S] from the mask [B, A], aligned right."""
-    left = sequences.shape[1] - 1 - action_mask.shape[1]
-    return torch.nn.functional.pad(action_mask.bool(), (left, 1))
-
-
-class PolicyStep:
-    """One micro-batch on its way from data to loss.
-
-    Attributes:
-        worker: this rank's `PolicyWorker`.
-        experience: the host's batch: `sequences`, `attention_mask` [B, S], `action_mask`, `advantages` [B, A], ...
-        data: what plugins attached on the controller, a list of B tensors per name.
-        head: set it to a function `(hidden [N, H], Head, token_ids [N]) -> Scores` to run in place of the LM head.
-        scores: what that function returned.
-        loss, log_probs: from the host, while the policy loss is computed.
-        metrics: scalars to log, averaged over the step's response tokens.
-    """
-
-    def __init__(self, worker: PolicyWorker, experience: Any, batch_info: dict[str, Any] | None) -> None:
-        self.worker, self.experience = worker, experience
-        info = experience.info  # the host logs every entry that stays
-        self.data = {k.removeprefix(ATTACHED): info.pop(k) for k in list(info) if k.startswith(ATTACHED)}
-        self.head: HeadFunction | None = None
-        self.scores: Scores | None = None
-        self.loss: torch.Tensor | None = None
-        self.log_probs: torch.Tensor | None = None
-        self.metrics: dict[str, float | torch.Tensor] = {}
-        self._batch_info = batch_info
-
-    @property
-    def loss_mask(self) -> torch.Tensor:
-        """Bool [B, A]: the mask attached as `loss_mask`, or the host's action mask."""
-        return loss_mask(self.experience, self.data.get(LOSS_MASK))
-
-    @property
-    def loss_weights(self) -> torch.Tensor:
-        """Float32 [B, A]: each token's share of the mean over `loss_mask` in the whole optimizer step.
-
-        `(loss_weights * x).sum()` is the scalar to backpropagate: over all ranks and accumulated micro-batches it
-        adds up to one mean, the way the host's `aggregate_loss` does for its own loss (`--actor.loss_agg_mode`).
-        """
-        info = getattr(self.experience, "loss_mask_info", self._batch_info)
-        unit = torch.zeros(self.loss_mask.shape, device=self.experience.sequences.device, requires_grad=True)
-        mean = ppo_actor.aggregate_loss(
-            unit, self.loss_mask.float(), token_level_loss=self.worker.trainer.host_loss_fn.token_level_loss,
-            dp_size=info["dp_size"],
-            # A step without a single token in the mask has a loss of zero, not 0/0.
-            **{k: info[k].clamp(min=1e-8) for k in ("batch_num_tokens", "global_batch_size")},
-        )
-        return torch.autograd.grad(mean, unit)[0]
-
-
-def loss_mask(experience: Any, attached: list[torch.Tensor] | None) -> torch.Tensor:
-    if attached is None:
-        return experience.action_mask.bool()
-    mask = torch.zeros_like(experience.action_mask, dtype=torch.bool)
-    for row, values in zip(mask, attached, strict=True):
-        row[: len(values)] = values.bool()
-    return mask
-
-
 def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
     """utils/loss_utils.py: normalises by the plugins' loss mask too, over the host's own accumulation windows."""
 
@@ -254,7 +193,7 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
     def training_step(
         self, experience: Any, kl_ctl: float, step: int, loss_batch_info: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        self.step = PolicyStep(self.worker, experience, loss_batch_info)
+        self.step = PolicyStep(self.worker, experience, self._aggregate(experience, loss_batch_info))
         self.hook.openrlhf_before_forward(step=self.step)
         self.actor.head_function = self.step.head
         try:
@@ -266,6 +205,14 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
         status["metrics"].update(self.step.metrics)
         status["weights"].update(dict.fromkeys(self.step.metrics, "token"))
         return status
+
+    def _aggregate(self, experience: Any, batch_info: dict[str, Any] | None) -> Callable[..., torch.Tensor]:
+        """The host's mean over an optimizer step for the plugins' mask: `(loss [B, A], mask [B, A]) -> scalar`."""
+        info = getattr(experience, "loss_mask_info", batch_info)
+        # A step without a single token in the mask has a loss of zero, not 0/0.
+        totals = {name: info[name].clamp(min=1e-8) for name in ("batch_num_tokens", "global_batch_size")}
+        token_level = self.host_loss_fn.token_level_loss
+        return partial(ppo_actor.aggregate_loss, token_level_loss=token_level, dp_size=info["dp_size"], **totals)
 
     def _loss(self, log_probs: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         step = self.step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -12,13 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 
-
-@dataclass(frozen=True)
-class Fragment:
-    """This rank's part of one parameter's fp32 master weight: elements `start : start + values.numel()`."""
-
-    start: int
-    values: torch.Tensor
+from sdpo_plugin.teacher import Fragment
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:

@@ -1,0 +1,35 @@
+"""Recorded rollouts in the place of generated ones (`testing.py`). Importable, because Ray carries classes by name."""
+
+from __future__ import annotations
+
+import glob
+import os
+from typing import Any
+
+import torch
+from openrlhf.trainer import ppo_trainer
+
+from sdpo_plugin.host.seams import plain_class
+
+DIRECTORY = "SDPO_PLUGIN_REPLAY"  # where `PlainController` finds the samples
+
+
+def bind(directory: str) -> None:
+    """Let the host's controller in this process read one recorded step after the other from `directory`."""
+
+    class Recorded(ppo_trainer.SamplesGenerator):
+        files = sorted(glob.glob(os.path.join(directory, "*.pt")))
+
+        def generate_samples(self, **kwargs: Any) -> tuple[list[Any], None, int, bool]:
+            samples = torch.load(self.files.pop(0), weights_only=False)
+            return samples, None, len(samples) // self.args.rollout.n_samples_per_prompt, not self.files
+
+    ppo_trainer.SamplesGenerator = Recorded
+
+
+class PlainController(plain_class(ppo_trainer.PPOTrainer)):
+    """The host's controller without hooks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bind(os.environ[DIRECTORY])
+        super().__init__(*args, **kwargs)

@@ -1,0 +1,71 @@
+"""One micro-batch on a policy worker, as plugins see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sdpo_plugin.fused import Head, Scores
+
+# Entries of the host's `Experience.info`, the only field that carries new tensors to the policy workers.
+ATTACHED = "plugin/"
+LOSS_MASK = "loss_mask"
+
+HeadFunction = Callable[[torch.Tensor, Head, torch.Tensor], Scores]
+
+
+class PolicyStep:
+    """One micro-batch on its way from data to loss.
+
+    Attributes:
+        worker: this rank's `host.worker.PolicyWorker`.
+        experience: the host's batch: `sequences`, `attention_mask` [B, S], `action_mask`, `advantages` [B, A], ...
+        data: what plugins attached on the controller, a list of B tensors per name.
+        head: set it to a function `(hidden [N, H], Head, token_ids [N]) -> Scores` to run in place of the LM head.
+        scores: what that function returned.
+        loss, log_probs: from the host, while the policy loss is computed.
+        metrics: scalars to log, averaged over the step's response tokens.
+    """
+
+    def __init__(self, worker: Any, experience: Any, aggregate: Callable[..., torch.Tensor]) -> None:
+        self.worker, self.experience = worker, experience
+        info = experience.info  # the host logs every entry that stays
+        self.data = {k.removeprefix(ATTACHED): info.pop(k) for k in list(info) if k.startswith(ATTACHED)}
+        self.head: HeadFunction | None = None
+        self.scores: Scores | None = None
+        self.loss: torch.Tensor | None = None
+        self.log_probs: torch.Tensor | None = None
+        self.metrics: dict[str, float | torch.Tensor] = {}
+        self._aggregate = aggregate
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """Bool [B, A]: the mask attached as `loss_mask`, or the host's action mask."""
+        return loss_mask(self.experience, self.data.get(LOSS_MASK))
+
+    @property
+    def loss_weights(self) -> torch.Tensor:
+        """Float32 [B, A]: each token's share of the mean over `loss_mask` in the whole optimizer step.
+
+        `(loss_weights * x).sum()` is the scalar to backpropagate: over all ranks and accumulated micro-batches it
+        adds up to one mean, the way the host's `aggregate_loss` does for its own loss (`--actor.loss_agg_mode`).
+        """
+        unit = torch.zeros(self.loss_mask.shape, device=self.experience.sequences.device, requires_grad=True)
+        return torch.autograd.grad(self._aggregate(unit, self.loss_mask.float()), unit)[0]
+
+
+def loss_mask(experience: Any, attached: list[torch.Tensor] | None) -> torch.Tensor:
+    if attached is None:
+        return experience.action_mask.bool()
+    mask = torch.zeros_like(experience.action_mask, dtype=torch.bool)
+    for row, values in zip(mask, attached, strict=True):
+        row[: len(values)] = values.bool()
+    return mask
+
+
+def response_rows(action_mask: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+    """Positions whose hidden state predicts a response token: bool [B, S] from the mask [B, A], aligned right."""
+    left = sequences.shape[1] - 1 - action_mask.shape[1]
+    return torch.nn.functional.pad(action_mask.bool(), (left, 1))
