@@ -40,7 +40,7 @@ class Head:
     softcap: float | None = None
     vocab_size: int | None = None
 
-    def live(self, temperature: float) -> Head:
+    def effective(self, temperature: float) -> Head:
         """The head of logits / temperature, without the padding and outside any graph."""
         vocab = slice(self.vocab_size)
         return Head(
@@ -96,7 +96,7 @@ def linear_distillation(
     `differentiable_log_probs` lets gradients through `log_probs` and `entropy`, at the price of both heads' products
     once more in the backward pass, where the weights must be in place again (ZeRO-3 gathers them for the forward).
     """
-    lesson = _Lesson(teacher_hidden.detach(), teacher_head.live(temperature), weights.detach(), config, old_log_probs)
+    lesson = _Lesson(teacher_hidden.detach(), teacher_head.effective(temperature), weights.detach(), config, old_log_probs)
     job = _Job(token_ids, temperature, with_entropy, chunk_size, lesson)
     return _run(student_hidden, student_head, job, differentiable_log_probs)
 
@@ -118,7 +118,7 @@ def linear_distillation_loss(
     """
     sums = _sum_dtype(student_head)
     weights = loss_mask.to(sums) / loss_mask.sum(dtype=sums).clamp(min=1)
-    lesson = _Lesson(teacher_hidden.detach(), Head(teacher_head).live(temperature), weights, config, old_log_probs)
+    lesson = _Lesson(teacher_hidden.detach(), Head(teacher_head).effective(temperature), weights, config, old_log_probs)
     job = _Job(token_ids, temperature, False, None, lesson, rows=weights != 0)
     return _run(student_hidden, Head(student_head), job, differentiable_log_probs=False).loss
 
@@ -190,6 +190,8 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, loss, _, log_probs, entropy):
+        if loss is None and log_probs is None and entropy is None:
+            return (None,) * 6
         if ctx.eager:
             gradients = ctx.saved_tensors
             if loss.item() != 1.0:
@@ -214,7 +216,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     Returns the outputs (loss, token_loss, log_probs, entropy) and, where `needed`, the gradients of hidden states,
     weight and bias for the `upstream` gradients of the outputs.
     """
-    live, sums, n = head.live(job.temperature), _sum_dtype(head.weight), len(hidden)
+    live, sums, n = head.effective(job.temperature), _sum_dtype(head.weight), len(hidden)
     vocab = len(live.weight)
     if job.lesson is not None and len(job.lesson.head.weight) != vocab:
         raise ValueError(

@@ -87,7 +87,8 @@ def importance_ratio(token_log_probs: Tensor, old_log_probs: Tensor | None, is_c
         return 1.0
     if old_log_probs is None:
         return min(1.0, is_clip)
-    return (token_log_probs.detach() - old_log_probs).clamp(-20.0, 20.0).exp().clamp(max=is_clip)
+    log_ratio = token_log_probs.detach() - old_log_probs.to(token_log_probs.dtype)
+    return log_ratio.clamp(-20.0, 20.0).exp().clamp(max=is_clip)
 
 
 def loss_from_log_probs(

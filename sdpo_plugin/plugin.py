@@ -33,7 +33,10 @@ logger = logging.getLogger(__name__)
 
 @hookimpl
 def openrlhf_algorithms() -> list[type]:
-    return [SDPO]
+    from sdpo_plugin.sdft import OPSD, SDFT
+    from sdpo_plugin.sdpo import SDPO
+
+    return [SDPO, SDFT, OPSD]
 
 
 @hookimpl
@@ -79,6 +82,25 @@ class SelfDistillation:
                 )
 
     @hookimpl
+    def openrlhf_generation_prompt(
+        self, prompt: str, record: dict[str, Any], tokenizer: Any, args: Any
+    ) -> list[int] | None:
+        self._read(args)
+        if not self.distill.generate_from_teacher or self.distill.weight == 0.0:
+            return None
+        shown = record.get(self.reprompt.privileged_key)
+        rollout = Rollout(0, prompt_messages(prompt, record, args), "", None, privileged_context=shown)
+        (context,) = build_teacher_contexts([rollout], self.reprompt)
+        ids, _ = teacher_prompt_ids(context, tokenizer, self.reprompt)
+        room = args.data.max_len - (args.rollout.max_new_tokens or 1)
+        if len(ids) > room:
+            raise ConfigError(
+                f"--distill.generate_from_teacher: a teacher's prompt of {len(ids)} tokens leaves no room for a "
+                f"response; give --data.max_len {args.data.max_len + len(ids) - room} or a smaller --reprompt.max_len"
+            )
+        return ids
+
+    @hookimpl
     def openrlhf_batch(self, batch: Any) -> None:
         self._read(batch.args)
         if self.distill.weight == 0.0:
@@ -104,7 +126,7 @@ class SelfDistillation:
         sample, args = batch.samples[i], batch.args
         return Rollout(
             group=i // args.rollout.n_samples_per_prompt,
-            messages=prompt_messages(sample, args),
+            messages=prompt_messages(sample.prompts[0], sample.record, args),
             response=batch.tokenizer.decode(batch.response_ids(i), skip_special_tokens=True),
             reward=batch.rewards[i],
             feedback=sample.feedback,
@@ -194,17 +216,11 @@ class SelfDistillation:
             status[PREFIX + "loss"] /= fraction
 
 
-class SDPO(SelfDistillation):
-    """Self-Distillation Policy Optimization (arXiv 2601.20802): successful siblings and feedback teach."""
-
-    name = "sdpo"
-
-
-def prompt_messages(sample: Any, args: Any) -> list[dict[str, Any]] | str:
+def prompt_messages(prompt: str, record: dict[str, Any], args: Any) -> list[dict[str, Any]] | str:
     """The data-set row's chat, or the rendered prompt of data that never was one."""
     if not args.data.apply_chat_template:
-        return str(sample.prompts[0])
-    messages = sample.record[args.data.input_key]
+        return str(prompt)
+    messages = record[args.data.input_key]
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
 
 
@@ -256,6 +272,11 @@ def refuse(args: Any) -> None:
     """Stop, before anything loads, where self-distillation and the host's options do not go together yet."""
     if args.distill.weight == 0.0:
         return
+    if args.distill.generate_from_teacher and "{privileged_context}" not in args.reprompt.template:
+        raise ConfigError(
+            "--distill.generate_from_teacher True: before a rollout only the data set's context is known; name "
+            "{privileged_context} in --reprompt.template, or use --algo sdft"
+        )
     for flag, asked, fix in (
         ("--ds.lora.rank", args.ds.lora.rank > 0, "train all weights: --ds.lora.rank 0"),
         ("--train.dynamic_batch_enable", args.train.dynamic_batch_enable, "leave it out"),
@@ -264,7 +285,6 @@ def refuse(args: Any) -> None:
         ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),
         ("--ds.enable_sleep", args.ds.enable_sleep, "leave it out"),
         ("--teacher.kind trust_region", args.teacher.kind == "trust_region", "use ema, base or live"),
-        ("--distill.generate_from_teacher", args.distill.generate_from_teacher, "leave it out"),
         ("--teacher.save", args.teacher.save, "leave it out"),
     ):
         if asked:

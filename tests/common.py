@@ -6,8 +6,8 @@ REWARD = '''
 import torch
 
 def reward_func(queries, prompts, labels):
-    """Every second label succeeds; the feedback tells what was expected, whatever happened."""
-    reward = torch.tensor([float(int(label) % 2) for label in labels])
+    """Half of the responses succeed, by chance; the feedback tells what was expected, whatever happened."""
+    reward = torch.tensor([float(sum(map(ord, query)) % 2) for query in queries])
     return {"rewards": reward, "scores": reward, "feedback": [f"expected {label}" for label in labels]}
 '''
 ROWS = [{"prompt": [{"role": "user", "content": f"say {i}"}], "label": str(i), "note": f"row {i}"} for i in range(8)]

@@ -120,7 +120,7 @@ def test_bad_recipes(tmp_path, text, message):
 
 def test_an_algorithm_s_defaults_are_below_recipe_and_command_line(monkeypatch, tmp_path):
     (tmp_path / "variant.py").write_text(
-        "from sdpo_plugin.plugin import SDPO\n"
+        "from sdpo_plugin.sdpo import SDPO\n"
         "from sdpo_plugin.host.hookspecs import hookimpl\n"
         "class Variant(SDPO):\n"
         "    name = 'variant'\n"

@@ -1,4 +1,4 @@
-"""The readable loss against recorded cases, against sums written out by hand, and against what it must always satisfy."""
+"""The readable loss against recorded cases, sums written out by hand, and what it must always satisfy."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ import torch
 
 from sdpo_plugin.config import ConfigError, DistillConfig, TeacherConfig
 from sdpo_plugin.loss import per_token_loss
-from sdpo_plugin.plugin import SDPO, teacher_inputs
+from sdpo_plugin.plugin import teacher_inputs
+from sdpo_plugin.sdpo import SDPO
 from sdpo_plugin.teacher import EmaTeacher
 from sdpo_plugin.testing import fake_worker
 

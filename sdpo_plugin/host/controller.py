@@ -36,6 +36,24 @@ class Records(ppo_trainer.PromptDataset):
 class Samples(ppo_trainer.SamplesGenerator):
     """samples_generator.py: gives each sample its data-set row and the words of its reward function."""
 
+    evaluating = False
+
+    def generate_eval_samples(self, **kwargs: Any) -> list[Any]:
+        self.evaluating = True
+        try:
+            return super().generate_eval_samples(**kwargs)
+        finally:
+            self.evaluating = False
+
+    def _dispatch_prompts_to_vllm(self, prompts: list[str], labels: list[Any], **kwargs: Any) -> list[Any]:
+        if not self.evaluating:
+            hook = manager.of(self.args).hook
+            for prompt in prompts:
+                prompt.shown = hook.openrlhf_generation_prompt(
+                    prompt=str(prompt), record=self._record(prompt), tokenizer=self.tokenizer, args=self.args
+                )
+        return super()._dispatch_prompts_to_vllm(prompts, labels, **kwargs)
+
     def _process_response_into_experience(self, response: dict[str, Any], **kwargs: Any) -> Any:
         extra_logs = dict(response.get("extra_logs") or {})
         if failure := extra_logs.get(FAILURE):

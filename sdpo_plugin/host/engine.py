@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 from openrlhf.trainer.ray import vllm_engine
@@ -18,11 +19,22 @@ FAILURE = "reward_failure"
 Fetch = Callable[..., Awaitable[list[dict[str, Any]]]]
 
 
+# Of the request being served, per asyncio task: what to sample behind, and the length of the prompt it stands for.
+_shown: ContextVar[list[int] | None] = ContextVar("shown", default=None)
+_replaced: ContextVar[int | None] = ContextVar("replaced", default=None)
+
+
 class Prompt(str):
-    """A prompt's text that remembers its data-set row. The engines pass prompts through and echo them."""
+    """A prompt's text that remembers its data-set row. The engines pass prompts through and echo them.
+
+    Attributes:
+        split, row: where the row is.
+        shown: token ids to sample behind in place of this prompt's own, or None.
+    """
 
     split: int
     row: int
+    shown: list[int] | None = None
 
 
 class Engine(plain_class(vllm_engine.RolloutRayActor)):
@@ -33,6 +45,17 @@ class Engine(plain_class(vllm_engine.RolloutRayActor)):
         if isinstance(self.executor, SingleTurnAgentExecutor):
             for name in ("_fetch_rewards_via_func", "_fetch_rewards_via_http"):
                 setattr(self.executor, name, keep_words(getattr(self.executor, name)))
+
+    async def generate_responses(self, prompt: str, **kwargs: Any) -> list[dict[str, Any]]:
+        _shown.set(getattr(prompt, "shown", None))
+        return await super().generate_responses(prompt=prompt, **kwargs)
+
+    async def generate(self, prompt_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
+        if (shown := _shown.get()) is not None:
+            if _replaced.get() is None:
+                _replaced.set(len(prompt_token_ids))  # an agent's later turns come behind the same prompt
+            prompt_token_ids = [*shown, *prompt_token_ids[_replaced.get() :]]
+        return await super().generate(prompt_token_ids, *args, **kwargs)
 
 
 def keep_words(fetch: Fetch) -> Fetch:

@@ -48,6 +48,14 @@ def openrlhf_dataset(dataset: Any, args: Any) -> None:
     """A split was loaded (`datasets.Dataset`, every column there). Raise `ConfigError` if it cannot serve."""
 
 
+@hookspec(firstresult=True)
+def openrlhf_generation_prompt(prompt: str, record: dict[str, Any], tokenizer: Any, args: Any) -> list[int] | None:
+    """Token ids behind which the engine samples a training response, in place of the prompt's own; None keeps them.
+
+    What is recorded and trained on is the response behind the data set's prompt.
+    """
+
+
 @hookspec
 def openrlhf_sample(sample: Any, response: dict[str, Any], args: Any) -> None:
     """A rollout became `sample` (the host's `Experience`, one row) from the engine's `response`.
