@@ -216,8 +216,8 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     Returns the outputs (loss, token_loss, log_probs, entropy) and, where `needed`, the gradients of hidden states,
     weight and bias for the `upstream` gradients of the outputs.
     """
-    live, sums, n = head.effective(job.temperature), _sum_dtype(head.weight), len(hidden)
-    vocab = len(live.weight)
+    student_head, sums, n = head.effective(job.temperature), _sum_dtype(head.weight), len(hidden)
+    vocab = len(student_head.weight)
     if job.lesson is not None and len(job.lesson.head.weight) != vocab:
         raise ValueError(
             f"the student's head has {vocab} tokens and the teacher's {len(job.lesson.head.weight)}: "
@@ -241,13 +241,13 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     for mask, part, arriving in ((taught, job, upstream), untaught):
         lesson, differentiate = part.lesson, any(x is not None for x in arriving)
         for rows in _split(mask.nonzero().squeeze(-1), chunk_rows):
-            states = hidden[rows].to(_product_dtype(live.weight))
-            student = _multiply(states, live.weight, student_buffer)
+            states = hidden[rows].to(_product_dtype(student_head.weight))
+            student = _multiply(states, student_head.weight, student_buffer)
             teacher = None if lesson is None else _multiply(lesson.hidden[rows], lesson.head.weight, teacher_buffer)
             for start in range(0, len(rows), tile_rows):
                 tile = slice(start, start + tile_rows)
                 scores, gradient = _score(
-                    student[tile], None if teacher is None else teacher[tile], rows[tile], live, part, arriving
+                    student[tile], None if teacher is None else teacher[tile], rows[tile], student_head, part, arriving
                 )
                 for output, values in zip((token_loss, log_probs, entropy), scores, strict=True):
                     if values is not None:
@@ -255,7 +255,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
                 if differentiate:
                     student[tile] = gradient
             if differentiate:
-                _accumulate(student, states, live.weight, rows, grad_hidden, grad_weight, grad_bias)
+                _accumulate(student, states, student_head.weight, rows, grad_hidden, grad_weight, grad_bias)
 
     loss = (token_loss * job.lesson.weights.to(sums)).sum() if job.lesson is not None else None
     grad_weight = None if grad_weight is None else grad_weight.to(head.weight.dtype)
@@ -358,13 +358,11 @@ def _rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
     them per byte. A CPU does some 10 in the time a byte takes, so 256 rows are plenty; a GPU does some 300. Each of the
     two `[c, V]` tensors stays under 320 MiB besides.
 
-    About ten temporaries of a tile are alive at once. On a CPU they should fit its last-level cache, which makes the
-    elementwise work 4 times faster than on whole chunks; on a GPU they need only be large enough to hide the launches.
+    About ten temporaries of a tile are alive at once. From 32 MiB on, glibc takes fresh pages for every one of them and
+    the elementwise work takes twice the time; far below, threads spend it waiting for each other. A GPU's tile need
+    only be large enough to hide the launches.
     """
-    if device.type == "cpu":
-        chunk, tile_bytes = 256, 2 * MIB * torch.get_num_threads()
-    else:
-        chunk, tile_bytes = 1024, 64 * MIB
+    chunk, tile_bytes = (256, 20 * MIB) if device.type == "cpu" else (1024, 64 * MIB)
     return max(16, min(chunk, 320 * MIB // row_bytes)), max(1, tile_bytes // row_bytes)
 
 

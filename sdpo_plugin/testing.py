@@ -134,7 +134,8 @@ class OpenRLHF:
         arguments = [
             f"--actor.model_name_or_path={model}", "--actor.num_gpus_per_node=1",
             f"--vllm.num_engines={0 if replay else 1}", "--vllm.enforce_eager", "--vllm.sync_backend=gloo",
-            "--vllm.gpu_memory_utilization=0.1", "--ds.attn_implementation=sdpa", f"--reward.remote_url={reward}",
+            "--vllm.gpu_memory_utilization=0.1", "--ds.attn_implementation=sdpa",
+            *([f"--reward.remote_url={reward}"] if reward else []),
             f"--data.prompt_dataset={directory}/rows.jsonl", "--data.input_key=prompt", "--data.label_key=label",
             "--data.apply_chat_template", "--data.max_len=128", "--rollout.max_new_tokens=8",
             f"--rollout.batch_size={len(rows)}", "--rollout.n_samples_per_prompt=2",

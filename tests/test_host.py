@@ -94,7 +94,7 @@ def test_resume_continues_with_the_teacher(openrlhf, model, reward, recorded, tm
     shutil.copy(recorded.directory / "samples" / "00001.pt", samples)
     resumed = openrlhf(
         model, ROWS, reward, *SDPO, *TWO_RANKS, "--ckpt.load_enable", "--ckpt.path",
-        str(tmp_path / "ckpt"), "--testing.replay", str(samples), replay=recorded,
+        str(tmp_path / "ckpt"), "--testing.replay", str(samples), "--vllm.num_engines", "1", replay=recorded,
     )  # fmt: skip
     assert same(resumed, recorded)
 
@@ -108,7 +108,7 @@ def test_asynchronous_rollouts_are_distilled(openrlhf, model, reward, initial):
 def test_a_reward_function_that_raises_stops_the_run(openrlhf, model, tmp_path):
     (tmp_path / "reward.py").write_text("def reward_func(queries, prompts, labels):\n    raise KeyError('no test')")
     with pytest.raises(RunFailed, match=r"(?s)the reward function failed.*KeyError: 'no test'"):
-        openrlhf(model, ROWS[:2], tmp_path / "reward.py", *SDPO)
+        openrlhf(model, ROWS, tmp_path / "reward.py", *SDPO)
 
 
 def test_a_foreign_plugin_adds_a_flag_a_metric_and_a_term(replay, monkeypatch, tmp_path):
