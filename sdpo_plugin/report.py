@@ -37,11 +37,11 @@ def host_versions() -> dict[str, str]:
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """Greedy accuracy over steps, a line per run."""
     steps = sorted({step for run in runs.values() for step, _ in run["accuracy"]})
-    lines = ["step".ljust(8) + "".join(f"{step:>7.0f}" for step in steps) + "   wall"]
+    lines = ["step".ljust(8) + "".join(f"{step:>5.0f}" for step in steps) + "  a step    wall"]
     for name, run in runs.items():
         values = dict(run["accuracy"])
-        cells = "".join(f"{values[step]:7.0%}" if step in values else " " * 7 for step in steps)
-        lines.append(name.ljust(8) + cells + f"{run['wall_s']:6.0f} s")
+        cells = "".join(f"{values[step]:5.0%}" if step in values else " " * 5 for step in steps)
+        lines.append(f"{name:8}{cells}{run['median_step_s']:6.2f} s{run['wall_s']:6.0f} s")
     return "\n".join(lines)
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     runs = {}
     for run in args.runs:
         name, directory = run.split("=", 1)
-        runs[name] = {"accuracy": read_scalars(directory)[args.tag], "wall_s": 0.0}
+        runs[name] = {"accuracy": read_scalars(directory)[args.tag]}
     plot(runs, args.out)
 
 

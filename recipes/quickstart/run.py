@@ -9,6 +9,7 @@ import ast
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -47,8 +48,10 @@ def train(name: str, accuracy_at_start: float) -> dict[str, Any]:
                 bar.set_postfix(accuracy=f"{accuracy[-1][1]:.0%}")
     if process.wait():
         sys.exit(f"{name} failed; see {directory / 'log.txt'}")
+    steps = report.read_scalars(str(directory / "tensorboard"))["train/timing/step_total"]
     return {
         "steps": bar.n,
+        "median_step_s": round(statistics.median(seconds for _, seconds in steps), 3),
         "prompts_per_step": settings["rollout"]["batch_size"],
         "samples_per_prompt": settings["rollout"]["n_samples_per_prompt"],
         "accuracy": accuracy,
