@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sdpo_plugin.host.hookspecs import hookimpl
-from sdpo_plugin.teacher import Fragment
 
 if TYPE_CHECKING:  # pytest loads this module in every project of the environment: it must cost nothing
     import torch
@@ -230,6 +229,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
     from sdpo_plugin.config import GROUPS
     from sdpo_plugin.fused import Head, linear_log_probs
     from sdpo_plugin.step import ATTACHED, PolicyStep, response_rows
+    from sdpo_plugin.teacher import Fragment
 
     class Actor(torch.nn.Module):
         temperature = 1.0
