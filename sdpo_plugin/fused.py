@@ -96,7 +96,8 @@ def linear_distillation(
     `differentiable_log_probs` lets gradients through `log_probs` and `entropy`, at the price of both heads' products
     once more in the backward pass, where the weights must be in place again (ZeRO-3 gathers them for the forward).
     """
-    lesson = _Lesson(teacher_hidden.detach(), teacher_head.effective(temperature), weights.detach(), config, old_log_probs)
+    teacher_head = teacher_head.effective(temperature)
+    lesson = _Lesson(teacher_hidden.detach(), teacher_head, weights.detach(), config, old_log_probs)
     job = _Job(token_ids, temperature, with_entropy, chunk_size, lesson)
     return _run(student_hidden, student_head, job, differentiable_log_probs)
 
@@ -118,7 +119,8 @@ def linear_distillation_loss(
     """
     sums = _sum_dtype(student_head)
     weights = loss_mask.to(sums) / loss_mask.sum(dtype=sums).clamp(min=1)
-    lesson = _Lesson(teacher_hidden.detach(), Head(teacher_head).effective(temperature), weights, config, old_log_probs)
+    head = Head(teacher_head).effective(temperature)
+    lesson = _Lesson(teacher_hidden.detach(), head, weights, config, old_log_probs)
     job = _Job(token_ids, temperature, False, None, lesson, rows=weights != 0)
     return _run(student_hidden, Head(student_head), job, differentiable_log_probs=False).loss
 
@@ -253,7 +255,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
                     if values is not None:
                         output[rows[tile]] = values
                 if differentiate:
-                    student[tile] = gradient
+                    student[tile] = gradient  # the products are not needed any more
             if differentiate:
                 _accumulate(student, states, student_head.weight, rows, grad_hidden, grad_weight, grad_bias)
 

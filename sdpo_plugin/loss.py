@@ -42,15 +42,20 @@ def token_divergence(
     """
     s, t = student_log_probs, teacher_log_probs
     if alpha == 0.0:
-        shares = t.exp() * (t - s)
+        shares = _kl(t, s)
     elif alpha == 1.0:
-        shares = s.exp() * (s - t)
+        shares = _kl(s, t)
     else:
         m = torch.logaddexp(s + math.log1p(-alpha), t + math.log(alpha))
-        shares = torch.lerp(s.exp() * (s - m), t.exp() * (t - m), alpha)
+        shares = torch.lerp(_kl(s, m), _kl(t, m), alpha)
     if kl_clip is not None:
         shares = shares.clamp(max=kl_clip)
     return shares.sum(dim=-1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Each entry's share of KL(P||Q): P log(P/Q), of log-probabilities."""
+    return F.kl_div(q, p, reduction="none", log_target=True)
 
 
 def on_support(student_log_probs: Tensor, teacher_log_probs: Tensor, config: DistillConfig) -> tuple[Tensor, Tensor]:

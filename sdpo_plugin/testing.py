@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -103,6 +103,8 @@ class OpenRLHF:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.runs = directory, 0
+        self.launchers = multiprocessing.get_context("forkserver")
+        self.launchers.set_forkserver_preload(["sdpo_plugin.host.warm"])
 
     def __call__(
         self,
@@ -143,28 +145,39 @@ class OpenRLHF:
             "--actor.lr_scheduler=constant", "--actor.lr_warmup_ratio=0", f"--ckpt.output_dir={directory}/model",
             f"--ckpt.path={directory}/ckpt", f"--logger.tensorboard_dir={directory}/tensorboard",
         ]  # fmt: skip
-        if plain:
-            command = ["-m", "sdpo_plugin.testing", f"{replay.directory}/samples", *arguments, *flags]
-        else:
-            command = ["-m", "sdpo_plugin.host.cli", "train", *arguments, f"--testing.record={directory}/samples"]
-            command += [f"--testing.replay={replay.directory}/samples"] if replay else []
-            command += [*flags, *([] if "--plugins" in flags else ["--plugins", "sdpo_plugin.testing"])]
-        began = time.monotonic()
-        with open(directory / "output.txt", "w+") as log:
-            # A session of its own: whatever Ray started in it ends with it.
-            process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, start_new_session=True)
-            try:
-                status: int | str = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                status = f"no end within {timeout} s"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            log.seek(0)
-            output = log.read()
+        if not plain:
+            arguments.append(f"--testing.record={directory}/samples")
+            arguments += [f"--testing.replay={replay.directory}/samples"] if replay else []
+            flags += () if "--plugins" in flags else ("--plugins", "sdpo_plugin.testing")
+        began, output = time.monotonic(), directory / "output.txt"
+        process = self.launchers.Process(
+            target=_launch,
+            args=([*arguments, *flags], f"{replay.directory}/samples" if plain else None, dict(os.environ), output),
+        )
+        process.start()
+        process.join(timeout)
+        status = "no end in time" if process.exitcode is None else process.exitcode
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever Ray started ends with the run
         if status != 0:
-            raise RunFailed(f"{status}; {directory}/output.txt ends\n{output[-4000:]}")
-        return Run(directory, output, time.monotonic() - began)
+            raise RunFailed(f"{status}; {output} ends\n{output.read_text()[-4000:]}")
+        return Run(directory, output.read_text(), time.monotonic() - began)
+
+
+def _launch(arguments: list[str], plain_samples: str | None, environment: dict[str, str], output: Path) -> None:
+    """The body of a run's process, forked from one that has imported the host (`host/warm.py`)."""
+    os.setsid()
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    if plain_samples is None:
+        from sdpo_plugin.host import cli
+
+        cli.main(["train", *arguments])
+    else:
+        _train_plain(plain_samples, arguments)
 
 
 @pytest.fixture(scope="session")
@@ -320,7 +333,3 @@ def _train_plain(samples: str, arguments: list[str]) -> None:
     ppo_trainer.PPOTrainer = ray.remote(replay.PlainController)
     sys.argv = ["train_ppo_ray", *arguments]
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    _train_plain(sys.argv[1], sys.argv[2:])

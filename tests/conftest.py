@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from common import REWARD, ROWS, SDPO, TWO_RANKS
+from safetensors.torch import load_file
 
 from sdpo_plugin.testing import Run, tiny_model
 
@@ -37,3 +38,9 @@ def replay(openrlhf, model, reward, recorded):
         return done[flags, plain]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def initial(model) -> dict:
+    """The weights every run starts from."""
+    return load_file(model / "model.safetensors")

@@ -1,4 +1,7 @@
-"""A plugin for test_gradients.py: writes down a worker's first gradient and the largest logits it ever made."""
+"""A plugin for test_gradients.py: step 1 with the fused loss, step 2 with the dense definition, each written down.
+
+The learning rate is 0 and both steps train on the same samples, so their gradients should be one gradient.
+"""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,43 +19,43 @@ CHUNK_ROWS = 16
 @hookimpl
 def openrlhf_add_arguments(parser):
     parser.add_argument("--probe.out", required=True)
-    parser.add_argument("--probe.dense", action="store_true")
 
 
 @hookimpl(trylast=True)
 def openrlhf_worker_setup(worker):
-    from deepspeed.utils import safe_get_full_grad
-
-    engine = worker.actor.model
-    rows = LogitRows(engine.module.config)
     sdpo_plugin.fused._rows_at_a_time = lambda device, row_bytes: (CHUNK_ROWS, 4)
-    if worker.args.probe.dense:
-        sdpo_plugin.plugin.linear_distillation = dense
-    step, training_step, forward = engine.step, worker.trainer.training_step, worker.actor.forward
-    seen = {}
+    engine, trainer = worker.actor.model, worker.trainer
+    worker.logits, worker.gradients = LogitRows(engine.module.config), []
+    step, training_step, ppo_train = engine.step, trainer.training_step, trainer.ppo_train
+    worker.actor.forward = worker.logits.traced(worker.actor.forward)  # the pass for old log-probabilities too
 
-    def step_with_probe():
-        if not seen:
-            seen.update({n: safe_get_full_grad(p).float().cpu() for n, p in engine.module.named_parameters()})
-            if worker.rank == 0:
-                torch.save(seen, worker.args.probe.out)
+    def step_with_gradients():
+        if engine.is_gradient_accumulation_boundary():
+            from deepspeed.utils import safe_get_full_grad
+
+            names = engine.module.named_parameters()
+            worker.gradients.append({name: safe_get_full_grad(p).float().cpu().clone() for name, p in names})
         return step()
 
-    def traced(function):
-        def call(*args, **kwargs):
-            with rows:
-                return function(*args, **kwargs)
-
-        return call
-
-    def training_step_with_report(*args, **kwargs):
-        status = traced(training_step)(*args, **kwargs)
-        status["metrics"]["probe/logit_rows"] = float(rows.largest)
+    def training_step_with_logits(*args, **kwargs):
+        status = worker.logits.traced(training_step)(*args, **kwargs)
+        status["metrics"]["probe/logit_rows"] = float(worker.logits.largest)
         status["weights"]["probe/logit_rows"] = "sample"
         return status
 
-    engine.step, worker.trainer.training_step = step_with_probe, training_step_with_report
-    worker.actor.forward = traced(forward)  # the pass for old log-probabilities is outside the training step
+    def ppo_train_in_order(*args, **kwargs):
+        torch.manual_seed(0)  # the same micro-batches in both steps: bf16 sums depend on their order
+        return ppo_train(*args, **kwargs)
+
+    engine.step, trainer.training_step = step_with_gradients, training_step_with_logits
+    trainer.ppo_train = ppo_train_in_order
+
+
+@hookimpl
+def openrlhf_optimizer_step(worker):
+    sdpo_plugin.plugin.linear_distillation = dense
+    if worker.rank == 0:
+        torch.save(worker.gradients, worker.args.probe.out)
 
 
 class LogitRows(TorchDispatchMode):
@@ -61,6 +64,13 @@ class LogitRows(TorchDispatchMode):
     def __init__(self, config):
         super().__init__()
         self.vocab, self.hidden, self.largest = config.vocab_size, config.hidden_size, 0
+
+    def traced(self, function):
+        def call(*args, **kwargs):
+            with self:
+                return function(*args, **kwargs)
+
+        return call
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

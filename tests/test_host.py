@@ -3,22 +3,12 @@
 import textwrap
 
 import pytest
-import torch
-from common import ROWS, SDPO, TWO_RANKS, ZERO, motion, same
-
-from sdpo_plugin.testing import RunFailed
+from common import ROWS, SDPO, ZERO, motion, same
 
 PUBLISHED_METRICS = (
     "success_group_fraction", "success_sample_fraction", "feedback_available_fraction", "feedback_used_fraction",
     "reprompt_sample_fraction", "empty_target_batch",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def initial(model):
-    from safetensors.torch import load_file
-
-    return load_file(model / "model.safetensors")
 
 
 def test_metrics_reach_the_logs(recorded):
@@ -45,8 +35,8 @@ def test_feedback_and_record_reach_the_samples(recorded):
 
 
 @pytest.mark.parametrize("zero", [ZERO[2], ZERO[3]], ids=["zero2", "zero3"])
-def test_distillation_acts_on_the_weights_and_weight_0_is_the_host(replay, initial, zero):
-    distilled = replay(*SDPO, *zero)
+def test_distillation_acts_on_the_weights_and_weight_0_is_the_host(replay, recorded, initial, zero):
+    distilled = recorded if zero == ZERO[2] else replay(*SDPO, *zero)
     without = replay(*SDPO, "--distill.weight", "0", *zero)
     host = replay(*zero, plain=True)
     assert same(without, host)
@@ -55,60 +45,9 @@ def test_distillation_acts_on_the_weights_and_weight_0_is_the_host(replay, initi
     assert not any(tag.startswith("train/self_distillation") for tag in without.metrics)
 
 
-def test_hybrid_is_neither_of_its_parts(replay):
+def test_hybrid_is_neither_of_its_parts(replay, recorded):
     half = replay(*SDPO, "--distill.weight", "0.5", *ZERO[2])
-    assert not same(half, replay(*SDPO, *ZERO[2])) and not same(half, replay(*ZERO[2], plain=True))
-
-
-def test_replay_repeats_the_recorded_run(replay, recorded):
-    """Also: the engine's weights and the trainer's own path do not depend on who generated the samples."""
-    assert same(replay(*SDPO, *ZERO[2]), recorded)
-
-
-def test_ranks_and_stages_agree(replay):
-    """One rank with the whole batch and two with half each: one global token mean."""
-    one = replay(*SDPO, "--train.micro_batch_size", "8").weights
-    for zero in (ZERO[0], ZERO[1], ZERO[2], ZERO[3]):
-        two = replay(*SDPO, *zero).weights
-        for name in one:
-            torch.testing.assert_close(two[name].float(), one[name].float(), rtol=0, atol=2e-3, msg=f"{name} {zero}")
-
-
-def test_teachers_agree_on_the_first_step_and_part_on_the_second(replay):
-    runs = {kind: replay(*SDPO, "--teacher.kind", kind, *ZERO[2]) for kind in ("live", "base", "ema")}
-    losses = {k: [v for _, v in run.metrics["train/self_distillation/loss"]] for k, run in runs.items()}
-    assert losses["live"][0] == losses["base"][0] == losses["ema"][0]
-    assert len({losses[k][1] for k in losses}) == 3
-    assert not same(runs["live"], runs["base"]) and not same(runs["ema"], runs["base"])
-
-
-def test_resume_continues_with_the_teacher(openrlhf, model, reward, recorded, tmp_path):
-    """Stop after step 1, restart from its checkpoint: step 2 is the step of the run that never stopped."""
-    import shutil
-
-    checkpoint = tmp_path / "ckpt" / "_actor"
-    shutil.copytree(recorded.directory / "ckpt" / "_actor" / "global_step1", checkpoint / "global_step1")
-    (checkpoint / "latest").write_text("global_step1")
-    samples = tmp_path / "samples"
-    samples.mkdir()
-    shutil.copy(recorded.directory / "samples" / "00001.pt", samples)
-    resumed = openrlhf(
-        model, ROWS, reward, *SDPO, *TWO_RANKS, "--ckpt.load_enable", "--ckpt.path",
-        str(tmp_path / "ckpt"), "--testing.replay", str(samples), "--vllm.num_engines", "1", replay=recorded,
-    )  # fmt: skip
-    assert same(resumed, recorded)
-
-
-def test_asynchronous_rollouts_are_distilled(openrlhf, model, reward, initial):
-    run = openrlhf(model, ROWS, reward, *SDPO, "--train.async_enable", "--train.num_episodes", "2")
-    assert run.metrics["train/self_distillation/reprompt_sample_fraction"][0][1] == 1.0
-    assert motion(run, initial) > 0
-
-
-def test_a_reward_function_that_raises_stops_the_run(openrlhf, model, tmp_path):
-    (tmp_path / "reward.py").write_text("def reward_func(queries, prompts, labels):\n    raise KeyError('no test')")
-    with pytest.raises(RunFailed, match=r"(?s)the reward function failed.*KeyError: 'no test'"):
-        openrlhf(model, ROWS, tmp_path / "reward.py", *SDPO)
+    assert not same(half, recorded) and not same(half, replay(*ZERO[2], plain=True))
 
 
 def test_a_foreign_plugin_adds_a_flag_a_metric_and_a_term(replay, monkeypatch, tmp_path):
@@ -140,16 +79,3 @@ def test_a_foreign_plugin_adds_a_flag_a_metric_and_a_term(replay, monkeypatch, t
     assert pulled.metrics["train/toy/log_prob"][0][1] < 0.0
     monkeypatch.delenv("PYTHONPATH")
     assert not same(pulled, replay(*half))
-
-
-def test_the_hosts_own_tests_pass_in_cpu_mode():
-    import subprocess
-    import sys
-
-    code = (
-        "from sdpo_plugin.host import cpu; cpu.enable()\n"
-        "import pytest, sys, tests\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *tests.__path__]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert "221 passed" in done.stdout, done.stdout[-3000:]

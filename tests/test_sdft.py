@@ -1,4 +1,4 @@
-"""SDFT on the real host: a demonstrated skill is learned without a reward, from either prompt."""
+"""SDFT on the real host: a demonstrated skill is learned without a reward function, from either prompt."""
 
 import json
 import sys
@@ -6,24 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_plugin.testing import RunFailed
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.sdft import SDFT
+from sdpo_plugin.testing import fake_worker
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes" / "quickstart"))
-
 # What the quickstart's model was warm-started to read: a solution in its context.
 TEMPLATE = "{prompt}\nCorrect solution:\n\n{privileged_context}\n\nCorrectly solve the original question."
 FLAGS = (
     "--algo", "sdft", "--reprompt.template", TEMPLATE, "--distill.mode", "full", "--distill.alpha", "0",
     "--rollout.n_samples_per_prompt", "4", "--train.batch_size", "32", "--train.micro_batch_size", "32",
-    "--rollout.micro_batch_size", "32", "--actor.adam.lr", "2e-3", "--eval.steps", "10", "--eval.temperature", "0",
-    "--eval.n_samples_per_prompt", "1", "--ckpt.best_metric_key", "none",
+    "--rollout.micro_batch_size", "32", "--train.num_episodes", "40",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def vault():
-    """The quickstart's warm-started model and its rows, built once per checkout."""
+    """The quickstart's warm-started model and some of its rows, built once per checkout."""
+    sys.path.insert(0, str(ROOT / "recipes" / "quickstart"))
     import vault
 
     vault.build(ROOT / "runs" / "quickstart", vault.Settings())
@@ -32,37 +32,49 @@ def vault():
     return ROOT / "runs" / "quickstart" / "model", [row | {"privileged_context": row["label"]} for row in rows]
 
 
+def accuracy(model, rows) -> float:
+    """Share of the rows the model answers greedily as labelled, without any context."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    right = 0
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        answer = policy.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        right += tokenizer.decode(answer, skip_special_tokens=True).strip() == row["label"]
+    return right / len(rows)
+
+
 @pytest.mark.parametrize("prompt", ["student", "teacher"])
-def test_a_demonstrated_skill_is_learned_without_a_reward(openrlhf, vault, prompt, tmp_path):
+def test_a_demonstrated_skill_is_learned_without_a_reward_function(openrlhf, vault, prompt):
     model, rows = vault
-    reward = ROOT / "recipes" / "quickstart" / "reward.py"  # used for evaluation; every training reward is 0 or 1
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = [*FLAGS, "--eval.dataset", str(tmp_path / "eval.jsonl"), "--train.num_episodes", "30"]
-    if prompt == "teacher":
-        flags += ["--distill.generate_from_teacher"]
-    run = openrlhf(model, rows, reward, *flags)
-    accuracy = [value for _, value in run.metrics["eval/eval_default_pass1"]]
-    assert accuracy[-1] >= 0.9
+    run = openrlhf(model, rows, "", *FLAGS, *(["--distill.generate_from_teacher"] if prompt == "teacher" else []))
+    assert accuracy(model, rows) <= 0.1 and accuracy(run.directory / "model", rows) >= 0.9
+    assert {reward for _, reward in run.metrics["train/reward"]} == {0.0}
+
+    # Whose prompt the engine saw: with the demonstration in it, the warm-started model answers right at once.
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
     first = run.samples[0]
-    knows = sum(sample.rewards.item() for sample in first) / len(first)
-    assert knows >= 0.9 if prompt == "teacher" else knows <= 0.1  # whose prompt the engine saw
-    for sample in first:  # what was sampled is what is trained on, behind the student's own prompt
-        tokens, mask = sample.sequences[0], sample.action_mask[0].bool()
-        sampled = tokens[1:][mask]
-        assert len(sampled) == int(sample.response_length) and mask[-1]
-        assert "Correct solution" not in sample.prompts[0]
+    knew = sum(sampled_text(sample, tokenizer) == str(sample.labels[0]) for sample in first) / len(first)
+    assert knew >= 0.9 if prompt == "teacher" else knew <= 0.1
+    for sample in first:  # the loss is on what was sampled, behind the student's own prompt
+        own = tokenizer(sample.prompts[0], add_special_tokens=False)["input_ids"]
+        assert sample.sequences[0, : len(own)].tolist() == own and "Correct solution" not in sample.prompts[0]
+        assert sample.action_mask[0].sum() == len(sample.sequences[0]) - len(own) == sample.response_length
 
 
-def test_without_a_reward_function_the_host_gets_zeros(openrlhf, vault):
-    model, rows = vault
-    run = openrlhf(model, rows, "", *FLAGS, "--eval.steps", "-1")
-    assert run.metrics["train/reward"][0][1] == 0.0
-    assert run.metrics["train/self_distillation/reprompt_sample_fraction"][0][1] == 1.0
-    assert run.metrics["train/self_distillation/loss"][0][1] > 0.0
+def sampled_text(sample, tokenizer) -> str:
+    return tokenizer.decode(sample.sequences[0, 1:][sample.action_mask[0].bool()], skip_special_tokens=True).strip()
 
 
-def test_a_missing_column_is_named(openrlhf, vault):
-    model, rows = vault
-    bare = [{"prompt": row["prompt"], "label": row["label"]} for row in rows]
-    with pytest.raises(RunFailed, match="privileged_key privileged_context: the data set has no such column"):
-        openrlhf(model, bare, "", *FLAGS)
+def test_a_missing_column_is_named():
+    class Rows(list):
+        column_names = ["prompt", "label"]
+
+    rows = Rows([{"prompt": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(ConfigError, match="privileged_key privileged_context: the data set has no such column; it has"):
+        SDFT().openrlhf_dataset(rows, fake_worker().args)

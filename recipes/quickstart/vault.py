@@ -1,4 +1,4 @@
-"""The vault-code task: a tokenizer, a tiny warm-started chat model and its prompts, made here in about a minute.
+"""The vault-code task: a tokenizer, a tiny warm-started chat model and its prompts, made here in one to two minutes.
 
 The question is "what is the vault code of bravo?", the answer four digits that no one has told the model. A failed
 attempt earns the reward 0 and the feedback "expected 4821, got 1134": the reward says nothing about the right code,

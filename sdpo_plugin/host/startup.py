@@ -9,10 +9,14 @@ from __future__ import annotations
 import os
 import sys
 
+LAUNCHER = "openrlhf.cli.train_ppo_ray"
+
 
 def redirect(command: list[str]) -> list[str] | None:
     """The command line to run instead of `command` (`sys.orig_argv`), or None."""
-    at = command.index("openrlhf.cli.train_ppo_ray")
+    if LAUNCHER not in command:
+        return None
+    at = command.index(LAUNCHER)
     arguments = command[at + 1 :]
     asked = any(a.split("=", 1)[0] in ("--algo", "--config") for a in arguments)
     if command[at - 1] != "-m" or not asked:

@@ -14,6 +14,7 @@ import torch
 from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
 from openrlhf.trainer.ray import ppo_actor
 
+from sdpo_plugin.config import ConfigError
 from sdpo_plugin.fused import Head, Scores, linear_log_probs
 from sdpo_plugin.host import manager
 from sdpo_plugin.host.seams import plain_class
@@ -67,9 +68,32 @@ class PolicyActor(ppo_actor.Actor):
         super().__init__(pretrain, **built_with)
         self.built_with = built_with
 
+    @torch.no_grad()
     def tap_head(self) -> None:
-        """Call after DeepSpeed wrapped the model."""
+        """Call after DeepSpeed wrapped the model, on every rank.
+
+        Raises:
+            ConfigError: the model's logits are not those of the head as we read it from its configuration.
+        """
+        ids = torch.arange(8, device=self.model.device)[None]
+        mask = torch.ones_like(ids)
+        training = self.model.training
+        self.model.eval()
+        logits = self.model(ids, attention_mask=mask, position_ids=ids).logits[0].float()
         self.tap = HeadTap(self.model.module)
+
+        def read(hidden: torch.Tensor) -> torch.Tensor:
+            head = self.head()
+            return head.logits(hidden.float() @ head.weight.float().T)
+
+        ours, _ = self.at_rows(read, ids, mask, mask.bool())
+        self.model.train(training)
+        if (logits - ours).abs().max() > 0.05 * logits.abs().max():  # far above bf16's rounding
+            raise ConfigError(
+                f"--actor.model_name_or_path {self.model.module.config.name_or_path}: the logits of a "
+                f"{type(self.model.module).__name__} are not made of its LM head's weight, bias, scale and soft-cap "
+                "alone; such a head is not supported"
+            )
 
     def forward(
         self,
