@@ -148,6 +148,10 @@ class Controller(_Metrics, plain_class(ppo_trainer.PPOTrainer)):
 class AsyncController(_Metrics, plain_class(ppo_trainer_async.TrainingActor)):
     """ppo_trainer_async.py: `TrainingActor`."""
 
+    def broadcast_to_vllm(self) -> None:
+        # Ray ships inherited methods by value, which breaks the host's `super()` in this one; ours goes by name.
+        super().broadcast_to_vllm()
+
 
 class AsyncGenerator(plain_class(ppo_trainer_async.GenerateSamplesActor)):
     """ppo_trainer_async.py: `GenerateSamplesActor`."""

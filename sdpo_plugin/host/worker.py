@@ -22,6 +22,8 @@ from sdpo_plugin.host.zero import MasterWeights, gathered, publish
 from sdpo_plugin.step import ATTACHED, LOSS_MASK, HeadFunction, PolicyStep, loss_mask, response_rows
 from sdpo_plugin.teacher import Fragment
 
+RANDOM_STATE = "random_state_rank{rank}.pt"
+
 
 class HeadTap:
     """Puts a function in the place of a causal LM's head, inside the model's own forward pass.
@@ -269,7 +271,12 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
         self.hook.openrlhf_worker_setup(worker=self)
         if self.checkpoint_states:
             with open(os.path.join(self.args.ckpt.path, "_actor", "latest")) as latest:
-                self.hook.openrlhf_load_checkpoint(worker=self, path=self._checkpoint(latest.read().strip()))
+                path = self._checkpoint(latest.read().strip())
+            self.hook.openrlhf_load_checkpoint(worker=self, path=path)
+            # Last, because setting up consumes random numbers. The host draws the order of micro-batches from this
+            # state and does not keep it.
+            if os.path.exists(state := os.path.join(path, RANDOM_STATE.format(rank=self.rank))):
+                torch.set_rng_state(torch.load(state))
 
     def frozen_copy(self, offload: bool) -> PolicyActor:
         """The initial model once more, for scoring only (as the host builds its reference model)."""
@@ -292,7 +299,9 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
     def save_checkpoint(self, tag: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(tag, *args, **kwargs)
         if not self.disable_ds_ckpt:
-            self.hook.openrlhf_save_checkpoint(worker=self, path=self._checkpoint(tag))
+            path = self._checkpoint(tag)
+            torch.save(torch.get_rng_state(), os.path.join(path, RANDOM_STATE.format(rank=self.rank)))
+            self.hook.openrlhf_save_checkpoint(worker=self, path=path)
 
     def save_model(self) -> None:
         super().save_model()
