@@ -360,11 +360,11 @@ def _rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
     them per byte. A CPU does some 10 in the time a byte takes, so 256 rows are plenty; a GPU does some 300. Each of the
     two `[c, V]` tensors stays under 320 MiB besides.
 
-    About ten temporaries of a tile are alive at once. From 32 MiB on, glibc takes fresh pages for every one of them and
-    the elementwise work takes twice the time; far below, threads spend it waiting for each other. A GPU's tile need
-    only be large enough to hide the launches.
+    Some fifteen temporaries of a tile are alive at once, which is what bounds it. Besides, glibc takes fresh pages for
+    every tensor from 32 MiB on, and the elementwise work then takes twice the time; far below that, threads spend it
+    waiting for each other. A GPU's tile need only be large enough to hide the launches.
     """
-    chunk, tile_bytes = (256, 20 * MIB) if device.type == "cpu" else (1024, 64 * MIB)
+    chunk, tile_bytes = (256, 8 * MIB) if device.type == "cpu" else (1024, 64 * MIB)
     return max(16, min(chunk, 320 * MIB // row_bytes)), max(1, tile_bytes // row_bytes)
 
 

@@ -90,6 +90,10 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
 
     algo.help += ": " + ", ".join(manager.algorithms(plugins))
     plugins.hook.openrlhf_add_arguments(parser=parser)
+    if on_cpu:
+        from sdpo_plugin.host import cpu
+
+        parser.set_defaults(**cpu.DEFAULTS)
     if algorithm:
         parser.set_defaults(**getattr(manager.algorithms(plugins)[algorithm], "defaults", {}))
     arguments = recipe.command_line(from_recipe, parser) + arguments
@@ -98,12 +102,9 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     from openrlhf.utils.config import hierarchize
 
     nested = hierarchize(flat)
-    if on_cpu:
-        from sdpo_plugin.host import cpu
-
-        if problem := cpu.refuse(nested):
-            raise ConfigError(problem)
     plugins.hook.openrlhf_configure(args=nested)
+    if on_cpu and (problem := cpu.refuse(nested)):
+        raise ConfigError(problem)
     return argparse.Namespace(**_flat(nested))
 
 

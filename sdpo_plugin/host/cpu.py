@@ -40,6 +40,10 @@ ENVIRONMENT = {
 }
 
 
+# Of the host's flags, where the usual default names a GPU's library.
+DEFAULTS = {"ds.attn_implementation": "sdpa", "vllm.sync_backend": "gloo", "vllm.enforce_eager": True}
+
+
 def enable() -> None:
     """Make the installed host importable and runnable in this process. Idempotent.
 
@@ -86,11 +90,9 @@ def refuse(args: Any) -> str | None:
         "--ds.attn_implementation": args.ds.attn_implementation not in ("sdpa", "eager"),
         "--vllm.sync_backend": args.vllm.sync_backend != "gloo",
     }
-    fixes = {"--ds.attn_implementation": "sdpa", "--vllm.sync_backend": "gloo"}
     for flag, asked in needs_gpu.items():
         if asked:
-            fix = f"give {flag} {fixes[flag]}" if flag in fixes else "leave it out"
-            return f"{flag} needs a CUDA GPU, and this machine has none; {fix}"
+            return f"{flag} as given needs a CUDA GPU, and this machine has none; leave it out"
     return None
 
 
