@@ -11,7 +11,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import runpy
 import signal
 import sys
 import time
@@ -177,7 +176,9 @@ def _launch(arguments: list[str], plain_samples: str | None, environment: dict[s
 
         cli.main(["train", *arguments])
     else:
-        _train_plain(plain_samples, arguments)
+        from sdpo_plugin.host import replay
+
+        replay.train_plain(plain_samples, arguments)
 
 
 @pytest.fixture(scope="session")
@@ -316,20 +317,3 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             return step
 
     return Worker()
-
-
-def _train_plain(samples: str, arguments: list[str]) -> None:
-    """The host's launcher with the host's own policy worker; only the controller reads recorded samples."""
-    from sdpo_plugin.host import cpu, seams
-
-    cpu.enable()
-    import ray
-    from openrlhf.trainer import ppo_trainer
-
-    from sdpo_plugin.host import replay
-
-    os.environ[replay.DIRECTORY] = samples
-    ray.init = seams.with_cpu_resources(ray.init)
-    ppo_trainer.PPOTrainer = ray.remote(replay.PlainController)
-    sys.argv = ["train_ppo_ray", *arguments]
-    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
+import runpy
+import sys
 from typing import Any
 
+import ray
 import torch
 from openrlhf.trainer import ppo_trainer
 
-from sdpo_plugin.host.seams import plain_class
+from sdpo_plugin.host import cli, seams
 
 DIRECTORY = "SDPO_PLUGIN_REPLAY"  # where `PlainController` finds the samples
 
@@ -27,9 +30,18 @@ def bind(directory: str) -> None:
     ppo_trainer.SamplesGenerator = Recorded
 
 
-class PlainController(plain_class(ppo_trainer.PPOTrainer)):
+class PlainController(seams.plain_class(ppo_trainer.PPOTrainer)):
     """The host's controller without hooks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bind(os.environ[DIRECTORY])
         super().__init__(*args, **kwargs)
+
+
+def train_plain(samples: str, arguments: list[str]) -> None:
+    """The host's launcher with the host's own policy worker; only the controller reads recorded samples."""
+    os.environ[DIRECTORY] = samples
+    ray.init = seams.with_cpu_resources(ray.init)
+    ppo_trainer.PPOTrainer = ray.remote(PlainController)
+    sys.argv = [cli.LAUNCHER, *arguments]
+    runpy.run_module(cli.LAUNCHER, run_name="__main__", alter_sys=True)
