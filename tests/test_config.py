@@ -1,10 +1,18 @@
 """Bad input stops before anything loads, with a message that names the flag, the value and the fix."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
-from sdpo_plugin.config import ConfigError, DiagnosticsConfig, DistillConfig, RepromptConfig, TeacherConfig
+from sdpo_plugin.config import (
+    ConfigError,
+    DiagnosticsConfig,
+    DistillConfig,
+    RepromptConfig,
+    TeacherConfig,
+    options_page,
+)
 from sdpo_plugin.host import cli, manager, recipe
 
 
@@ -134,6 +142,10 @@ def test_an_algorithm_s_defaults_are_below_recipe_and_command_line(monkeypatch, 
     assert args["distill.alpha"] == 0.5 and args["teacher.kind"] == "base"
     chosen = manager.plugin_manager(("variant",), "variant")
     assert type(chosen.get_plugin("algorithm variant")).__name__ == "Variant"
+
+
+def test_the_options_page_is_current():
+    assert (Path(__file__).parents[1] / "docs" / "options.md").read_text() == options_page()
 
 
 def test_recipe_names_are_flat():
