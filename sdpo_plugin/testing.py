@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -171,6 +172,9 @@ def _launch(arguments: list[str], plain_samples: str | None, environment: dict[s
     os.dup2(log, 2)
     os.environ.update(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    from sdpo_plugin.host import nursery
+
+    nursery.open_nursery(tempfile.mkdtemp())
     if plain_samples is None:
         from sdpo_plugin.host import cli
 

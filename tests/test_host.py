@@ -23,7 +23,8 @@ def test_metrics_reach_the_logs(recorded):
     assert first["self_distillation/feedback_used_fraction"] == pytest.approx(1 - sum(won) / len(won))
     assert first["self_distillation/reprompt_sample_fraction"] == 1.0
     assert first["self_distillation/loss"] > 0.0
-    assert first["policy_loss"] == pytest.approx(first["self_distillation/loss"], rel=1e-3)
+    # The host averages what each rank has of the mean, weighted by its share of the tokens: near the mean, not it.
+    assert first["policy_loss"] == pytest.approx(first["self_distillation/loss"], rel=1e-2)
 
 
 def test_feedback_and_record_reach_the_samples(recorded):

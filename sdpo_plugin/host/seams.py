@@ -127,12 +127,14 @@ def install() -> None:
 
 def with_cpu_resources(init: Callable[..., Any]) -> Callable[..., Any]:
     """`ray.init` as the host calls it, plus what a run on a machine without CUDA needs; no change elsewhere."""
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.host import cpu, nursery
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if os.environ.get(cpu.ENABLED):
             environment = dict(kwargs.get("runtime_env") or {})
             environment["worker_process_setup_hook"] = "sdpo_plugin.host.cpu.enable"
+            if nursery.EXECUTABLE in os.environ:
+                environment["py_executable"] = os.environ[nursery.EXECUTABLE]
             kwargs["runtime_env"] = environment
             if not (args or kwargs.get("address") or os.environ.get("RAY_ADDRESS")):
                 # Ray hands out one GPU and one CPU per model process; here both are only names for processes.
