@@ -32,6 +32,9 @@ class Head:
 
     weight `[V, H]`, bias `[V]`. `scale` multiplies the logits (Cohere, Granite), `softcap` bounds them (Gemma). Token
     ids from `vocab_size` on are padding: they have no probability and get no gradient.
+
+    A teacher's head may have a second weight `beside` the first, `[V, H2]`: its hidden states are `[N, H + H2]`, and
+    the two products are added.
     """
 
     weight: Tensor
@@ -39,6 +42,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     vocab_size: int | None = None
+    beside: Tensor | None = None
 
     def effective(self, temperature: float) -> Head:
         """The head of logits / temperature, without the padding and outside any graph."""
@@ -48,6 +52,7 @@ class Head:
             None if self.bias is None else self.bias.detach()[vocab],
             self.scale / temperature,
             None if self.softcap is None else self.softcap / temperature,
+            beside=None if self.beside is None else self.beside.detach()[vocab],
         )
 
     def logits(self, products: Tensor) -> Tensor:
@@ -186,7 +191,10 @@ class _Pass(torch.autograd.Function):
         ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
         ctx.set_materialize_grads(False)
         ctx.head, ctx.job, ctx.eager = head, job, eager
-        ctx.save_for_backward(*(gradients if eager else (hidden, weight, bias)))
+        if eager:
+            ctx.gradients = gradients
+        else:
+            ctx.save_for_backward(hidden, weight, bias)
         return outputs
 
     @staticmethod
@@ -195,12 +203,18 @@ class _Pass(torch.autograd.Function):
         if loss is None and log_probs is None and entropy is None:
             return (None,) * 6
         if ctx.eager:
-            gradients = ctx.saved_tensors
-            if loss.item() != 1.0:
-                # In place: a scaled copy of the head's gradient would be the largest tensor of the step.
-                for gradient in gradients:
-                    if gradient is not None:
-                        gradient.mul_(loss)
+            gradients = ctx.gradients
+            if gradients is None:
+                raise RuntimeError("this graph's gradients are used up: retain_graph=True, or compute the loss again")
+            if torch._C._autograd._get_current_graph_task_keep_graph():
+                gradients = tuple(None if gradient is None else gradient * loss for gradient in gradients)
+            else:
+                # Given away and scaled in place: a copy of the head's would be the largest tensor of the step.
+                ctx.gradients = None
+                if loss.item() != 1.0:
+                    for gradient in gradients:
+                        if gradient is not None:
+                            gradient.mul_(loss)
         else:
             hidden, weight, bias = ctx.saved_tensors
             job = ctx.job if loss is not None else ctx.job._replace(lesson=None)
@@ -245,7 +259,12 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
         for rows in _split(mask.nonzero().squeeze(-1), chunk_rows):
             states = hidden[rows].to(_product_dtype(student_head.weight))
             student = _multiply(states, student_head.weight, student_buffer)
-            teacher = None if lesson is None else _multiply(lesson.hidden[rows], lesson.head.weight, teacher_buffer)
+            teacher = None
+            if lesson is not None:
+                width = lesson.head.weight.shape[1]
+                teacher = _multiply(lesson.hidden[rows, :width], lesson.head.weight, teacher_buffer)
+                if lesson.head.beside is not None:
+                    _multiply(lesson.hidden[rows, width:], lesson.head.beside, teacher_buffer, add=True)
             for start in range(0, len(rows), tile_rows):
                 tile = slice(start, start + tile_rows)
                 scores, gradient = _score(
@@ -294,12 +313,14 @@ def _score(
     return (loss, token, entropy), gradient
 
 
-def _multiply(states: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """`states @ weight.T` `[r, V]`, in the first rows of `buffer`."""
+def _multiply(states: Tensor, weight: Tensor, buffer: Tensor, add: bool = False) -> Tensor:
+    """`states @ weight.T` `[r, V]`, in the first rows of `buffer`, or added to what is there."""
     out, dtype = buffer[: len(states)], _product_dtype(weight)
     states = states.to(dtype)
     for columns, block in _blocks(weight, dtype):
-        if dtype == out.dtype:
+        if add:
+            _add_product(out[:, columns], states, block.t())
+        elif dtype == out.dtype:
             torch.mm(states, block.t(), out=out[:, columns])
         else:
             out[:, columns] = states @ block.t()

@@ -8,6 +8,7 @@ and the divergence between teacher and student (`loss.py`, computed by `fused.py
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -141,6 +142,16 @@ class SelfDistillation:
     # ── the policy worker: teacher, loss, update ──
 
     @hookimpl
+    def openrlhf_model(self, actor: Any, args: Any) -> None:
+        self._read(args)
+        if args.ds.lora.rank > 0 and self.distill.weight > 0.0 and self.teacher_config.kind == "ema":
+            actor.add_teacher_adapter()
+
+    @hookimpl
+    def openrlhf_needs_old_log_probs(self, args: Any) -> bool | None:
+        return None if args.distill.weight == 0.0 or reads_old_log_probs(args) else False
+
+    @hookimpl
     def openrlhf_worker_setup(self, worker: Any) -> None:
         self._read(worker.args)
         if self.distill.weight > 0.0:
@@ -151,35 +162,38 @@ class SelfDistillation:
     def openrlhf_before_forward(self, step: Any) -> None:
         if self.distill.weight == 0.0:
             return
-        batch, actor = step.experience, step.worker.actor
-        response = batch.action_mask.bool()
-        in_loss = step.loss_mask[response]  # [N]
-        teacher_hidden = self._teacher_hidden(step, in_loss)
-        weights = (step.loss_weights * step.loss_mask)[response]
-        # With one update per rollout the student still is the rollout policy, and the ratio is 1.
-        old_log_probs = batch.action_log_probs[response] if batch.action_log_probs is not None else None
+        batch, actor, args = step.experience, step.worker.actor, step.worker.args
+        log_probs_too = host_needs_log_probs(args, self.distill.weight)
+        with_entropy = args.actor.entropy_coef is not None
+        if not (log_probs_too or with_entropy or args.actor.aux_loss_coef > 0.0):
+            step.samples = step.loss_mask.any(dim=1)  # the student need not read what it learns nothing from
+        teacher_hidden = self._teacher_hidden(step)
+        weights = (step.loss_weights * step.loss_mask)[step.response]
+        # The policy that sampled. Samples of an asynchronous run come from an older one, which only the engine knew.
+        old_log_probs = batch.rollout_log_probs if args.train.async_enable else batch.action_log_probs
+        if old_log_probs is not None:
+            # With one update per rollout the student still is the rollout policy, and the ratio is 1.
+            old_log_probs = old_log_probs[step.response] if reads_old_log_probs(args) else None
 
         def head(hidden: torch.Tensor, student: Head, token_ids: torch.Tensor) -> Scores:
             with self.teacher.head() as teacher:
                 return linear_distillation(
                     hidden, student, teacher_hidden, teacher, token_ids, weights, self.distill, old_log_probs,
-                    actor.temperature,
-                    differentiable_log_probs=host_needs_log_probs(step.worker.args, self.distill.weight),
-                    with_entropy=step.worker.args.actor.entropy_coef is not None,
+                    actor.temperature, differentiable_log_probs=log_probs_too, with_entropy=with_entropy,
                 )
 
         step.head = head
 
-    def _teacher_hidden(self, step: Any, in_loss: torch.Tensor) -> torch.Tensor:
+    def _teacher_hidden(self, step: Any) -> torch.Tensor:
         """The teacher's hidden states [N, H] at the response tokens; zero where the loss has no use for them."""
         batch = step.experience
         sequences, attention_mask, rows, taught = teacher_inputs(
             batch.sequences, batch.attention_mask, batch.action_mask, step.data["teacher_prompt"]
         )
         hidden = self.teacher.hidden_states(sequences, attention_mask, rows)
-        full = hidden.new_zeros(len(in_loss), hidden.shape[1])
-        full[taught] = hidden[: int(taught.sum())]
-        return full
+        full = hidden.new_zeros(*batch.action_mask.shape, hidden.shape[1])
+        full[taught] = hidden
+        return full[step.response]
 
     @hookimpl
     def openrlhf_policy_loss(self, step: Any) -> None:
@@ -187,11 +201,11 @@ class SelfDistillation:
         if w == 0.0:
             return
         step.loss = step.scores.loss if w == 1.0 else (1.0 - w) * step.loss + w * step.scores.loss
-        response = step.experience.action_mask.bool()
-        in_loss = step.loss_mask[response]
+        tokens = step.experience.action_mask.sum()
+        in_loss = step.loss_mask[step.response]
         # Sums over the micro-batch per response token: both averages have the same denominator (see metrics).
-        step.metrics[PREFIX + "loss"] = torch.where(in_loss, step.scores.token_loss, 0.0).sum() / response.sum()
-        step.metrics[PREFIX + "token_fraction"] = in_loss.float().mean()
+        step.metrics[PREFIX + "loss"] = torch.where(in_loss, step.scores.token_loss, 0.0).sum() / tokens
+        step.metrics[PREFIX + "token_fraction"] = step.loss_mask.sum() / tokens
         step.metrics[PREFIX + "empty_target_batch"] = float(not in_loss.any())
 
     @hookimpl
@@ -208,6 +222,11 @@ class SelfDistillation:
     def openrlhf_load_checkpoint(self, worker: Any, path: str) -> None:
         if self.distill.weight > 0.0:
             self.teacher.load(path)
+
+    @hookimpl
+    def openrlhf_save_model(self, worker: Any, path: str) -> None:
+        if self.distill.weight > 0.0 and self.teacher_config.save:
+            worker.export(self.teacher.model, os.path.join(path, "teacher"))
 
     @hookimpl
     def openrlhf_metrics(self, status: dict[str, Any], args: Any) -> None:
@@ -233,25 +252,27 @@ def teacher_inputs(
     """The samples that have a teacher prompt, with it in place of their own.
 
     Everything behind the student's prompt is replayed as it is, so response tokens keep their order and number. If
-    no sample has a teacher prompt, the first is scored behind its own, for ranks that have some (ZeRO-3 is
-    collective).
+    no sample has a teacher prompt, two tokens stand in: other ranks may wait for this one (ZeRO-3).
 
     Args:
         sequences, attention_mask: [B, S], right-padded. action_mask: [B, A]. teacher_prompts: B of int64 [P_i].
 
     Returns:
-        sequences, attention_mask [B', S'], rows bool [B', S'] of the positions that predict response tokens, and
-        bool [N], which of the N response tokens of the micro-batch those are.
+        sequences, attention_mask [B', S'], rows bool [B', S'] of the N' positions that predict response tokens, and
+        bool [B, A], which of the micro-batch's action positions those are.
     """
     response = action_mask.bool()
     chosen = [i for i, prompt in enumerate(teacher_prompts) if len(prompt)]
     taught = torch.zeros_like(response)
-    taught[chosen] = True
+    taught[chosen] = response[chosen]
+    if not chosen:
+        stand_in = sequences[:1, :2]
+        return stand_in, torch.ones_like(stand_in), torch.zeros_like(stand_in, dtype=torch.bool), taught
     replayed, positions = [], []
-    for i in chosen or [0]:
+    for i in chosen:
         length = int(attention_mask[i].sum())
         first = int(response[i].nonzero()[0]) + 1  # action position p predicts token p + 1
-        prompt = teacher_prompts[i] if len(teacher_prompts[i]) else sequences[i, :first]
+        prompt = teacher_prompts[i]
         replayed.append(torch.cat([prompt, sequences[i, first:length]]))
         positions.append(response[i].nonzero()[:, 0] - first + len(prompt))
     pad = torch.nn.utils.rnn.pad_sequence
@@ -260,12 +281,20 @@ def teacher_inputs(
     rows = torch.zeros_like(batch, dtype=torch.bool)
     for row, at in zip(rows, positions, strict=True):
         row[at] = True
-    return batch, mask, rows, taught[response]
+    return batch, mask, rows, taught
 
 
 def host_needs_log_probs(args: Any, weight: float) -> bool:
     """Whether any of the host's own loss terms backpropagates through the student's log-probabilities."""
     return weight < 1.0 or args.algo.kl.use_loss or bool(args.actor.entropy_coef)
+
+
+def reads_old_log_probs(args: Any) -> bool:
+    """Whether the policy's log-probabilities before the update differ from those in it, or anything else needs them."""
+    samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    one_update = args.train.max_epochs == 1 and args.train.batch_size >= samples and not args.train.async_enable
+    reference = args.algo.kl.init_coef > 0.0
+    return args.distill.weight < 1.0 or not one_update or reference
 
 
 def refuse(args: Any) -> None:
@@ -277,15 +306,26 @@ def refuse(args: Any) -> None:
             "--distill.generate_from_teacher True: before a rollout only the data set's context is known; name "
             "{privileged_context} in --reprompt.template, or use --algo sdft"
         )
+    if args.teacher.save and args.teacher.kind != "ema":
+        raise ConfigError(
+            f"--teacher.save True: a {args.teacher.kind} teacher is made of the initial and the final model, nothing "
+            "else is there to save; leave it out, or train with --teacher.kind ema"
+        )
+    if args.train.async_enable and args.distill.is_clip is not None:
+        # Makes the engines return log-probabilities; in pure distillation the host's own loss plays no part.
+        if args.distill.weight < 1.0 and args.algo.advantage.is_correction_level == "off":
+            raise ConfigError(
+                f"--distill.is_clip {args.distill.is_clip}: samples of --train.async_enable come from an older policy, "
+                "whose log-probabilities the engines return only with --algo.advantage.is_correction_level token; "
+                "give that, or --distill.is_clip none"
+            )
+        args.algo.advantage.is_correction_level = "token"
     for flag, asked, fix in (
-        ("--ds.lora.rank", args.ds.lora.rank > 0, "train all weights: --ds.lora.rank 0"),
         ("--train.dynamic_batch_enable", args.train.dynamic_batch_enable, "leave it out"),
         ("--ds.ring_attn_size", args.ds.ring_attn_size > 1, "give --ds.ring_attn_size 1"),
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),
         ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),
         ("--ds.enable_sleep", args.ds.enable_sleep, "leave it out"),
-        ("--teacher.kind trust_region", args.teacher.kind == "trust_region", "use ema, base or live"),
-        ("--teacher.save", args.teacher.save, "leave it out"),
     ):
         if asked:
             raise ConfigError(f"{flag} is not supported with --algo {args.algo.name} yet; {fix}")

@@ -24,6 +24,8 @@ class PolicyStep:
         experience: the host's batch: `sequences`, `attention_mask` [B, S], `action_mask`, `advantages` [B, A], ...
         data: what plugins attached on the controller, a list of B tensors per name.
         head: set it to a function `(hidden [N, H], Head, token_ids [N]) -> Scores` to run in place of the LM head.
+        samples: set it to a bool [B] to have only those samples read; None: all. The head then gets their tokens, and
+            the others keep the log-probabilities of the rollout.
         scores: what that function returned.
         loss, log_probs: from the host, while the policy loss is computed.
         metrics: scalars to log, averaged over the step's response tokens.
@@ -34,6 +36,7 @@ class PolicyStep:
         info = experience.info  # the host logs every entry that stays
         self.data = {k.removeprefix(ATTACHED): info.pop(k) for k in list(info) if k.startswith(ATTACHED)}
         self.head: HeadFunction | None = None
+        self.samples: torch.Tensor | None = None
         self.scores: Scores | None = None
         self.loss: torch.Tensor | None = None
         self.log_probs: torch.Tensor | None = None
@@ -44,6 +47,12 @@ class PolicyStep:
     def loss_mask(self) -> torch.Tensor:
         """Bool [B, A]: the mask attached as `loss_mask`, or the host's action mask."""
         return loss_mask(self.experience, self.data.get(LOSS_MASK))
+
+    @property
+    def response(self) -> torch.Tensor:
+        """Bool [B, A]: the N response tokens that the student reads."""
+        response = self.experience.action_mask.bool()
+        return response if self.samples is None else response & self.samples[:, None]
 
     @property
     def loss_weights(self) -> torch.Tensor:

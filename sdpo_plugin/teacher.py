@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
-from sdpo_plugin.config import TeacherConfig
+from sdpo_plugin.config import ConfigError, TeacherConfig
+from sdpo_plugin.fused import Head
 
 STATE = "teacher_rank{rank}.pt"
 
@@ -40,8 +41,12 @@ def make_teacher(config: TeacherConfig, worker: Any) -> Teacher:
     """The teacher of `--teacher.kind`, on this rank."""
     if config.kind == "live":
         return Teacher(worker.actor)
-    frozen = worker.frozen_copy(config.offload)
-    return EmaTeacher(frozen, worker, config) if config.kind == "ema" else Teacher(frozen)
+    initial = worker.teacher_model(config.offload, follows=config.kind == "ema")
+    if config.kind == "ema":
+        return EmaTeacher(initial, worker, config)
+    return TrustRegionTeacher(initial, worker.actor, config.update_rate) if config.kind == "trust_region" else (
+        Teacher(initial)
+    )
 
 
 class Teacher:
@@ -68,6 +73,34 @@ class Teacher:
         """Read what `save` wrote."""
 
 
+class TrustRegionTeacher(Teacher):
+    """Logits `(1 - rate) base + rate student`: the initial model, and what the student has learned since, a part of it.
+
+    A sum of two heads' products is the product of what they are made of side by side, `fused.Head.beside`.
+    """
+
+    def __init__(self, initial: Model, student: Model, rate: float) -> None:
+        super().__init__(initial)
+        self.student, self.rate = student, rate
+        with initial.whole_head() as head:
+            if head.softcap is not None:
+                raise ConfigError(
+                    "--teacher.kind trust_region: this model bounds its logits (soft-cap), and they cannot be mixed "
+                    "before that; use ema, base or live"
+                )
+
+    def hidden_states(self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        initial = self.model.hidden_states(sequences, attention_mask, rows)
+        student = self.student.hidden_states(sequences, attention_mask, rows)
+        return torch.cat([initial.float() * (1.0 - self.rate), student.float() * self.rate], dim=-1)
+
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        with self.model.whole_head() as initial, self.student.whole_head() as student:
+            bias = None if initial.bias is None else torch.lerp(initial.bias, student.bias, self.rate)
+            yield replace(initial, beside=student.weight, bias=bias)
+
+
 class EmaTeacher(Teacher):
     """`t <- (1 - rate) t + rate s` after each optimizer step, in fp32 from the optimizer's fp32 weights.
 
@@ -79,10 +112,14 @@ class EmaTeacher(Teacher):
         super().__init__(model)
         self.worker, self.config = worker, config
         self.steps = 0
-        self.average = {
-            name: Fragment(fragment.start, fragment.values.detach().clone())
-            for name, fragment in worker.masters.fragments().items()
-        }
+        self.average = {name: self._kept(f) for name, f in worker.masters.fragments().items()}
+        worker.publish(self.average, model)
+
+    def _kept(self, fragment: Fragment) -> Fragment:
+        values = fragment.values.detach()
+        if self.config.offload and values.is_cuda:
+            return Fragment(fragment.start, values.cpu().pin_memory())
+        return Fragment(fragment.start, values.clone())
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
@@ -90,13 +127,14 @@ class EmaTeacher(Teacher):
         if self.steps % self.config.sync_steps:
             return
         for name, student in self.worker.masters.fragments().items():
-            self.average[name].values.lerp_(student.values, self.config.update_rate)
+            average = self.average[name].values
+            average.lerp_(student.values.to(average.device), self.config.update_rate)
         self.worker.publish(self.average, self.model)
 
     def save(self, directory: str) -> None:
         state = {name: (fragment.start, fragment.values.cpu()) for name, fragment in self.average.items()}
         path = os.path.join(directory, STATE.format(rank=self.worker.rank))
-        torch.save({"steps": self.steps, "average": state}, path + ".tmp")
+        torch.save({"steps": self.steps, "ranks": self.worker.ranks, "average": state}, path + ".tmp")
         os.replace(path + ".tmp", path)  # a killed run leaves either no file or a whole one
 
     @torch.no_grad()
@@ -107,18 +145,20 @@ class EmaTeacher(Teacher):
             FileNotFoundError: the checkpoint holds no teacher; it was written without `--teacher.kind ema`.
         """
         rank = 0
-        while os.path.exists(path := os.path.join(directory, STATE.format(rank=rank))):
+        ranks = 1
+        while rank < ranks:
+            path = os.path.join(directory, STATE.format(rank=rank))
+            if not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"no teacher in {directory} ({os.path.basename(path)} is missing): this checkpoint was written "
+                    "without --teacher.kind ema; resume with the teacher it was trained with"
+                )
             saved = torch.load(path, weights_only=True)
-            self.steps = saved["steps"]
+            self.steps, ranks = saved["steps"], saved["ranks"]
             for name, (start, values) in saved["average"].items():
                 if name in self.average:
                     _copy_overlap(self.average[name], start, values)
             rank += 1
-        if rank == 0:
-            raise FileNotFoundError(
-                f"no teacher in {directory}: this checkpoint was written without --teacher.kind ema; resume with the "
-                "teacher it was trained with"
-            )
         self.worker.publish(self.average, self.model)
 
 

@@ -274,12 +274,15 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             pass
 
     class Worker:
-        rank = 0
+        rank, ranks = 0, 1
 
         def __init__(self) -> None:
             defaults = {g.prefix: vars(g()) for g in GROUPS} | {
-                "actor": {"entropy_coef": None}, "algo": {"name": "sdpo", "kl": SimpleNamespace(use_loss=False)},
-                "rollout": {"n_samples_per_prompt": 2}, "data": {"apply_chat_template": True, "input_key": "prompt"},
+                "actor": {"entropy_coef": None, "aux_loss_coef": 0.0},
+                "algo": {"name": "sdpo", "kl": SimpleNamespace(use_loss=False, init_coef=0.0)},
+                "rollout": {"batch_size": 2, "n_samples_per_prompt": 2},
+                "train": {"batch_size": 4, "max_epochs": 1, "async_enable": False},
+                "data": {"apply_chat_template": True, "input_key": "prompt"},
             }  # fmt: skip
             self.args = SimpleNamespace(
                 **{name: SimpleNamespace(**{**values, **groups.get(name, {})}) for name, values in defaults.items()}
@@ -294,7 +297,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             for name, parameter in model.named_parameters():
                 parameter.data.view(-1).copy_(fragments[name].values)
 
-        def frozen_copy(self, offload: bool) -> Actor:
+        def teacher_model(self, offload: bool, follows: bool) -> Actor:
             return copy.deepcopy(self.actor)
 
         def step(
@@ -303,11 +306,11 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             info = {ATTACHED + name: values for name, values in data.items()}
             experience = SimpleNamespace(
                 sequences=sequences, attention_mask=attention_mask, action_mask=action_mask, action_log_probs=None,
-                info=info,
+                rollout_log_probs=None, info=info,
             )  # fmt: skip
             step = PolicyStep(self, experience, lambda loss, mask: (loss * mask).sum() / mask.sum().clamp(min=1))
             plugin.openrlhf_before_forward(step)
-            rows = response_rows(action_mask, sequences)
+            rows = response_rows(step.response, sequences)
             states, targets = self.actor.states(sequences)[rows], torch.roll(sequences, -1, dims=1)[rows]
             with self.actor.whole_head() as head:
                 if step.head is not None:
@@ -315,7 +318,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                     log_probs = step.scores.log_probs
                 else:
                     log_probs, _ = linear_log_probs(states, head, targets)
-            step.log_probs = torch.zeros(action_mask.shape).masked_scatter(action_mask.bool(), log_probs)
+            step.log_probs = torch.zeros(action_mask.shape).masked_scatter(step.response, log_probs)
             step.loss = -log_probs.mean()
             plugin.openrlhf_policy_loss(step)
             return step

@@ -361,14 +361,27 @@ def test_only_what_needs_a_gradient_gets_one():
     assert not linear_distillation(*case.arguments, case.weights, cfg).loss.requires_grad
 
 
-def test_a_scaled_loss_can_be_backpropagated_once():
+def test_a_loss_can_be_backpropagated_as_long_as_its_graph_is_kept():
     case = Case()
     loss = linear_distillation_loss(*case.contract(CONFIGS[0]))
     plain = torch.autograd.grad(loss, case.leaves, retain_graph=True)
-    plain = [x.clone() for x in plain]
-    assert_same(torch.autograd.grad(loss, case.leaves, torch.tensor(0.5), retain_graph=True), [x / 2 for x in plain])
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    halves = [x / 2 for x in plain]
+    assert_same(torch.autograd.grad(loss, case.leaves, torch.tensor(0.5), retain_graph=True), halves)
+    assert_same(torch.autograd.grad(loss, case.leaves, torch.tensor(0.5)), halves)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
         torch.autograd.grad(loss, case.leaves)
+
+
+def test_the_second_weight_of_a_teacher_s_head_adds_its_logits():
+    case, cfg = Case(bias=True), DistillConfig(mode="full", alpha=0.5)
+    other_hidden, other = torch.randn_like(case.hidden), torch.randn_like(case.head.weight)
+    combined = torch.cat([case.teacher_hidden, other_hidden], -1)
+    head = replace(case.teacher_head, beside=other)
+    got = linear_distillation(case.hidden, case.head, combined, head, case.token_ids, case.weights, cfg, case.old)
+    teacher = case.teacher_hidden @ case.teacher_head.weight.T + case.teacher_head.bias + other_hidden @ other.T
+    student = case.hidden @ case.head.weight.T + case.head.bias
+    expected = (per_token_loss(student, teacher, case.token_ids, cfg, case.old) * case.weights).sum()
+    torch.testing.assert_close(got.loss, expected)
 
 
 def test_heads_of_different_size_are_refused():

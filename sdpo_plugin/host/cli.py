@@ -78,6 +78,12 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     group.add_argument("--config", metavar="RECIPE.yaml", help="flags as nested YAML; the command line wins")
     group.add_argument("--plugins", nargs="*", default=[], metavar="MODULE", help="plugin modules besides installed")
 
+    group.add_argument(
+        "--rollout.deterministic", action="store_true",
+        help="the same samples in every run, whatever was resumed and however many engines there are: each request "
+        "has a seed of its own, from --train.seed, step, prompt and sample, and the engine to itself (slow)",
+    )
+
     # Plugins add flags and algorithms set defaults, so these must be known before the rest can be parsed.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--algo", "--config"):
@@ -103,6 +109,11 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
 
     nested = hierarchize(flat)
     plugins.hook.openrlhf_configure(args=nested)
+    if nested.rollout.deterministic and nested.train.async_enable:
+        raise ConfigError(
+            "--rollout.deterministic True: --train.async_enable samples while the weights change, which no seed "
+            "repeats; leave one of them out"
+        )
     if on_cpu and (problem := cpu.refuse(nested)):
         raise ConfigError(problem)
     return argparse.Namespace(**_flat(nested))

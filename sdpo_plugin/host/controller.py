@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 import torch
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
 from sdpo_plugin.host import manager
 from sdpo_plugin.host.engine import FAILURE, FEEDBACK, Prompt
 from sdpo_plugin.host.seams import plain_class
-from sdpo_plugin.step import ATTACHED
+from sdpo_plugin.step import ATTACHED, LOSS_MASK
 
 
 class RewardError(RuntimeError):
@@ -37,6 +38,8 @@ class Samples(ppo_trainer.SamplesGenerator):
     """samples_generator.py: gives each sample its data-set row and the words of its reward function."""
 
     evaluating = False
+    step = 0
+    sent = 0
 
     def generate_eval_samples(self, **kwargs: Any) -> list[Any]:
         self.evaluating = True
@@ -45,7 +48,17 @@ class Samples(ppo_trainer.SamplesGenerator):
         finally:
             self.evaluating = False
 
-    def _dispatch_prompts_to_vllm(self, prompts: list[str], labels: list[Any], **kwargs: Any) -> list[Any]:
+    def _generate_vllm(self, *args: Any, **kwargs: Any) -> tuple[list[Any], int, bool]:
+        samples, consumed, exhausted = super()._generate_vllm(*args, **kwargs)
+        if self.args.rollout.deterministic:  # the host keeps the order in which the engines finish
+            samples.sort(key=lambda sample: sample.prompts[0].order)
+        return samples, consumed, exhausted
+
+    def _dispatch_prompts_to_vllm(self, prompts: list[Prompt], labels: list[Any], **kwargs: Any) -> list[Any]:
+        if self.args.rollout.deterministic:
+            for prompt in prompts:
+                self.sent += 1
+                prompt.order, prompt.seed = self.sent, (self.args.train.seed, self.step, prompt.row)
         if not self.evaluating:
             hook = manager.of(self.args).hook
             for prompt in prompts:
@@ -111,13 +124,43 @@ class Experiences(ppo_trainer.RemoteExperienceMaker):
 
     def make_experience_batch(self, rollout_samples: Sequence[Any]) -> list[Any]:
         self.samples = rollout_samples
-        return super().make_experience_batch(rollout_samples)
+        return dealt(super().make_experience_batch(rollout_samples), self._ranks())
+
+    def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> list[Any]:
+        unread = manager.of(self.args).hook.openrlhf_needs_old_log_probs(args=self.args) is False
+        if group is self.actor_model_group and unread:
+            zeros = [torch.zeros(mask.shape) for mask in kwargs["action_mask"]]
+            return [ray.put(zeros)]
+        return super()._dispatch_forward(group, sync_condition, **kwargs)
+
+    def _ranks(self) -> int:
+        processes = self.args.actor.num_nodes * self.args.actor.num_gpus_per_node
+        return processes // self.args.ds.ring_attn_size // self.args.ds.tensor_parallel_size
 
     def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
         batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer)
         manager.of(self.args).hook.openrlhf_batch(batch=batch)
         self.metrics = batch.metrics
         return super().compute_advantages_and_returns(experiences)
+
+
+def dealt(experiences: list[Any], ranks: int) -> list[Any]:
+    """The batches in an order that gives every rank about as many tokens of the loss mask.
+
+    The host gives each rank an equal run of them in data order, where whole groups have nothing to learn from.
+    """
+    masks = [experience.info.get(ATTACHED + LOSS_MASK) for experience in experiences]
+    if ranks == 1 or any(mask is None for mask in masks):
+        return experiences
+    tokens = [sum(int(m.sum()) for m in mask) for mask in masks]
+    order = sorted(range(len(experiences)), key=lambda i: -tokens[i])  # stable: equal ones stay in data order
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for start in range(0, len(order), ranks):
+        turn = order[start : start + ranks]
+        poorest = sorted(range(ranks), key=lambda r: (sum(tokens[i] for i in hands[r]), r))
+        for rank, i in zip(poorest, turn, strict=False):
+            hands[rank].append(i)
+    return [experiences[i] for hand in hands for i in hand]
 
 
 def bind() -> None:
@@ -138,11 +181,25 @@ class _Metrics:
         status, global_step = super().train_step(rollout_samples, global_step)
         status.update(self.experience_maker.metrics)
         manager.of(self.args).hook.openrlhf_metrics(status=status, args=self.args)
+        self._begin(global_step)
         return status, global_step
+
+    def init_checkpoint_states(self) -> dict[str, Any]:
+        # A run killed in its first save left a directory without a checkpoint: it starts anew.
+        states = {"episode": 0, "global_step": 0, "total_consumed_prompts": 0, "data_loader_state_dict": {}}
+        states |= super().init_checkpoint_states()
+        self._begin(states["global_step"])
+        return states
+
+    def _begin(self, step: int) -> None:
+        """What a restart cannot know otherwise: requests are seeded by the step they are for."""
 
 
 class Controller(_Metrics, plain_class(ppo_trainer.PPOTrainer)):
     """ppo_trainer.py: `PPOTrainer`."""
+
+    def _begin(self, step: int) -> None:
+        self.samples_generator.step = step
 
 
 class AsyncController(_Metrics, plain_class(ppo_trainer_async.TrainingActor)):

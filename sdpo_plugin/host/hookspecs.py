@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import argparse
 
     from sdpo_plugin.host.controller import RolloutBatch
-    from sdpo_plugin.host.worker import PolicyWorker
+    from sdpo_plugin.host.worker import PolicyActor, PolicyWorker
     from sdpo_plugin.step import PolicyStep
 
 PROJECT = "openrlhf"
@@ -65,6 +65,11 @@ def openrlhf_sample(sample: Any, response: dict[str, Any], args: Any) -> None:
     """
 
 
+@hookspec(firstresult=True)
+def openrlhf_needs_old_log_probs(args: Any) -> bool | None:
+    """False if nothing reads the policy's log-probabilities from before the update; the pass for them is skipped."""
+
+
 @hookspec
 def openrlhf_batch(batch: RolloutBatch) -> None:
     """All samples of a step have their rewards. `batch.attach(...)` sends tensors along to the policy workers."""
@@ -79,13 +84,21 @@ def openrlhf_metrics(status: dict[str, Any], args: Any) -> None:
 
 
 @hookspec
+def openrlhf_model(actor: PolicyActor, args: Any) -> None:
+    """The policy model (`actor.model`) was built and DeepSpeed has not wrapped it: freeze parameters, add adapters."""
+
+
+@hookspec
 def openrlhf_worker_setup(worker: PolicyWorker) -> None:
     """Model, optimizer and tokenizer of this rank are ready."""
 
 
 @hookspec
 def openrlhf_before_forward(step: PolicyStep) -> None:
-    """Before the student's forward pass of a micro-batch: score teachers, and set `step.head` to replace the head."""
+    """Before the student's forward pass of a micro-batch: score teachers, set `step.head` to replace the head.
+
+    Set `step.samples` (bool [B]) to let the student read only those.
+    """
 
 
 @hookspec

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
 from openrlhf.trainer.ray import ppo_actor
+from torch.utils.data import DataLoader
 
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.fused import Head, Scores, linear_log_probs
-from sdpo_plugin.host import manager
+from sdpo_plugin.host import checkpoint, lora, manager
 from sdpo_plugin.host.seams import plain_class
 from sdpo_plugin.host.zero import MasterWeights, gathered, publish
 from sdpo_plugin.step import ATTACHED, LOSS_MASK, HeadFunction, PolicyStep, loss_mask, response_rows
 from sdpo_plugin.teacher import Fragment
-
-RANDOM_STATE = "random_state_rank{rank}.pt"
 
 
 class HeadTap:
@@ -65,10 +65,17 @@ class PolicyActor(ppo_actor.Actor):
 
     tap: HeadTap | None = None
     head_function: HeadFunction | None = None
+    samples: torch.Tensor | None = None
 
-    def __init__(self, pretrain: str, **built_with: Any) -> None:
+    def __init__(self, pretrain: str, on_built: Callable[..., Any] | None = None, **built_with: Any) -> None:
         super().__init__(pretrain, **built_with)
         self.built_with = built_with
+        if on_built is not None:
+            on_built(actor=self)
+
+    def add_teacher_adapter(self) -> None:
+        """Of a LoRA model, before DeepSpeed wraps it: a frozen second adapter (`PolicyWorker.teacher_model`)."""
+        lora.add_teacher(self.model)
 
     @torch.no_grad()
     def tap_head(self) -> None:
@@ -77,6 +84,10 @@ class PolicyActor(ppo_actor.Actor):
         Raises:
             ConfigError: the model's logits are not those of the head as we read it from its configuration.
         """
+        if isinstance(self.model.module.get_output_embeddings(), lora.LoraLayer):
+            raise ConfigError(
+                "--ds.lora.target_modules: an adapter on the LM head is not supported; leave the head out"
+            )
         ids = torch.arange(8, device=self.model.device)[None]
         mask = torch.ones_like(ids)
         training = self.model.training
@@ -107,6 +118,8 @@ class PolicyActor(ppo_actor.Actor):
     ) -> Any:
         """As the host's, but logits exist at response positions only, and a chunk at a time.
 
+        Where `samples` (bool [B]) is set, the model reads those samples only; the others' results are zero.
+
         Args:
             sequences, attention_mask: int64 [B, S]. action_mask: [B, A].
 
@@ -117,6 +130,10 @@ class PolicyActor(ppo_actor.Actor):
         if self.tap is None or action_mask is None:
             return super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
         with_entropy = kwargs.get("return_entropy", False)
+        mask = action_mask.bool()
+        if self.samples is not None:
+            mask = mask & self.samples[:, None]
+            sequences, attention_mask, action_mask = only(self.samples, sequences, attention_mask, action_mask)
         rows = response_rows(action_mask, sequences)
         targets = torch.roll(sequences, -1, dims=1)[rows]
 
@@ -132,7 +149,6 @@ class PolicyActor(ppo_actor.Actor):
             return tuple(s for s in scores if s is not None)
 
         scores, output = self.at_rows(run_head, sequences, attention_mask, rows)
-        mask = action_mask.bool()
         log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores[0].float())
         if with_entropy:
             output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, scores[1].float())
@@ -187,6 +203,19 @@ class PolicyActor(ppo_actor.Actor):
             yield self.head()
 
 
+def only(
+    samples: torch.Tensor, sequences: torch.Tensor, attention_mask: torch.Tensor, action_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of `samples` (bool [B]) without padding that none of them needs.
+
+    With no sample at all, two tokens of the first without a response: other ranks may wait for this one (ZeRO-3).
+    """
+    if not samples.any():
+        return sequences[:1, :2], torch.ones_like(attention_mask[:1, :2]), torch.zeros_like(action_mask[:1, :1])
+    width = int(attention_mask[samples].any(dim=0).nonzero()[-1]) + 1
+    return sequences[samples, :width], attention_mask[samples, :width], action_mask[samples, : width - 1]
+
+
 def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
     """utils/loss_utils.py: normalises by the plugins' loss mask too, over the host's own accumulation windows."""
 
@@ -206,6 +235,33 @@ def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[.
     return windows
 
 
+class EvenBatches(torch.utils.data.Sampler[int]):
+    """A random order in which every micro-batch has about as many samples with a token in the loss mask.
+
+    Ranks wait for each other after every micro-batch, and samples without such a token may cost nothing.
+    """
+
+    def __init__(self, items: Sequence[Any], batch_size: int) -> None:
+        self.items, self.batch_size = items, batch_size
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self.items)).tolist()
+        order.sort(key=lambda i: not bool(self.items[i].info[ATTACHED + LOSS_MASK].any()))  # stable
+        batches = max(len(order) // self.batch_size, 1)
+        for start in range(batches):
+            yield from order[start::batches][: self.batch_size]
+
+
+def data_loader(buffer: Any, batch_size: int, shuffle: bool, **kwargs: Any) -> Any:
+    """ppo_actor.py: `DataLoader`, dealing evenly where the buffer's samples have a loss mask and are shuffled."""
+    if shuffle and all(ATTACHED + LOSS_MASK in item.info for item in buffer.items):
+        return DataLoader(buffer, batch_size, sampler=EvenBatches(buffer.items, batch_size), **kwargs)
+    return DataLoader(buffer, batch_size, shuffle=shuffle, **kwargs)
+
+
 class PolicyTrainer(ppo_actor.ActorPPOTrainer):
     """ppo_actor.py: `ActorPPOTrainer`, with hooks around the forward pass, in the loss and after the optimizer."""
 
@@ -215,22 +271,36 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
         super().__init__(*args, **kwargs)
         self.hook = manager.of(self.args).hook
         self.host_loss_fn, self.actor_loss_fn = self.actor_loss_fn, self._loss
+        self.has_old_log_probs = self.hook.openrlhf_needs_old_log_probs(args=self.args) is not False
 
     def training_step(
         self, experience: Any, kl_ctl: float, step: int, loss_batch_info: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         self.step = PolicyStep(self.worker, experience, self._aggregate(experience, loss_batch_info))
         self.hook.openrlhf_before_forward(step=self.step)
-        self.actor.head_function = self.step.head
+        self.actor.head_function, self.actor.samples = self.step.head, self.step.samples
         try:
             status = super().training_step(experience, kl_ctl, step, loss_batch_info)
         finally:
-            self.actor.head_function = None
+            self.actor.head_function = self.actor.samples = None
         if self.actor.model.was_step_applied():
             self.hook.openrlhf_optimizer_step(worker=self.worker)
         status["metrics"].update(self.step.metrics)
         status["weights"].update(dict.fromkeys(self.step.metrics, "token"))
         return status
+
+    def broadcast_to_vllm(self) -> None:
+        """Of a LoRA model the engines get merged weights, under the names they know."""
+        actor = self.actor
+        if not isinstance(actor.model.module, lora.PeftModel):
+            return super().broadcast_to_vllm()
+        try:
+            for weights in lora.merged_weights(actor.model.module):
+                module = SimpleNamespace(named_parameters=weights.items)
+                self.actor = SimpleNamespace(model=SimpleNamespace(module=module), is_vlm=False)
+                super().broadcast_to_vllm()
+        finally:
+            self.actor = actor
 
     def _aggregate(self, experience: Any, batch_info: dict[str, Any] | None) -> Callable[..., torch.Tensor]:
         """The host's mean over an optimizer step for the plugins' mask: `(loss [B, A], mask [B, A]) -> scalar`."""
@@ -240,9 +310,15 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
         token_level = self.host_loss_fn.token_level_loss
         return partial(ppo_actor.aggregate_loss, token_level_loss=token_level, dp_size=info["dp_size"], **totals)
 
-    def _loss(self, log_probs: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def _loss(
+        self, log_probs: torch.Tensor, old_log_probs: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
         step = self.step
-        step.loss, *rest = self.host_loss_fn(log_probs, *args, **kwargs)
+        if step.samples is not None:  # nothing is known to have changed about samples that were not read
+            log_probs = torch.where(step.samples[:, None], log_probs, old_log_probs)
+        if not self.has_old_log_probs:
+            old_log_probs = log_probs.detach()
+        step.loss, *rest = self.host_loss_fn(log_probs, old_log_probs, *args, **kwargs)
         step.log_probs = log_probs
         if step.head is not None:
             step.scores = self.actor.scores
@@ -263,23 +339,28 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
         self, strategy: Any, pretrain: str, max_steps: int | None = None, vllm_engines: Any = None
     ) -> None:
         self.args, self.pretrain = strategy.args, pretrain
-        _bind()
+        self.hook = manager.of(self.args).hook
+        _bind(partial(self.hook.openrlhf_model, args=self.args))
+        if self.args.ckpt.load_enable:
+            checkpoint.mend_latest(os.path.join(self.args.ckpt.path, "_actor"))
         super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
         self.trainer.worker = self
         self.masters = MasterWeights(self.actor.model)
-        self.hook = manager.of(self.args).hook
         self.hook.openrlhf_worker_setup(worker=self)
         if self.checkpoint_states:
             with open(os.path.join(self.args.ckpt.path, "_actor", "latest")) as latest:
                 path = self._checkpoint(latest.read().strip())
             self.hook.openrlhf_load_checkpoint(worker=self, path=path)
-            # Last, because setting up consumes random numbers. The host draws the order of micro-batches from this
-            # state and does not keep it.
-            if os.path.exists(state := os.path.join(path, RANDOM_STATE.format(rank=self.rank))):
-                torch.set_rng_state(torch.load(state))
+            checkpoint.load_random_state(path, self.rank)  # last, because setting up consumes random numbers
 
-    def frozen_copy(self, offload: bool) -> PolicyActor:
-        """The initial model once more, for scoring only (as the host builds its reference model)."""
+    def teacher_model(self, offload: bool, follows: bool) -> PolicyActor | lora.AdapterView:
+        """The initial model, for scoring only, with weights for `publish` to write to if it `follows` the student.
+
+        A LoRA model has it inside: without its adapter, or under the second one (`PolicyActor.add_teacher_adapter`).
+        """
+        if isinstance(self.actor.model.module, lora.PeftModel):
+            return lora.AdapterView(self.actor, lora.TEACHER if follows else None)
+        # As the host builds its reference model.
         ds_config = self.strategy.get_ds_eval_config(offload=offload)
         actor = PolicyActor(self.pretrain, **{**self.actor.built_with, "ds_config": ds_config})
         actor._offload = offload
@@ -292,27 +373,49 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
     def rank(self) -> int:
         return self._rank
 
-    def publish(self, fragments: dict[str, Fragment], actor: PolicyActor) -> None:
-        """Write fp32 fragments, sharded like `masters`, into a frozen copy's weights. Collective."""
-        publish(fragments, actor.model.module)
+    @property
+    def ranks(self) -> int:
+        return self._world_size
+
+    def publish(self, fragments: dict[str, Fragment], model: PolicyActor | lora.AdapterView) -> None:
+        """Write fp32 fragments, sharded like `masters`, into the weights of a `teacher_model`. Collective."""
+        if isinstance(model, lora.AdapterView):
+            of_teacher = {name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}."): f for name, f in fragments.items()}
+            publish(of_teacher, self.actor.model.module)
+        else:
+            publish(fragments, model.model.module)
+
+    def export(self, model: PolicyActor | lora.AdapterView, path: str) -> None:
+        """Save a `teacher_model` in Hugging Face form. Collective."""
+        if isinstance(model, lora.AdapterView):
+            lora.save_teacher(self.actor.model.module, path, write=self.rank == 0)
+        else:
+            self.strategy.save_model(model, self.tokenizer, path)
 
     def save_checkpoint(self, tag: str, *args: Any, **kwargs: Any) -> None:
-        super().save_checkpoint(tag, *args, **kwargs)
+        """A kill at any moment leaves `latest` naming a checkpoint that is whole, plugins' files included."""
+        with checkpoint.latest_withheld(self.actor.model), lora.student_alone(self.actor.model.module):
+            super().save_checkpoint(tag, *args, **kwargs)
         if not self.disable_ds_ckpt:
             path = self._checkpoint(tag)
-            torch.save(torch.get_rng_state(), os.path.join(path, RANDOM_STATE.format(rank=self.rank)))
+            checkpoint.save_random_state(path, self.rank)
             self.hook.openrlhf_save_checkpoint(worker=self, path=path)
+            dist.barrier()  # every rank has written
+            if self.rank == 0:
+                checkpoint.name_latest(os.path.dirname(path), tag)
 
     def save_model(self) -> None:
-        super().save_model()
+        with lora.student_alone(self.actor.model.module):
+            super().save_model()
         self.hook.openrlhf_save_model(worker=self, path=self.args.ckpt.output_dir)
 
     def _checkpoint(self, tag: str) -> str:
         return os.path.join(self.args.ckpt.path, "_actor", tag)
 
 
-def _bind() -> None:
+def _bind(on_built: Callable[..., Any]) -> None:
     """Let the host's worker in this process build our classes."""
-    if ppo_actor.Actor is not PolicyActor:
-        ppo_actor.Actor, ppo_actor.ActorPPOTrainer = PolicyActor, PolicyTrainer
+    ppo_actor.Actor = partial(PolicyActor, on_built=on_built)
+    if ppo_actor.ActorPPOTrainer is not PolicyTrainer:
+        ppo_actor.ActorPPOTrainer, ppo_actor.DataLoader = PolicyTrainer, data_loader
         ppo_actor.iter_grad_accum_global_norm = windows_with_loss_mask(ppo_actor.iter_grad_accum_global_norm)

@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param
 
 from sdpo_plugin.teacher import Fragment
@@ -20,7 +21,9 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
 
 def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
     """The parameters whole, on every rank, while the context lasts."""
-    return deepspeed.zero.GatheredParameters(parameters, enabled=any(map(is_partitioned, parameters)))
+    # Those that a running forward pass has gathered are DeepSpeed's to release.
+    away = [p for p in parameters if is_partitioned(p) and p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    return deepspeed.zero.GatheredParameters(away, enabled=bool(away))
 
 
 class MasterWeights:

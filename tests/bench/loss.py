@@ -1,6 +1,6 @@
 """Time and memory of the distillation loss against TRL 1.16's functions; `make bench`.
 
-    python tests/bench/loss.py [--tokens 256 1024 4096] [--vocab 32000 151936] [--dtypes float32 bfloat16] [--repeat 3]
+    python tests/bench/loss.py [--tokens 512 2048 16384] [--vocab 32000 151936] [--dtypes float32] [--repeat 3]
 
 One forward and backward pass from hidden states of width 1024 and one head for student and teacher. Times alternate
 between the two in one process; memory is the peak above what the inputs take, each in a process of its own. A case that
@@ -119,7 +119,7 @@ def in_a_process(case: dict[str, Any]) -> Any:
 def fits(case: dict[str, Any]) -> bool:
     """TRL holds about eight float32 tensors of [tokens, vocabulary] at its peak."""
     free = torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * resource.getpagesize()
-    return 8 * 4 * case["tokens"] * case["vocab"] < 0.8 * free
+    return 8 * 4 * case["tokens"] * case["vocab"] < 0.5 * free
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -145,9 +145,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 16384])
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 151936])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"] if DEVICE == "cuda" else ["float32"])
     parser.add_argument("--modes", nargs="+", default=["full", "topk"])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -166,6 +166,7 @@ def main() -> None:
             row.update(in_a_process(case) or {})
         rows.append(row)
         tqdm.write(json.dumps(row))
+        sys.stdout.flush()
     OUT.mkdir(parents=True, exist_ok=True)
     machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     (OUT / "loss.json").write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}, indent=1))

@@ -1,0 +1,72 @@
+"""What makes the host's checkpoints survive a kill, and a restart go on as if there had been none."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+RANDOM_STATE = "random_state_rank{rank}.pt"
+WHOLE = "whole"  # an empty file in a checkpoint that was written to its end
+
+
+def save_random_state(directory: str, rank: int) -> None:
+    """The host draws the order of micro-batches from this state and does not keep it."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    torch.save({"cpu": torch.get_rng_state(), **cuda}, os.path.join(directory, RANDOM_STATE.format(rank=rank)))
+
+
+def load_random_state(directory: str, rank: int) -> None:
+    """Does nothing for a checkpoint of fewer ranks, or one that was written without this plugin."""
+    path = os.path.join(directory, RANDOM_STATE.format(rank=rank))
+    if os.path.exists(path):
+        state = torch.load(path)
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def latest_withheld(engine: Any) -> Iterator[None]:
+    """DeepSpeed's `save_checkpoint` without the file that names it the latest."""
+    save = engine.save_checkpoint
+    engine.save_checkpoint = lambda *args, **kwargs: save(*args, **{**kwargs, "save_latest": False})
+    try:
+        yield
+    finally:
+        del engine.save_checkpoint
+
+
+def name_latest(directory: str, tag: str) -> None:
+    """Mark `directory/tag` as whole, and as the checkpoint to resume from."""
+    open(os.path.join(directory, tag, WHOLE), "w").close()
+    path = os.path.join(directory, f"latest.{os.getpid()}")
+    with open(path, "w") as file:
+        file.write(tag)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path, os.path.join(directory, "latest"))
+
+
+def mend_latest(directory: str) -> None:
+    """Let `latest` name the newest whole checkpoint where what it names is gone.
+
+    Before it saves, the host deletes the checkpoint with the worst metric, be it the one to resume from; a run killed
+    during that save has only older ones left.
+    """
+    try:
+        with open(os.path.join(directory, "latest")) as file:
+            named = file.read().strip()
+    except FileNotFoundError:
+        return
+    if not os.path.isdir(os.path.join(directory, named)):
+        whole = glob.glob(os.path.join(directory, "*", WHOLE))
+        if whole:
+            name_latest(directory, os.path.basename(os.path.dirname(max(whole, key=os.path.getmtime))))
+        else:
+            with suppress(FileNotFoundError):  # another rank was faster
+                os.remove(os.path.join(directory, "latest"))

@@ -1,0 +1,53 @@
+"""Killed at any moment and started again, a run ends with the weights of one that was never killed, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from common import ROWS, SDPO, TWO_RANKS, same
+from killer import POINTS
+
+from sdpo_plugin.host.checkpoint import mend_latest, name_latest
+from sdpo_plugin.testing import RunFailed
+
+FLAGS = (
+    *SDPO, *TWO_RANKS, "--rollout.deterministic", "--train.num_episodes", "3", "--ckpt.save_steps", "1",
+    "--plugins", "sdpo_plugin.testing", "killer",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def unkilled(openrlhf, model, reward):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        return openrlhf(model, ROWS, reward, *FLAGS)
+
+
+@pytest.mark.parametrize("at", POINTS)
+def test_a_killed_run_continues(openrlhf, model, reward, unkilled, monkeypatch, tmp_path, at):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    flags = [*FLAGS, "--ckpt.path", str(tmp_path / "ckpt")]
+    with pytest.raises(RunFailed, match="^-9;"):
+        openrlhf(model, ROWS, reward, *flags, "--killer.at", at, "--killer.marker", str(tmp_path / "killed"))
+    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "ckpt" / "_actor" / "latest").read_text() == "global_step1"
+    resumed = openrlhf(model, ROWS, reward, *flags, "--ckpt.load_enable", "--vllm.num_engines", "2")
+    for mine, theirs in zip(resumed.samples, unkilled.samples[1:], strict=True):
+        assert all(torch.equal(a.sequences, b.sequences) for a, b in zip(mine, theirs, strict=True))
+    assert same(resumed, unkilled)
+
+
+def test_latest_names_a_whole_checkpoint(tmp_path):
+    """The host deletes old checkpoints before it saves, by their metric: what `latest` names may be among them."""
+    for tag in ("global_step1", "global_step2", "global_step3"):
+        (tmp_path / tag).mkdir()
+    for tag in ("global_step1", "global_step2"):
+        name_latest(str(tmp_path), tag)
+    mend_latest(str(tmp_path))
+    assert (tmp_path / "latest").read_text() == "global_step2"
+    for file in (tmp_path / "global_step2").iterdir():
+        file.unlink()
+    (tmp_path / "global_step2").rmdir()
+    mend_latest(str(tmp_path))
+    assert (tmp_path / "latest").read_text() == "global_step1"
+    mend_latest(str(tmp_path / "nothing there"))
