@@ -102,50 +102,71 @@ class TrustRegionTeacher(Teacher):
 
 
 class EmaTeacher(Teacher):
-    """`t <- (1 - rate) t + rate s` after each optimizer step, in fp32 from the optimizer's fp32 weights.
+    """`t <- (1 - rate) t + rate s` after each optimizer step, from the optimizer's fp32 weights.
 
-    A bf16 average loses most of the student's motion at the learning rates in use (docs/design.md); this one is
-    sharded over the ranks like the weights it follows, and only its low-precision image is in the model.
+    A bf16 average loses most of the student's motion at the learning rates in use, and the last digits of an fp32 one
+    are some 1e-4 of it (docs/design.md). Here the teacher's low-precision weights, which exist anyway, are the leading
+    digits, and an fp32 remainder, sharded over the ranks like the weights it follows, holds the rest.
     """
 
     def __init__(self, model: Model, worker: Any, config: TeacherConfig) -> None:
         super().__init__(model)
         self.worker, self.config = worker, config
-        self.steps = 0
-        self.average = {name: self._kept(f) for name, f in worker.masters.fragments().items()}
-        worker.publish(self.average, model)
-
-    def _kept(self, fragment: Fragment) -> Fragment:
-        values = fragment.values.detach()
-        if self.config.offload and values.is_cuda:
-            return Fragment(fragment.start, values.cpu().pin_memory())
-        return Fragment(fragment.start, values.clone())
+        self.steps, self.rate = 0, config.update_rate
+        self.rest: dict[str, torch.Tensor] = {}
+        self._set({name: fragment.values for name, fragment in worker.masters.fragments().items()})
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         self.steps += 1
         if self.steps % self.config.sync_steps:
             return
+        images = self.worker.images(self.model)
         for name, student in self.worker.masters.fragments().items():
-            average = self.average[name].values
-            average.lerp_(student.values.to(average.device), self.config.update_rate)
-        self.worker.publish(self.average, self.model)
+            average = self._read(name, images[name])
+            self._write(name, images[name], average.lerp_(student.values.double(), self.rate))
+        self.worker.publish(self.model)
 
-    def save(self, directory: str) -> None:
-        state = {name: (fragment.start, fragment.values.cpu()) for name, fragment in self.average.items()}
-        path = os.path.join(directory, STATE.format(rank=self.worker.rank))
-        torch.save({"steps": self.steps, "ranks": self.worker.ranks, "average": state}, path + ".tmp")
-        os.replace(path + ".tmp", path)  # a killed run leaves either no file or a whole one
+    def average(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the average in float64, laid out like `masters.fragments()`."""
+        images = self.worker.images(self.model)
+        return {name: self._read(name, images[name]) for name in self.rest}
+
+    def _read(self, name: str, image: torch.Tensor) -> torch.Tensor:
+        return image.double() + self.rest[name].to(image.device).double()
+
+    def _write(self, name: str, image: torch.Tensor, values: torch.Tensor) -> None:
+        image.copy_(values)
+        rest = (values - image.double()).float()
+        if name in self.rest:
+            self.rest[name].copy_(rest)
+        else:
+            self.rest[name] = rest.cpu().pin_memory() if self.config.offload and rest.is_cuda else rest
 
     @torch.no_grad()
+    def _set(self, average: dict[str, torch.Tensor]) -> None:
+        images = self.worker.images(self.model)
+        for name, values in average.items():
+            self._write(name, images[name], values.double())
+        self.worker.publish(self.model)
+
+    def save(self, directory: str) -> None:
+        starts = {name: fragment.start for name, fragment in self.worker.masters.fragments().items()}
+        average = {name: (starts[name], values.cpu()) for name, values in self.average().items()}
+        path = os.path.join(directory, STATE.format(rank=self.worker.rank))
+        state = {"steps": self.steps, "rate": self.rate, "ranks": self.worker.ranks, "average": average}
+        torch.save(state, path + ".tmp")
+        os.replace(path + ".tmp", path)  # a killed run leaves either no file or a whole one
+
     def load(self, directory: str) -> None:
-        """Fill this rank's fragments from the files of all ranks, however many there were.
+        """Fill this rank's part from the files of all ranks, however many there were.
 
         Raises:
             FileNotFoundError: the checkpoint holds no teacher; it was written without `--teacher.kind ema`.
         """
-        rank = 0
-        ranks = 1
+        average = self.average()
+        starts = {name: fragment.start for name, fragment in self.worker.masters.fragments().items()}
+        rank, ranks = 0, 1
         while rank < ranks:
             path = os.path.join(directory, STATE.format(rank=rank))
             if not os.path.exists(path):
@@ -154,17 +175,17 @@ class EmaTeacher(Teacher):
                     "without --teacher.kind ema; resume with the teacher it was trained with"
                 )
             saved = torch.load(path, weights_only=True)
-            self.steps, ranks = saved["steps"], saved["ranks"]
+            self.steps, self.rate, ranks = saved["steps"], saved["rate"], saved["ranks"]
             for name, (start, values) in saved["average"].items():
-                if name in self.average:
-                    _copy_overlap(self.average[name], start, values)
+                if name in average:
+                    _copy_overlap(average[name], starts[name], values, start)
             rank += 1
-        self.worker.publish(self.average, self.model)
+        self._set(average)
 
 
-def _copy_overlap(into: Fragment, start: int, values: torch.Tensor) -> None:
-    """Copy what `values`, beginning at element `start` of its parameter, shares with the fragment `into`."""
-    begin = max(into.start, start)
-    end = min(into.start + into.values.numel(), start + values.numel())
+def _copy_overlap(into: torch.Tensor, into_start: int, values: torch.Tensor, start: int) -> None:
+    """Copy what two parts of one parameter, each from its element `start` on, share."""
+    begin = max(into_start, start)
+    end = min(into_start + into.numel(), start + values.numel())
     if begin < end:
-        into.values[begin - into.start : end - into.start] = values[begin - start : end - start]
+        into[begin - into_start : end - into_start] = values[begin - start : end - start]

@@ -6,6 +6,7 @@ The learning rate is 0 and both steps train on the same samples, so their gradie
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from wrapt import when_imported
 
 import sdpo_plugin.fused
 import sdpo_plugin.plugin
@@ -19,6 +20,25 @@ CHUNK_ROWS = 16
 @hookimpl
 def openrlhf_add_arguments(parser):
     parser.add_argument("--probe.out", required=True)
+    parser.add_argument("--probe.fp32", action="store_true", help="train in float32, which the host does not offer")
+
+
+@hookimpl
+def openrlhf_configure(args):
+    if args.probe.fp32:
+        args.ds.param_dtype = "fp32"
+
+
+@hookimpl
+def openrlhf_model(actor, args):
+    if args.probe.fp32:
+        assert next(actor.model.parameters()).dtype == torch.float32
+
+
+@when_imported("openrlhf.utils.utils")
+def know_fp32(module):
+    convert = module.convert_to_torch_dtype
+    module.convert_to_torch_dtype = lambda name: torch.float32 if name == "fp32" else convert(name)
 
 
 @hookimpl(trylast=True)

@@ -9,7 +9,7 @@ from sdpo_plugin.config import ConfigError, DistillConfig, TeacherConfig
 from sdpo_plugin.loss import per_token_loss
 from sdpo_plugin.plugin import teacher_inputs
 from sdpo_plugin.sdpo import SDPO
-from sdpo_plugin.teacher import EmaTeacher
+from sdpo_plugin.teacher import EmaTeacher, Fragment
 from sdpo_plugin.testing import fake_worker
 
 # Prompts of 2, 3 and 1 tokens; the second sample is an agent's: two actions, an observation (9, 9), one action.
@@ -122,23 +122,24 @@ def test_ema_waits_for_sync_steps():
 def test_ema_state_survives_a_change_of_ranks(tmp_path):
     """Saved by two ranks with half of every parameter each, read by one."""
     config = TeacherConfig(update_rate=0.5)
-    whole = fake_worker()
-    saved = {}
+    expected = {}
     for rank in (0, 1):
         half = fake_worker()
         half.rank, half.ranks = rank, 2
         teacher = EmaTeacher(half.teacher_model(False, True), half, config)
-        for name, fragment in list(teacher.average.items()):
-            middle = fragment.values.numel() // 2
-            part = slice(0, middle) if rank == 0 else slice(middle, None)
-            values = fragment.values[part] + 3.0
-            teacher.average[name] = type(fragment)(middle * rank, values)
-            saved.setdefault(name, []).append(values)
+        whole, parts = teacher.average(), {}
+        for name, values in whole.items():
+            middle = values.numel() // 2
+            parts[name] = (middle, values[middle:] + 3.0) if rank else (0, values[:middle] + 3.0)
+            expected[name] = values + 3.0
+        teacher.average = lambda parts=parts: {name: values for name, (_, values) in parts.items()}
+        half.fragments = lambda parts=parts: {name: Fragment(*part) for name, part in parts.items()}
         teacher.save(str(tmp_path))
-    teacher = EmaTeacher(whole.teacher_model(False, True), whole, config)
+    worker = fake_worker()
+    teacher = EmaTeacher(worker.teacher_model(False, True), worker, config)
     teacher.load(str(tmp_path))
-    for name, parameter in teacher.model.named_parameters():
-        torch.testing.assert_close(parameter.data.view(-1), torch.cat(saved[name]))
+    for name, values in teacher.average().items():
+        torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-12)
 
 
 def test_a_checkpoint_without_a_teacher_is_named(tmp_path):

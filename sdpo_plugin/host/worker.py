@@ -20,7 +20,7 @@ from sdpo_plugin.config import ConfigError
 from sdpo_plugin.fused import Head, Scores, linear_log_probs
 from sdpo_plugin.host import checkpoint, lora, manager
 from sdpo_plugin.host.seams import plain_class
-from sdpo_plugin.host.zero import MasterWeights, gathered, publish
+from sdpo_plugin.host.zero import MasterWeights, gathered, images, publish
 from sdpo_plugin.step import ATTACHED, LOSS_MASK, HeadFunction, PolicyStep, loss_mask, response_rows
 from sdpo_plugin.teacher import Fragment
 
@@ -377,13 +377,21 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
     def ranks(self) -> int:
         return self._world_size
 
-    def publish(self, fragments: dict[str, Fragment], model: PolicyActor | lora.AdapterView) -> None:
-        """Write fp32 fragments, sharded like `masters`, into the weights of a `teacher_model`. Collective."""
+    def images(self, model: PolicyActor | lora.AdapterView) -> dict[str, torch.Tensor]:
+        """This rank's part of a `teacher_model`'s weights, by the names of `masters` and laid out like them."""
+        fragments, module = self._followers(model)
+        return dict(zip(self.masters.fragments(), images(fragments, module).values(), strict=True))
+
+    def publish(self, model: PolicyActor | lora.AdapterView) -> None:
+        """Let all ranks know what was written to `images`. Collective."""
+        publish(*self._followers(model))
+
+    def _followers(self, model: PolicyActor | lora.AdapterView) -> tuple[dict[str, Fragment], torch.nn.Module]:
+        fragments = self.masters.fragments()
         if isinstance(model, lora.AdapterView):
             of_teacher = {name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}."): f for name, f in fragments.items()}
-            publish(of_teacher, self.actor.model.module)
-        else:
-            publish(fragments, model.model.module)
+            return of_teacher, self.actor.model.module
+        return fragments, model.model.module
 
     def export(self, model: PolicyActor | lora.AdapterView, path: str) -> None:
         """Save a `teacher_model` in Hugging Face form. Collective."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param
 
+from sdpo_plugin.config import ConfigError
 from sdpo_plugin.teacher import Fragment
 
 
@@ -27,17 +28,26 @@ def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any
 
 
 class MasterWeights:
-    """The optimizer's fp32 weights on this rank, by parameter name; together the ranks hold each element once.
+    """The optimizer's fp32 weights on this rank, by parameter name; together the ranks hold every element.
 
     Works at ZeRO 0 to 3; nothing is gathered.
     """
 
     def __init__(self, engine: Any) -> None:
+        """Raises ConfigError where DeepSpeed keeps a trained parameter's weights out of reach. Collective."""
         self.engine = engine
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, list(self.fragments()))
+        trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
+        if missing := trained.difference(*everywhere):
+            raise ConfigError(
+                f"--ds.param_dtype, --ds.zero_stage: DeepSpeed has no fp32 weights of {len(missing)} parameters "
+                f"({min(missing)}, ...) to follow; give --ds.param_dtype bf16, or --ds.zero_stage 2"
+            )
 
     def fragments(self) -> dict[str, Fragment]:
         """Views, valid until the optimizer moves them; parameters without an fp32 weight here are absent."""
-        found = {}
+        found, whole = {}, self._whole()
         for name, parameter in self.engine.module.named_parameters():
             if is_partitioned(parameter):
                 values = safe_get_local_fp32_param(parameter)
@@ -46,37 +56,56 @@ class MasterWeights:
                     found[name] = Fragment(dist.get_rank() * parameter.ds_tensor.ds_numel, values)
             elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
                 found[name] = Fragment(mapping.lp_fragment_address.start, mapping.hp_fragment)
+            elif parameter in whole:
+                found[name] = Fragment(0, whole[parameter])
+            elif parameter.requires_grad and parameter.dtype == torch.float32:
+                found[name] = Fragment(0, parameter.data.view(-1))  # trained as it is
+        return found
+
+    def _whole(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """At ZeRO 0 every rank has all of them, end to end in one tensor per parameter group (`FP16_Optimizer`)."""
+        optimizer, found = self.engine.optimizer, {}
+        groups = getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups_flat", ())
+        for group, flat in zip(*groups, strict=True):
+            found.update(zip(group, flat.detach().split([p.numel() for p in group]), strict=True))
         return found
 
 
-def publish(fragments: Mapping[str, Fragment], module: torch.nn.Module) -> None:
-    """Write fp32 fragments, sharded as `MasterWeights` shards them, into `module`'s weights, matched by name.
+def images(fragments: Mapping[str, Fragment], module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parts of `module`'s own weights that correspond to `fragments`, matched by name; views to read and write."""
+    parameters = dict(module.named_parameters())
+    found = {}
+    for name, fragment in fragments.items():
+        parameter = parameters[name]
+        if is_partitioned(parameter):
+            found[name] = parameter.ds_tensor.data
+        else:
+            found[name] = parameter.data.view(-1)[fragment.start : fragment.start + fragment.values.numel()]
+    return found
 
-    ZeRO-3 modules are sharded alike, so nothing is communicated; others receive one all-gather of the low-precision
-    image. Collective: every rank calls it.
+
+def publish(fragments: Mapping[str, Fragment], module: torch.nn.Module) -> None:
+    """Make what this rank wrote to its `images` known to all ranks. Collective.
+
+    ZeRO-3 modules are sharded alike, so nothing is communicated; others need one all-gather of low-precision values.
     """
     parameters = dict(module.named_parameters())
     if any(map(is_partitioned, parameters.values())):
-        for name, fragment in fragments.items():
-            parameter = parameters[name]
-            parameter.ds_tensor.data.copy_(fragment.values)
-            if parameter.ds_persist:
-                parameter.partition(has_been_updated=False)  # the next use gathers it anew
+        for name in fragments:
+            if parameters[name].ds_persist:
+                parameters[name].partition(has_been_updated=False)  # the next use gathers it anew
         return
-    mine = [(name, f.start, f.values.numel()) for name, f in fragments.items()]
+    mine = images(fragments, module)
     layout: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(layout, mine)
+    dist.all_gather_object(layout, [(name, fragments[name].start, image.numel()) for name, image in mine.items()])
+    if all(part == layout[0] for part in layout):
+        return  # ZeRO 0, or a single rank: everyone has written everything
     sizes = [sum(numel for _, _, numel in part) for part in layout]
-    dtype = next(iter(parameters.values())).dtype
-    device = next(iter(parameters.values())).device
-    image = torch.zeros(max(sizes), dtype=dtype, device=device)
-    offset = 0
-    for fragment in fragments.values():
-        image[offset : offset + fragment.values.numel()].copy_(fragment.values)
-        offset += fragment.values.numel()
-    images = [torch.empty_like(image) for _ in layout]
-    dist.all_gather(images, image)
-    for part, values in zip(layout, images, strict=True):
+    flat = torch.cat(list(mine.values()))
+    flat = torch.nn.functional.pad(flat, (0, max(sizes) - len(flat)))
+    gathered_images = [torch.empty_like(flat) for _ in layout]
+    dist.all_gather(gathered_images, flat)
+    for part, values in zip(layout, gathered_images, strict=True):
         offset = 0
         for name, start, numel in part:
             parameters[name].data.view(-1)[start : start + numel] = values[offset : offset + numel]
