@@ -16,6 +16,10 @@ class ConfigError(ValueError):
     """A configuration that must not start: names the flag, the value and the fix."""
 
 
+class StopTraining(RuntimeError):
+    """Raised by a plugin in `openrlhf_metrics`: the run saves a checkpoint and ends with this message."""
+
+
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -161,9 +165,12 @@ class DiagnosticsConfig(Group):
 
     prefix = "diagnostics"
 
-    guard: str = option("warn", "what to do about a degenerate run", ("off", "warn"))
+    guard: str = option(
+        "warn", "what to do about a degenerate run: say so; save a checkpoint and stop when the teacher has collapsed; "
+        "slow the ema teacher down while its context gain sinks", ("off", "warn", "stop", "slow"),
+    )
     interval: int = option(1, "rollout batches between two looks")
-    tolerance: int = option(10, "consecutive degenerate looks before the guard acts")
+    tolerance: int = option(5, "consecutive degenerate looks before the guard speaks or stops")
 
     def check(self) -> None:
         self.positive("interval", integer=True)

@@ -1,44 +1,115 @@
-"""Tells whoever trains when the method has nothing to work with: a run that goes on is not a run that learns."""
+"""Tells whoever trains when the method has nothing to work with: a run that goes on is not a run that learns.
+
+The way self-distillation fails is a teacher that forgets to read its context and agrees with the student: the loss
+goes to zero, and so does the accuracy. Its measure is the context gain, how much the context still changes what the
+teacher predicts, on samples that failed: where the policy succeeds, a teacher may well know the answer by itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdpo_plugin.config import DiagnosticsConfig, RepromptConfig
+import torch
+from torch import Tensor
+
+from sdpo_plugin.config import DiagnosticsConfig, DistillConfig, RepromptConfig
 from sdpo_plugin.context import Rollout, TeacherContext
+from sdpo_plugin.fused import Head, linear_distillation, linear_log_probs
+
+GAIN = "teacher/context_gain"
+WATCHED_SAMPLES = 4  # of the first micro-batch of an optimizer step, on every rank
+REFERENCE_LOOKS = 3  # whose mean context gain later ones are compared with
+COLLAPSED = 0.1  # of the reference
+SINKING = 0.8
+
+FULL_KL = DistillConfig(mode="full", alpha=0.0, is_clip=None)
+
+
+@torch.no_grad()
+def measure(
+    student_hidden: Tensor, student: Head, teacher_hidden: Tensor, without_context: Tensor, teacher: Head,
+    token_ids: Tensor, failed: Tensor, temperature: float,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums and numbers of tokens behind the metrics of a few samples.
+
+    Hidden states `[N, H]` of the student, of the teacher and of the teacher behind the student's prompt; token_ids
+    int64 `[N]`; failed bool `[N]`, of the token's sample.
+    """
+    gain = linear_distillation(
+        without_context, teacher, teacher_hidden, teacher, token_ids, failed.float(), FULL_KL, temperature=temperature
+    ).token_loss
+    own, entropy = linear_log_probs(student_hidden, student, token_ids, temperature, with_entropy=True)
+    advantage = linear_log_probs(teacher_hidden, teacher, token_ids, temperature)[0] - own
+    every = torch.ones_like(failed)
+    masked = {
+        GAIN: (gain, failed), "teacher/advantage_on_failures": (advantage, failed),
+        "teacher/advantage_on_successes": (advantage, ~failed), "self_distillation/student_entropy": (entropy, every),
+    }  # fmt: skip
+    return {name: ((values * mask).sum(), mask.sum()) for name, (values, mask) in masked.items()}
 
 
 class Watch:
-    """Counts consecutive looks at a degenerate batch; after `tolerance` of them it names evidence and remedy."""
+    """Counts consecutive looks at a degenerate state; after `tolerance` of them it names evidence and remedy."""
 
-    def __init__(self, config: DiagnosticsConfig, reprompt: RepromptConfig) -> None:
-        self.config, self.reprompt = config, reprompt
+    def __init__(self, config: DiagnosticsConfig, reprompt: RepromptConfig, distill: DistillConfig) -> None:
+        self.config, self.reprompt, self.distill = config, reprompt, distill
         self.steps = 0
         self.consecutive: dict[str, int] = {}
+        self.gains: list[float] = []
+        self.rate: float | None = None
 
-    def look(self, rollouts: Sequence[Rollout], contexts: Sequence[TeacherContext]) -> list[str]:
-        """The warnings due after this batch; each symptom speaks once per `tolerance` looks."""
+    def due(self) -> bool:
+        """Whether to look at this batch; call once for each."""
         self.steps += 1
-        if self.config.guard == "off" or self.steps % self.config.interval:
-            return []
-        symptoms = self._symptoms(rollouts, contexts)
-        self.consecutive = {name: self.consecutive.get(name, 0) + 1 for name in symptoms}
-        return [
-            f"self-distillation: {symptoms[name]} (for {looks} looks in a row)"
-            for name, looks in self.consecutive.items()
-            if looks % self.config.tolerance == 0
-        ]
+        return self.config.guard != "off" and self.steps % self.config.interval == 0
 
-    def _symptoms(self, rollouts: Sequence[Rollout], contexts: Sequence[TeacherContext]) -> dict[str, str]:
+    def at_contexts(self, rollouts: Sequence[Rollout], contexts: Sequence[TeacherContext]) -> list[str]:
+        """The warnings due about a batch; each symptom speaks once per `tolerance` looks."""
         threshold = self.reprompt.success_threshold
         rewards = [r.reward for r in rollouts if r.reward is not None]
         told = sum(isinstance(r.feedback, str) and bool(r.feedback.strip()) for r in rollouts)
-        found = {}
-        if not any(c.active for c in contexts):
-            found["inactive"] = (
-                f"no sample has a teacher context, so nothing is distilled: {sum(r >= threshold for r in rewards)} of "
-                f"{len(rewards)} rewards reach --reprompt.success_threshold {threshold}, {told} samples have feedback"
-            )
-        elif told and not self.reprompt.use_feedback:
-            found["feedback off"] = f"{told} samples have feedback, but --no-reprompt.use_feedback ignores it"
-        return found
+        evidence = f"{sum(r >= threshold for r in rewards)} of {len(rewards)} rewards reach"
+        evidence += f" --reprompt.success_threshold {threshold}, {told} samples have feedback"
+        inactive = not any(c.active for c in contexts)
+        return [
+            *self._counted(
+                "inactive", inactive, f"no sample has a teacher context, so nothing is distilled: {evidence}"
+            ),
+            *self._counted(
+                "feedback off", bool(told) and not self.reprompt.use_feedback and not inactive,
+                f"{told} samples have feedback, but --no-reprompt.use_feedback ignores it",
+            ),
+            *self._counted(
+                "flat rewards", self.distill.weight < 1.0 and len(set(rewards)) == 1,
+                f"all rewards are {rewards[0] if rewards else None}, so the host's share of the loss "
+                f"(--distill.weight {self.distill.weight}) teaches nothing",
+            ),
+        ]
+
+    def at_gain(self, gain: float, teacher: str) -> list[str]:
+        """The warnings due about a context gain."""
+        self.gains.append(gain)
+        if len(self.gains) <= REFERENCE_LOOKS:
+            return []
+        reference = sum(self.gains[:REFERENCE_LOOKS]) / REFERENCE_LOOKS
+        collapsed = gain < COLLAPSED * reference
+        return self._counted(
+            "collapse", collapsed,
+            f"the teacher hardly reads its context any more: on failed samples it changes the prediction by {gain:.3g} "
+            f"nats a token, {reference:.3g} at the start, so the student is taught what it does already; lower "
+            f"--teacher.update_rate or --actor.adam.lr, or give --teacher.kind base (now {teacher})",
+        )
+
+    def slowed(self, configured: float) -> float:
+        """The EMA rate for the next step: halved while the context gain sinks, given back when it is up again."""
+        self.rate = self.rate or configured
+        if len(self.gains) > REFERENCE_LOOKS:
+            reference = sum(self.gains[:REFERENCE_LOOKS]) / REFERENCE_LOOKS
+            self.rate = self.rate / 2 if self.gains[-1] < SINKING * reference else min(configured, self.rate * 2)
+        return self.rate
+
+    def _counted(self, name: str, present: bool, text: str) -> list[str]:
+        looks = self.consecutive[name] = self.consecutive.get(name, 0) + 1 if present else 0
+        if looks and looks % self.config.tolerance == 0:
+            return [f"self-distillation: {text} (for {looks} looks in a row)"]
+        return []

@@ -33,8 +33,8 @@ class Head:
     weight `[V, H]`, bias `[V]`. `scale` multiplies the logits (Cohere, Granite), `softcap` bounds them (Gemma). Token
     ids from `vocab_size` on are padding: they have no probability and get no gradient.
 
-    A teacher's head may have a second weight `beside` the first, `[V, H2]`: its hidden states are `[N, H + H2]`, and
-    the two products are added.
+    A head that needs no gradient may have a second weight `beside` the first, `[V, H2]`: its hidden states are
+    `[N, H + H2]`, and the two products are added.
     """
 
     weight: Tensor
@@ -175,6 +175,8 @@ class _Upstream(NamedTuple):
 
 def _run(hidden: Tensor, head: Head, job: _Job, differentiable_log_probs: bool) -> Scores:
     eager = torch.is_grad_enabled() and not differentiable_log_probs
+    if head.beside is not None and torch.is_grad_enabled():
+        raise ValueError("a head with a second weight is a teacher's: it gets no gradient")
     return Scores(*_Pass.apply(hidden, head.weight, head.bias, replace(head, weight=None, bias=None), job, eager))
 
 
@@ -258,13 +260,8 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
         lesson, differentiate = part.lesson, any(x is not None for x in arriving)
         for rows in _split(mask.nonzero().squeeze(-1), chunk_rows):
             states = hidden[rows].to(_product_dtype(student_head.weight))
-            student = _multiply(states, student_head.weight, student_buffer)
-            teacher = None
-            if lesson is not None:
-                width = lesson.head.weight.shape[1]
-                teacher = _multiply(lesson.hidden[rows, :width], lesson.head.weight, teacher_buffer)
-                if lesson.head.beside is not None:
-                    _multiply(lesson.hidden[rows, width:], lesson.head.beside, teacher_buffer, add=True)
+            student = _products(states, student_head, student_buffer)
+            teacher = None if lesson is None else _products(lesson.hidden[rows], lesson.head, teacher_buffer)
             for start in range(0, len(rows), tile_rows):
                 tile = slice(start, start + tile_rows)
                 scores, gradient = _score(
@@ -311,6 +308,13 @@ def _score(
         pairs = [(output, g) for output, g in zip((loss, token, entropy), arriving, strict=True) if g is not None]
         (gradient,) = torch.autograd.grad([x for x, _ in pairs], products, [g for _, g in pairs])
     return (loss, token, entropy), gradient
+
+
+def _products(states: Tensor, head: Head, buffer: Tensor) -> Tensor:
+    """What `head.logits` takes `[r, V]`, in the first rows of `buffer`."""
+    width = head.weight.shape[1]
+    out = _multiply(states[:, :width], head.weight, buffer)
+    return out if head.beside is None else _multiply(states[:, width:], head.beside, buffer, add=True)
 
 
 def _multiply(states: Tensor, weight: Tensor, buffer: Tensor, add: bool = False) -> Tensor:

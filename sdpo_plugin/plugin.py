@@ -13,22 +13,25 @@ from typing import Any
 
 import torch
 
+from sdpo_plugin import no_reward
 from sdpo_plugin.config import (
     GROUPS,
     ConfigError,
     DiagnosticsConfig,
     DistillConfig,
     RepromptConfig,
+    StopTraining,
     TeacherConfig,
     from_namespace,
 )
-from sdpo_plugin.context import Rollout, build_teacher_contexts, context_metrics, teacher_prompt_ids
-from sdpo_plugin.diagnostics import Watch
+from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts, context_metrics, teacher_prompt_ids
+from sdpo_plugin.diagnostics import GAIN, WATCHED_SAMPLES, Watch, measure
 from sdpo_plugin.fused import Head, Scores, linear_distillation
 from sdpo_plugin.host.hookspecs import hookimpl
 from sdpo_plugin.teacher import make_teacher
 
 PREFIX = "self_distillation/"
+OF_TOKENS = " of tokens"  # beside a metric: the share of the response tokens that it is a sum over
 logger = logging.getLogger(__name__)
 
 
@@ -54,6 +57,7 @@ class SelfDistillation:
     name: str
     defaults: dict[str, Any] = {}
     watch: Watch | None = None
+    first_micro_batch = True
 
     # ── the launcher ──
 
@@ -118,8 +122,19 @@ class SelfDistillation:
         batch.attach("loss_mask", masks)
         batch.metrics.update(context_metrics(rollouts, contexts, self.reprompt))
         batch.metrics[PREFIX + "truncated_fraction"] = truncated / len(contexts)
-        self.watch = self.watch or Watch(self.diagnostics, self.reprompt)
-        for warning in self.watch.look(rollouts, contexts):
+        self._watch(batch, rollouts, contexts)
+
+    def _watch(self, batch: Any, rollouts: list[Rollout], contexts: list[TeacherContext]) -> None:
+        watch = self.watch = self.watch or Watch(self.diagnostics, self.reprompt, self.distill)
+        if not watch.due():
+            return
+        threshold = self.reprompt.success_threshold
+        failed = [rollout.reward is None or rollout.reward < threshold for rollout in rollouts]
+        batch.attach("failed", [torch.tensor(f) for f in failed])
+        if self.diagnostics.guard == "slow" and self.teacher_config.kind == "ema":
+            rate = torch.tensor(watch.slowed(self.teacher_config.update_rate), dtype=torch.float64)
+            batch.attach("update_rate", [rate] * len(rollouts))
+        for warning in watch.at_contexts(rollouts, contexts):
             logger.warning(warning)
 
     def rollout(self, batch: Any, i: int) -> Rollout:
@@ -163,11 +178,14 @@ class SelfDistillation:
         if self.distill.weight == 0.0:
             return
         batch, actor, args = step.experience, step.worker.actor, step.worker.args
+        if "update_rate" in step.data:
+            self.teacher.rate = float(step.data["update_rate"][0])
         log_probs_too = host_needs_log_probs(args, self.distill.weight)
         with_entropy = args.actor.entropy_coef is not None
         if not (log_probs_too or with_entropy or args.actor.aux_loss_coef > 0.0):
             step.samples = step.loss_mask.any(dim=1)  # the student need not read what it learns nothing from
         teacher_hidden = self._teacher_hidden(step)
+        look = self._look(step)
         weights = (step.loss_weights * step.loss_mask)[step.response]
         # The policy that sampled. Samples of an asynchronous run come from an older one, which only the engine knew.
         old_log_probs = batch.rollout_log_probs if args.train.async_enable else batch.action_log_probs
@@ -177,6 +195,12 @@ class SelfDistillation:
 
         def head(hidden: torch.Tensor, student: Head, token_ids: torch.Tensor) -> Scores:
             with self.teacher.head() as teacher:
+                if look is not None:
+                    tokens, without, failed = look
+                    step.sums = measure(
+                        hidden[tokens], student, teacher_hidden[tokens], without, teacher, token_ids[tokens], failed,
+                        actor.temperature,
+                    )
                 return linear_distillation(
                     hidden, student, teacher_hidden, teacher, token_ids, weights, self.distill, old_log_probs,
                     actor.temperature, differentiable_log_probs=log_probs_too, with_entropy=with_entropy,
@@ -195,6 +219,32 @@ class SelfDistillation:
         full[taught] = hidden
         return full[step.response]
 
+    def _look(self, step: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Of the first micro-batch of an optimizer step that is looked at: a few samples, failed ones first.
+
+        Which of the N response tokens they have (bool [N]), the teacher's hidden states there without its context
+        [n, H], and whether each token's sample failed (bool [n]).
+        """
+        if not self.first_micro_batch or "failed" not in step.data:
+            return None
+        self.first_micro_batch = False
+        batch, failed = step.experience, torch.stack(step.data["failed"]).to(step.loss_mask.device)
+        active = step.loss_mask.any(dim=1)
+        order = sorted(active.nonzero()[:, 0].tolist(), key=lambda i: not failed[i])
+        chosen = torch.zeros_like(active)
+        chosen[order[:WATCHED_SAMPLES]] = True
+        watched = step.loss_mask & chosen[:, None]
+        own = [
+            sequence[: int(response.nonzero()[0]) + 1] if here else sequence[:0]
+            for sequence, response, here in zip(batch.sequences, batch.action_mask, chosen, strict=True)
+        ]
+        sequences, attention_mask, rows, read = teacher_inputs(
+            batch.sequences, batch.attention_mask, batch.action_mask, own
+        )
+        hidden = self.teacher.hidden_states(sequences, attention_mask, rows)
+        tokens = watched[step.response]
+        return tokens, hidden[watched[read]], failed[:, None].expand_as(watched)[watched]
+
     @hookimpl
     def openrlhf_policy_loss(self, step: Any) -> None:
         w = self.distill.weight
@@ -207,10 +257,15 @@ class SelfDistillation:
         step.metrics[PREFIX + "loss"] = torch.where(in_loss, step.scores.token_loss, 0.0).sum() / tokens
         step.metrics[PREFIX + "token_fraction"] = step.loss_mask.sum() / tokens
         step.metrics[PREFIX + "empty_target_batch"] = float(not in_loss.any())
+        for name, (total, number) in step.sums.items():
+            step.metrics |= {name: total / tokens, name + OF_TOKENS: number / tokens}
+        if self.diagnostics.guard != "off":
+            step.metrics |= self.teacher.metrics()
 
     @hookimpl
     def openrlhf_optimizer_step(self, worker: Any) -> None:
         if self.distill.weight > 0.0:
+            self.first_micro_batch = True
             self.teacher.after_optimizer_step()
 
     @hookimpl
@@ -233,6 +288,16 @@ class SelfDistillation:
         fraction = status.get(PREFIX + "token_fraction")
         if fraction:  # from a mean over response tokens to the mean over the tokens in the loss
             status[PREFIX + "loss"] /= fraction
+        for weight in [name for name in status if name.endswith(OF_TOKENS)]:
+            name, share = weight.removesuffix(OF_TOKENS), status.pop(weight)
+            total = status.pop(name)
+            if share:
+                status[name] = total / share
+        if self.watch is not None and GAIN in status and rewarded(args):
+            for warning in self.watch.at_gain(status[GAIN], f"{args.teacher.kind}, {args.teacher.update_rate}"):
+                if args.diagnostics.guard == "stop":
+                    raise StopTraining(warning)
+                logger.warning(warning)
 
 
 def prompt_messages(prompt: str, record: dict[str, Any], args: Any) -> list[dict[str, Any]] | str:
@@ -282,6 +347,11 @@ def teacher_inputs(
     for row, at in zip(rows, positions, strict=True):
         row[at] = True
     return batch, mask, rows, taught
+
+
+def rewarded(args: Any) -> bool:
+    """Whether rewards say anything about the samples; without, all count as failed, and some must not be."""
+    return args.reward.remote_url != [os.path.abspath(no_reward.__file__)]
 
 
 def host_needs_log_probs(args: Any, weight: float) -> bool:

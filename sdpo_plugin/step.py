@@ -29,6 +29,7 @@ class PolicyStep:
         scores: what that function returned.
         loss, log_probs: from the host, while the policy loss is computed.
         metrics: scalars to log, averaged over the step's response tokens.
+        sums: the algorithm's, (sum, number) of tokens by name, from `head` to the loss.
     """
 
     def __init__(self, worker: Any, experience: Any, aggregate: Callable[..., torch.Tensor]) -> None:
@@ -41,6 +42,7 @@ class PolicyStep:
         self.loss: torch.Tensor | None = None
         self.log_probs: torch.Tensor | None = None
         self.metrics: dict[str, float | torch.Tensor] = {}
+        self.sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._aggregate = aggregate
 
     @property

@@ -66,6 +66,10 @@ class Teacher:
     def after_optimizer_step(self) -> None:
         """Follow the student, if this teacher does."""
 
+    def metrics(self) -> dict[str, float]:
+        """About the teacher, after the last optimizer step."""
+        return {}
+
     def save(self, directory: str) -> None:
         """Write what a restart cannot rebuild into the host's checkpoint."""
 
@@ -112,7 +116,7 @@ class EmaTeacher(Teacher):
     def __init__(self, model: Model, worker: Any, config: TeacherConfig) -> None:
         super().__init__(model)
         self.worker, self.config = worker, config
-        self.steps, self.rate = 0, config.update_rate
+        self.steps, self.rate, self.distance = 0, config.update_rate, 0.0
         self.rest: dict[str, torch.Tensor] = {}
         self._set({name: fragment.values for name, fragment in worker.masters.fragments().items()})
 
@@ -122,10 +126,18 @@ class EmaTeacher(Teacher):
         if self.steps % self.config.sync_steps:
             return
         images = self.worker.images(self.model)
+        squares = torch.zeros(2, dtype=torch.float64)
         for name, student in self.worker.masters.fragments().items():
-            average = self._read(name, images[name])
-            self._write(name, images[name], average.lerp_(student.values.double(), self.rate))
+            values = student.values.double()
+            average = self._read(name, images[name]).lerp_(values, self.rate)
+            squares += torch.stack([(values - average).square().sum(), values.square().sum()]).cpu()
+            self._write(name, images[name], average)
         self.worker.publish(self.model)
+        self.distance = float(squares[0].sqrt() / squares[1].sqrt())
+
+    def metrics(self) -> dict[str, float]:
+        """`ema_distance`: of student and teacher, relative to the student's norm, on this rank's part of both."""
+        return {"teacher/ema_distance": self.distance, "teacher/update_rate": self.rate}
 
     def average(self) -> dict[str, torch.Tensor]:
         """This rank's part of the average in float64, laid out like `masters.fragments()`."""

@@ -28,8 +28,10 @@ def host_parser() -> argparse.ArgumentParser:
     for flag, value in {
         "ds.lora.rank": 0, "train.dynamic_batch_enable": False, "ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1,
         "data.max_images_per_prompt": 0, "ds.enable_sleep": False, "algo.kl.init_coef": 0.0,
+        "ds.lora.target_modules": "", "algo.advantage.is_correction_level": "off",
     }.items():  # fmt: skip
         parser.add_argument(f"--{flag}", default=value, type=type(value))
+    parser.add_argument("--train.async_enable", action="store_true")
     return parser
 
 
@@ -68,7 +70,10 @@ def test_out_of_range(group, values, message):
     [
         (["--algo", "spdo"], r"--algo spdo: unknown algorithm; choose one of .*sdpo"),
         (["--algo", "sdpo", "--distill.weight", "2"], r"--distill.weight 2.0: give a number in \[0, 1\]"),
-        (["--algo", "sdpo", "--ds.lora.rank", "8"], r"--ds.lora.rank is not supported .* --ds.lora.rank 0"),
+        (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .* size 1"),
+        (["--algo", "sdpo", "--teacher.kind", "base", "--teacher.save"], r"--teacher.save True: .* --teacher.kind ema"),
+        (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),
+        (["--algo", "sdpo", "--train.async_enable", "--distill.weight", "0.5"], r"--distill.is_clip 2.0: .*level"),
         (["--plugins", "no_such_module"], r"--plugins no_such_module: No module named"),
         (["--config", "/no/such/recipe.yaml"], r"--config /no/such/recipe.yaml: .*No such file"),
     ],
@@ -76,6 +81,11 @@ def test_out_of_range(group, values, message):
 def test_command_line(arguments, message):
     with pytest.raises(ConfigError, match=message):
         parse(*arguments)
+
+
+def test_asynchronous_samples_bring_their_log_probabilities():
+    assert vars(parse("--algo", "sdpo", "--train.async_enable"))["algo.advantage.is_correction_level"] == "token"
+    assert vars(parse("--algo", "sdpo"))["algo.advantage.is_correction_level"] == "off"
 
 
 def test_a_value_of_the_wrong_type_is_argparse_s_error(capsys):

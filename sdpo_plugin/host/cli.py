@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from sdpo_plugin.config import ConfigError, Group
+from sdpo_plugin.config import ConfigError, Group, StopTraining
 from sdpo_plugin.host import manager, recipe
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
@@ -26,6 +26,8 @@ def main(command: Sequence[str] | None = None) -> None:
         train(command[1:])
     except ConfigError as error:
         sys.exit(f"openrlhf-sdpo: error: {error}")
+    except StopTraining as reason:  # Ray's error is of the type of its cause, too
+        sys.exit(f"openrlhf-sdpo: stopped: {getattr(reason, 'cause', reason)}")
 
 
 def train(arguments: list[str]) -> None:

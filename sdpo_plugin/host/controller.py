@@ -9,6 +9,7 @@ import ray
 import torch
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
+from sdpo_plugin.config import StopTraining
 from sdpo_plugin.host import manager
 from sdpo_plugin.host.engine import FAILURE, FEEDBACK, Prompt
 from sdpo_plugin.host.seams import plain_class
@@ -173,6 +174,8 @@ def bind() -> None:
 class _Metrics:
     """The part the synchronous and the asynchronous controller share."""
 
+    stopped: StopTraining | None = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bind()
         super().__init__(*args, **kwargs)
@@ -180,9 +183,19 @@ class _Metrics:
     def train_step(self, rollout_samples: Sequence[Any], global_step: int) -> tuple[dict[str, Any], int]:
         status, global_step = super().train_step(rollout_samples, global_step)
         status.update(self.experience_maker.metrics)
-        manager.of(self.args).hook.openrlhf_metrics(status=status, args=self.args)
+        try:
+            manager.of(self.args).hook.openrlhf_metrics(status=status, args=self.args)
+        except StopTraining as reason:
+            self.stopped = reason
         self._begin(global_step)
         return status, global_step
+
+    def save_logs_and_checkpoints(self, global_step: int, *args: Any, **kwargs: Any) -> None:
+        if self.stopped is None:
+            return super().save_logs_and_checkpoints(global_step, *args, **kwargs)
+        self.args.ckpt.save_steps = 1
+        super().save_logs_and_checkpoints(global_step, *args, **kwargs)
+        raise StopTraining(f"{self.stopped}; step {global_step} is saved in {self.args.ckpt.path}")
 
     def init_checkpoint_states(self) -> dict[str, Any]:
         # A run killed in its first save left a directory without a checkpoint: it starts anew.
