@@ -17,10 +17,13 @@ from sdpo_plugin.context import Rollout, TeacherContext
 from sdpo_plugin.fused import Head, linear_distillation, linear_log_probs
 
 GAIN = "teacher/context_gain"
-WATCHED_SAMPLES = 4  # of the first micro-batch of an optimizer step, on every rank
+WATCHED_SAMPLES = 8  # of the first micro-batch of an optimizer step, on every rank
 REFERENCE_LOOKS = 3  # whose mean context gain later ones are compared with
-COLLAPSED = 0.1  # of the reference
-SINKING = 0.8
+# Shares of the reference. A base teacher's gain stays within a few percent of it for as long as samples fail; once a
+# third is gone, the collapsing quickstart (docs/benchmarks.md) has learned all it will ever learn.
+COLLAPSED = 2 / 3
+STANDSTILL = 0.9
+RECOVERY = 1.1  # of the rate, a step
 
 FULL_KL = DistillConfig(mode="full", alpha=0.0, is_clip=None)
 
@@ -89,23 +92,28 @@ class Watch:
     def at_gain(self, gain: float, teacher: str) -> list[str]:
         """The warnings due about a context gain."""
         self.gains.append(gain)
-        if len(self.gains) <= REFERENCE_LOOKS:
-            return []
-        reference = sum(self.gains[:REFERENCE_LOOKS]) / REFERENCE_LOOKS
-        collapsed = gain < COLLAPSED * reference
+        share = self.share()
         return self._counted(
-            "collapse", collapsed,
-            f"the teacher hardly reads its context any more: on failed samples it changes the prediction by {gain:.3g} "
-            f"nats a token, {reference:.3g} at the start, so the student is taught what it does already; lower "
-            f"--teacher.update_rate or --actor.adam.lr, or give --teacher.kind base (now {teacher})",
+            "collapse", share < COLLAPSED,
+            f"the teacher reads its context less and less: on failed samples it changes the prediction by {gain:.3g} "
+            f"nats a token, {share:.0%} of what it was at the start, so the student is taught what it does already; "
+            f"lower --teacher.update_rate or --actor.adam.lr, or give --teacher.kind base (now {teacher})",
         )
 
-    def slowed(self, configured: float) -> float:
-        """The EMA rate for the next step: halved while the context gain sinks, given back when it is up again."""
-        self.rate = self.rate or configured
-        if len(self.gains) > REFERENCE_LOOKS:
-            reference = sum(self.gains[:REFERENCE_LOOKS]) / REFERENCE_LOOKS
-            self.rate = self.rate / 2 if self.gains[-1] < SINKING * reference else min(configured, self.rate * 2)
+    def share(self) -> float:
+        """The last context gain, relative to the first ones'."""
+        if len(self.gains) <= REFERENCE_LOOKS:
+            return 1.0
+        return self.gains[-1] * REFERENCE_LOOKS / sum(self.gains[:REFERENCE_LOOKS])
+
+    def slowed(self, rate: float) -> float:
+        """The EMA rate for the next step: less the more context gain is gone, hardly any below `STANDSTILL`.
+
+        It goes down at once, for what the teacher has forgotten it does not learn again, and comes up slowly.
+        """
+        left = min(max((self.share() - STANDSTILL) / (1.0 - STANDSTILL), 0.0), 1.0)
+        floor = rate / 1000  # to come back from
+        self.rate = max(min(rate * left**2, RECOVERY * (self.rate or rate)), floor)
         return self.rate
 
     def _counted(self, name: str, present: bool, text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """What the end-to-end tests share: data, flags, and how runs are compared."""
 
 import torch
+from safetensors.torch import load_file
 
 REWARD = '''
 import torch
@@ -25,3 +26,9 @@ def same(a, b) -> bool:
 def motion(run, start) -> float:
     """Euclidean distance of a run's final weights from `start`."""
     return sum((run.weights[name].float() - w.float()).norm().item() ** 2 for name, w in start.items()) ** 0.5
+
+
+def adapter(run) -> dict[str, torch.Tensor]:
+    """A LoRA run's final adapter; the host saves it as a pickle under ZeRO-3."""
+    file = run.directory / "model" / "adapter_model.bin"
+    return torch.load(file) if file.exists() else load_file(file.with_suffix(".safetensors"))

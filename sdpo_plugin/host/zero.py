@@ -65,8 +65,8 @@ class MasterWeights:
     def _whole(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """At ZeRO 0 every rank has all of them, end to end in one tensor per parameter group (`FP16_Optimizer`)."""
         optimizer, found = self.engine.optimizer, {}
-        groups = getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups_flat", ())
-        for group, flat in zip(*groups, strict=True):
+        for i, flat in enumerate(getattr(optimizer, "fp32_groups_flat", ())):
+            group = optimizer.fp16_groups[i]
             found.update(zip(group, flat.detach().split([p.numel() for p in group]), strict=True))
         return found
 

@@ -1,0 +1,108 @@
+"""The watch: what it measures, when it speaks, and what it does about it."""
+
+import pytest
+import torch
+from common import ROWS, SDPO
+
+from sdpo_plugin.config import DiagnosticsConfig, DistillConfig, RepromptConfig
+from sdpo_plugin.context import Rollout, build_teacher_contexts
+from sdpo_plugin.diagnostics import GAIN, Watch, measure
+from sdpo_plugin.fused import Head
+from sdpo_plugin.testing import RunFailed
+
+
+def watch(tolerance=3, reprompt=None, distill=None, **options) -> Watch:
+    return Watch(
+        DiagnosticsConfig(tolerance=tolerance, **options), reprompt or RepromptConfig(), distill or DistillConfig()
+    )
+
+
+def rollouts(rewards, feedback=None):
+    return [Rollout(0, "question", f"answer {i}", reward, feedback) for i, reward in enumerate(rewards)]
+
+
+def said(watch, batch, looks=3):
+    contexts = build_teacher_contexts(batch, watch.reprompt)
+    return [warning for _ in range(looks) for warning in watch.at_contexts(batch, contexts)]
+
+
+@pytest.mark.parametrize(
+    ("watch", "batch", "message"),
+    [
+        (watch(), rollouts([0.0, 0.0]), r"nothing is distilled: 0 of 2 rewards reach --reprompt.success_threshold 0.5"),
+        (watch(reprompt=RepromptConfig(use_feedback=False)), rollouts([1.0, 1.0], "no"), r"--no-reprompt.use_feedback"),
+        (watch(distill=DistillConfig(weight=0.5)), rollouts([1.0, 1.0]), r"all rewards are 1.0, .*distill.weight 0.5"),
+    ],
+)
+def test_a_degenerate_batch_is_named_after_so_many_looks(watch, batch, message):
+    import re
+
+    assert not said(watch, batch, looks=2)
+    (warning,) = said(watch, batch, looks=1)
+    assert re.search(message, warning) and "3 looks in a row" in warning
+
+
+def test_a_healthy_batch_is_not_mentioned_and_starts_the_count_again():
+    w = watch()
+    assert not said(w, rollouts([0.0, 0.0]), looks=2) and not said(w, rollouts([1.0, 1.0]), looks=5)
+    assert not said(w, rollouts([0.0, 0.0]), looks=2)
+
+
+def test_looks_are_taken_at_the_interval():
+    assert [watch(interval=3).due() for _ in range(1)] == [False]
+    w = watch(interval=3)
+    assert [w.due() for _ in range(6)] == [False, False, True, False, False, True]
+    assert not watch(guard="off").due()
+
+
+def test_a_sinking_gain_is_a_collapse_and_slows_the_average():
+    w = watch()
+    assert w.slowed(0.05) == 0.05
+    for gain in (2.0, 2.1, 1.9, 2.0):
+        assert not w.at_gain(gain, "ema") and w.slowed(0.05) == 0.05
+    assert not w.at_gain(1.9, "ema") and 0.0 < w.slowed(0.05) < 0.02
+    assert not w.at_gain(1.0, "ema") and w.slowed(0.05) < 1e-4
+    assert not w.at_gain(1.0, "ema")
+    (warning,) = w.at_gain(1.0, "ema, 0.05")
+    assert "50% of what it was" in warning and "--teacher.kind base (now ema, 0.05)" in warning
+    w.at_gain(2.0, "ema")
+    assert w.slowed(0.05) < 1e-4 * 1.2  # it comes back, but slowly
+
+
+def test_the_gain_is_the_divergence_between_the_teacher_with_and_without_context():
+    torch.manual_seed(0)
+    student, teacher, without = torch.randn(3, 6, 8, dtype=torch.float64)
+    head, other = Head(torch.randn(11, 8, dtype=torch.float64)), Head(torch.randn(11, 8, dtype=torch.float64))
+    ids, failed = torch.arange(6), torch.tensor([True, True, False, True, False, False])
+    sums = measure(student, head, teacher, without, other, ids, failed, 1.0)
+    t, w, s = ((x @ h.weight.T).log_softmax(-1) for x, h in ((teacher, other), (without, other), (student, head)))
+    gain = (t.exp() * (t - w)).sum(-1)
+    advantage = (t - s).gather(-1, ids[:, None])[:, 0]
+    for name, values, rows in (
+        (GAIN, gain, failed), ("teacher/advantage_on_failures", advantage, failed),
+        ("teacher/advantage_on_successes", advantage, ~failed),
+        ("self_distillation/student_entropy", -(s.exp() * s).sum(-1), failed | True),
+    ):  # fmt: skip
+        total, number = sums[name]
+        torch.testing.assert_close(total / number, values[rows].mean(), check_dtype=False)
+    same = measure(student, head, without, without, other, ids, failed, 1.0)[GAIN]
+    assert same[0].abs() < 1e-12
+
+
+def test_the_gain_reaches_the_logs(recorded):
+    gains = [value for _, value in recorded.metrics[f"train/{GAIN}"]]
+    assert len(gains) == 2 and min(gains) > 0
+    assert "train/teacher/ema_distance" in recorded.metrics
+    assert not any(" of tokens" in tag for tag in recorded.metrics)
+
+
+def test_stop_ends_the_run_with_a_checkpoint(openrlhf, model, reward, recorded, monkeypatch, tmp_path):
+    """Where every look is a collapse (what the gain must reach is set out of reach)."""
+    demanding = "from sdpo_plugin import diagnostics\ndiagnostics.COLLAPSED, diagnostics.REFERENCE_LOOKS = 9.0, 1"
+    (tmp_path / "demanding.py").write_text(demanding)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = ["--diagnostics.guard", "stop", "--diagnostics.tolerance", "1", "--ckpt.path", str(tmp_path / "ckpt")]
+    plugins = ["--plugins", "sdpo_plugin.testing", "demanding"]
+    with pytest.raises(RunFailed, match=r"openrlhf-sdpo: stopped: .*reads its context less and less.*step 2 is saved"):
+        openrlhf(model, ROWS, reward, *SDPO, *flags, *plugins, replay=recorded)
+    assert (tmp_path / "ckpt" / "_actor" / "latest").read_text() == "global_step2"
