@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench lint install clean
+.PHONY: demo test bench matrix install clean
 
 demo: .venv/installed
 	$(PY) recipes/quickstart/run.py
@@ -14,6 +14,11 @@ test: .venv/installed
 bench: .venv/installed
 	$(PY) -m pip install -q -e '.[bench]'
 	$(PY) tests/bench/loss.py
+	$(PY) tests/bench/step.py
+
+# Trains every teacher with and without LoRA at every ZeRO stage, and writes docs/matrix.md: half an hour.
+matrix: .venv/installed
+	$(PY) -m pytest tests/matrix.py
 
 install: .venv/installed
 

@@ -191,10 +191,12 @@ def openrlhf(tmp_path_factory: pytest.TempPathFactory) -> OpenRLHF:
     return OpenRLHF(tmp_path_factory.mktemp("openrlhf"))
 
 
-def tiny_model(directory: str | Path, *, tied: bool = False, seed: int = 0) -> Path:
+def tiny_model(
+    directory: str | Path, *, tied: bool = False, seed: int = 0, hidden: int = 128, layers: int = 2
+) -> Path:
     """An untrained Llama with a character tokenizer and a chat template, small enough for a laptop's CPU.
 
-    354,176 parameters untied; head size 64, which vLLM's CPU attention needs.
+    354,176 parameters untied, if not wider or deeper; head size 64, which vLLM's CPU attention needs.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models
@@ -215,8 +217,9 @@ def tiny_model(directory: str | Path, *, tied: bool = False, seed: int = 0) -> P
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=64, max_position_embeddings=512, tie_word_embeddings=tied,
+            vocab_size=len(vocab), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, head_dim=64,
+            max_position_embeddings=512, tie_word_embeddings=tied,
             pad_token_id=0, eos_token_id=1, bos_token_id=None,
         )
     )

@@ -103,6 +103,6 @@ def test_stop_ends_the_run_with_a_checkpoint(openrlhf, model, reward, recorded, 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     flags = ["--diagnostics.guard", "stop", "--diagnostics.tolerance", "1", "--ckpt.path", str(tmp_path / "ckpt")]
     plugins = ["--plugins", "sdpo_plugin.testing", "demanding"]
-    with pytest.raises(RunFailed, match=r"openrlhf-sdpo: stopped: .*reads its context less and less.*step 2 is saved"):
+    with pytest.raises(RunFailed, match=r"openrlhf-sdpo: stopped: .*reads its context less and less.*step 1 is saved"):
         openrlhf(model, ROWS, reward, *SDPO, *flags, *plugins, replay=recorded)
-    assert (tmp_path / "ckpt" / "_actor" / "latest").read_text() == "global_step2"
+    assert (tmp_path / "ckpt" / "_actor" / "latest").read_text() == "global_step1"
