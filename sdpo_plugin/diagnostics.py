@@ -8,6 +8,7 @@ teacher predicts, on samples that failed: where the policy succeeds, a teacher m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +59,15 @@ class Watch:
         self.config, self.reprompt, self.distill = config, reprompt, distill
         self.steps = 0
         self.consecutive: dict[str, int] = {}
-        self.gains: list[float] = []
+        self.gains: list[float] = []  # the reference and the last
         self.rate: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a restart must not begin anew, in plain values."""
+        return {"steps": self.steps, "consecutive": self.consecutive, "gains": self.gains, "rate": self.rate}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def due(self) -> bool:
         """Whether to look at this batch; call once for each."""
@@ -91,7 +99,7 @@ class Watch:
 
     def at_gain(self, gain: float, teacher: str) -> list[str]:
         """The warnings due about a context gain."""
-        self.gains.append(gain)
+        self.gains = [*self.gains[:REFERENCE_LOOKS], gain]
         share = self.share()
         return self._counted(
             "collapse", share < COLLAPSED,

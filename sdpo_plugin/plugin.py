@@ -125,7 +125,7 @@ class SelfDistillation:
         self._watch(batch, rollouts, contexts)
 
     def _watch(self, batch: Any, rollouts: list[Rollout], contexts: list[TeacherContext]) -> None:
-        watch = self.watch = self.watch or Watch(self.diagnostics, self.reprompt, self.distill)
+        watch = self._watcher()
         if not watch.due():
             return
         threshold = self.reprompt.success_threshold
@@ -136,6 +136,21 @@ class SelfDistillation:
             batch.attach("update_rate", [rate] * len(rollouts))
         for warning in watch.at_contexts(rollouts, contexts):
             logger.warning(warning)
+
+    def _watcher(self) -> Watch:
+        self.watch = self.watch or Watch(self.diagnostics, self.reprompt, self.distill)
+        return self.watch
+
+    @hookimpl
+    def openrlhf_save_states(self, states: dict[str, Any], args: Any) -> None:
+        if self.watch is not None:
+            states[PREFIX + "watch"] = self.watch.state()
+
+    @hookimpl
+    def openrlhf_load_states(self, states: dict[str, Any], args: Any) -> None:
+        self._read(args)
+        if PREFIX + "watch" in states:
+            self._watcher().restore(states[PREFIX + "watch"])
 
     def rollout(self, batch: Any, i: int) -> Rollout:
         """What sample i can teach and be taught with."""
@@ -187,11 +202,13 @@ class SelfDistillation:
         teacher_hidden = self._teacher_hidden(step)
         look = self._look(step)
         weights = (step.loss_weights * step.loss_mask)[step.response]
-        # The policy that sampled. Samples of an asynchronous run come from an older one, which only the engine knew.
-        old_log_probs = batch.rollout_log_probs if args.train.async_enable else batch.action_log_probs
+        # The policy that sampled: of an asynchronous run an older one, which only the engine knew; with one update per
+        # rollout the student itself, and the ratio is 1.
+        old_log_probs = batch.action_log_probs if reads_old_log_probs(args) else None
+        if args.train.async_enable:
+            old_log_probs = batch.rollout_log_probs
         if old_log_probs is not None:
-            # With one update per rollout the student still is the rollout policy, and the ratio is 1.
-            old_log_probs = old_log_probs[step.response] if reads_old_log_probs(args) else None
+            old_log_probs = old_log_probs[step.response]
 
         def head(hidden: torch.Tensor, student: Head, token_ids: torch.Tensor) -> Scores:
             with self.teacher.head() as teacher:
@@ -360,11 +377,11 @@ def host_needs_log_probs(args: Any, weight: float) -> bool:
 
 
 def reads_old_log_probs(args: Any) -> bool:
-    """Whether the policy's log-probabilities before the update differ from those in it, or anything else needs them."""
+    """Whether anything needs the policy's log-probabilities from before the update, and has no others."""
     samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
-    one_update = args.train.max_epochs == 1 and args.train.batch_size >= samples and not args.train.async_enable
-    reference = args.algo.kl.init_coef > 0.0
-    return args.distill.weight < 1.0 or not one_update or reference
+    one_update = args.train.max_epochs == 1 and args.train.batch_size >= samples
+    from_engine = args.train.async_enable
+    return args.distill.weight < 1.0 or args.algo.kl.init_coef > 0.0 or not (one_update or from_engine)
 
 
 def refuse(args: Any) -> None:

@@ -70,7 +70,7 @@ def test_out_of_range(group, values, message):
     [
         (["--algo", "spdo"], r"--algo spdo: unknown algorithm; choose one of .*sdpo"),
         (["--algo", "sdpo", "--distill.weight", "2"], r"--distill.weight 2.0: give a number in \[0, 1\]"),
-        (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .* size 1"),
+        (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .*size 1"),
         (["--algo", "sdpo", "--teacher.kind", "base", "--teacher.save"], r"--teacher.save True: .* --teacher.kind ema"),
         (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),
         (["--algo", "sdpo", "--train.async_enable", "--distill.weight", "0.5"], r"--distill.is_clip 2.0: .*level"),

@@ -65,6 +65,10 @@ def test_a_sinking_gain_is_a_collapse_and_slows_the_average():
     assert not w.at_gain(1.0, "ema")
     (warning,) = w.at_gain(1.0, "ema, 0.05")
     assert "50% of what it was" in warning and "--teacher.kind base (now ema, 0.05)" in warning
+    again = watch()
+    again.restore(w.state())
+    assert again.slowed(0.05) == w.slowed(0.05)
+    assert not again.at_gain(1.0, "ema") and again.consecutive["collapse"] == 4
     w.at_gain(2.0, "ema")
     assert w.slowed(0.05) < 1e-4 * 1.2  # it comes back, but slowly
 

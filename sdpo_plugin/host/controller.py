@@ -190,17 +190,20 @@ class _Metrics:
         self._begin(global_step)
         return status, global_step
 
-    def save_logs_and_checkpoints(self, global_step: int, *args: Any, **kwargs: Any) -> None:
-        if self.stopped is None:
-            return super().save_logs_and_checkpoints(global_step, *args, **kwargs)
-        self.args.ckpt.save_steps = 1
-        super().save_logs_and_checkpoints(global_step, *args, **kwargs)
-        raise StopTraining(f"{self.stopped}; step {global_step} is saved in {self.args.ckpt.path}")
+    def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
+        client_states = {} if client_states is None else client_states
+        manager.of(self.args).hook.openrlhf_save_states(states=client_states, args=self.args)
+        if self.stopped is not None:
+            self.args.ckpt.save_steps = 1
+        super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
+        if self.stopped is not None:
+            raise StopTraining(f"{self.stopped}; step {global_step} is saved in {self.args.ckpt.path}")
 
     def init_checkpoint_states(self) -> dict[str, Any]:
         # A run killed in its first save left a directory without a checkpoint: it starts anew.
         states = {"episode": 0, "global_step": 0, "total_consumed_prompts": 0, "data_loader_state_dict": {}}
         states |= super().init_checkpoint_states()
+        manager.of(self.args).hook.openrlhf_load_states(states=states, args=self.args)
         self._begin(states["global_step"])
         return states
 

@@ -80,6 +80,16 @@ def openrlhf_metrics(status: dict[str, Any], args: Any) -> None:
     """The step's metrics, before they reach progress bar, TensorBoard and W&B; change them in place."""
 
 
+@hookspec
+def openrlhf_save_states(states: dict[str, Any], args: Any) -> None:
+    """A checkpoint is about to be saved: add plain values that this process must have after a restart."""
+
+
+@hookspec
+def openrlhf_load_states(states: dict[str, Any], args: Any) -> None:
+    """What `openrlhf_save_states` saved; empty in a run that starts anew."""
+
+
 # ── every policy worker (ppo_actor.py) ──
 
 

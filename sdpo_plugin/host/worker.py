@@ -315,7 +315,8 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
     ) -> tuple[Any, ...]:
         step = self.step
         if step.samples is not None:  # nothing is known to have changed about samples that were not read
-            log_probs = torch.where(step.samples[:, None], log_probs, old_log_probs)
+            known = kwargs.get("rollout_log_probs")
+            log_probs = torch.where(step.samples[:, None], log_probs, old_log_probs if known is None else known)
         if not self.has_old_log_probs:
             old_log_probs = log_probs.detach()
         step.loss, *rest = self.host_loss_fn(log_probs, old_log_probs, *args, **kwargs)
