@@ -37,11 +37,11 @@ def page():
 
 @pytest.mark.parametrize(("teacher", "weights", "stage", "mode"), CELLS)
 def test_cell(openrlhf, model, reward, recorded, initial, page, teacher, weights, stage, mode):
-    flags = [*SDPO, *TWO_RANKS, "--teacher.kind", teacher, "--ds.zero_stage", str(stage), "--train.num_episodes", "2"]
+    flags = [*SDPO, *TWO_RANKS, "--teacher.kind", teacher, "--ds.zero_stage", str(stage)]
     flags += LORA if weights == "LoRA" else ()
     try:
         if mode == "async":
-            run = openrlhf(model, ROWS, reward, *flags, "--train.async_enable")
+            run = openrlhf(model, ROWS, reward, *flags, "--train.async_enable", "--train.num_episodes", "2")
         else:
             run = openrlhf(model, ROWS, reward, *flags, replay=recorded)
     except RunFailed as failure:
