@@ -61,10 +61,11 @@ class Watch:
         self.consecutive: dict[str, int] = {}
         self.gains: list[float] = []  # the reference and the last
         self.rate: float | None = None
+        self.lengths: list[float] = []
 
     def state(self) -> dict[str, Any]:
         """What a restart must not begin anew, in plain values."""
-        return {"steps": self.steps, "consecutive": self.consecutive, "gains": self.gains, "rate": self.rate}
+        return {name: getattr(self, name) for name in ("steps", "consecutive", "gains", "rate", "lengths")}
 
     def restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -96,6 +97,11 @@ class Watch:
                 f"(--distill.weight {self.distill.weight}) teaches nothing",
             ),
         ]
+
+    def drift(self, length: float) -> float:
+        """A mean response length, relative to the first ones'."""
+        self.lengths = [*self.lengths, length][:REFERENCE_LOOKS]
+        return length * len(self.lengths) / sum(self.lengths)
 
     def at_gain(self, gain: float, teacher: str) -> list[str]:
         """The warnings due about a context gain."""

@@ -121,6 +121,9 @@ class SelfDistillation:
         batch.attach("teacher_prompt", prompts)
         batch.attach("loss_mask", masks)
         batch.metrics.update(context_metrics(rollouts, contexts, self.reprompt))
+        groups = {rollout.group for rollout in rollouts}
+        taught = {rollout.group for rollout, context in zip(rollouts, contexts, strict=True) if context.active}
+        batch.metrics[PREFIX + "inactive_group_fraction"] = 1.0 - len(taught) / len(groups)
         batch.metrics[PREFIX + "truncated_fraction"] = truncated / len(contexts)
         self._watch(batch, rollouts, contexts)
 
@@ -134,6 +137,8 @@ class SelfDistillation:
         if self.diagnostics.guard == "slow" and self.teacher_config.kind == "ema":
             rate = torch.tensor(watch.slowed(self.teacher_config.update_rate), dtype=torch.float64)
             batch.attach("update_rate", [rate] * len(rollouts))
+        lengths = [int(sample.action_mask.sum()) for sample in batch.samples]
+        batch.metrics[PREFIX + "response_length_drift"] = watch.drift(sum(lengths) / len(lengths))
         for warning in watch.at_contexts(rollouts, contexts):
             logger.warning(warning)
 

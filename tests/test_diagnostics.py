@@ -73,6 +73,11 @@ def test_a_sinking_gain_is_a_collapse_and_slows_the_average():
     assert w.slowed(0.05) < 1e-4 * 1.2  # it comes back, but slowly
 
 
+def test_the_drift_is_relative_to_the_first_looks():
+    w = watch()
+    assert [w.drift(length) for length in (8.0, 10.0, 12.0, 20.0, 5.0)] == [1.0, 10 / 9, 1.2, 2.0, 0.5]
+
+
 def test_the_gain_is_the_divergence_between_the_teacher_with_and_without_context():
     torch.manual_seed(0)
     student, teacher, without = torch.randn(3, 6, 8, dtype=torch.float64)
@@ -97,6 +102,8 @@ def test_the_gain_reaches_the_logs(recorded):
     gains = [value for _, value in recorded.metrics[f"train/{GAIN}"]]
     assert len(gains) == 2 and min(gains) > 0
     assert "train/teacher/ema_distance" in recorded.metrics
+    assert recorded.metrics["train/self_distillation/inactive_group_fraction"][0][1] == 0.0
+    assert recorded.metrics["train/self_distillation/response_length_drift"][0][1] == 1.0
     assert not any(" of tokens" in tag for tag in recorded.metrics)
 
 
