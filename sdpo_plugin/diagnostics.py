@@ -7,6 +7,7 @@ teacher predicts, on samples that failed: where the policy succeeds, a teacher m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ GAIN = "teacher/context_gain"
 WATCHED_SAMPLES = 8  # of the first micro-batch of an optimizer step, on every rank
 REFERENCE_LOOKS = 3  # whose mean context gain later ones are compared with
 # Shares of the reference. A base teacher's gain stays within a few percent of it for as long as samples fail; once a
-# third is gone, the collapsing quickstart (docs/benchmarks.md) has learned all it will ever learn.
-COLLAPSED = 2 / 3
+# fifth is gone for good, the collapsing quickstart (docs/benchmarks.md) has learned all it will ever learn.
+COLLAPSED = 0.8
 STANDSTILL = 0.9
 RECOVERY = 1.1  # of the rate, a step
 
@@ -59,13 +60,15 @@ class Watch:
         self.config, self.reprompt, self.distill = config, reprompt, distill
         self.steps = 0
         self.consecutive: dict[str, int] = {}
-        self.gains: list[float] = []  # the reference and the last
+        self.first: list[float] = []  # context gains
+        self.last: list[float] = []
         self.rate: float | None = None
         self.lengths: list[float] = []
 
     def state(self) -> dict[str, Any]:
         """What a restart must not begin anew, in plain values."""
-        return {name: getattr(self, name) for name in ("steps", "consecutive", "gains", "rate", "lengths")}
+        kept = ("steps", "consecutive", "first", "last", "rate", "lengths")
+        return copy.deepcopy({name: getattr(self, name) for name in kept})
 
     def restore(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -105,27 +108,27 @@ class Watch:
 
     def at_gain(self, gain: float, teacher: str) -> list[str]:
         """The warnings due about a context gain."""
-        self.gains = [*self.gains[:REFERENCE_LOOKS], gain]
-        share = self.share()
+        self.first = [*self.first, gain][:REFERENCE_LOOKS]
+        self.last = [*self.last, gain][-REFERENCE_LOOKS:]
+        share = self.share(self.last)
         return self._counted(
             "collapse", share < COLLAPSED,
             f"the teacher reads its context less and less: on failed samples it changes the prediction by {gain:.3g} "
-            f"nats a token, {share:.0%} of what it was at the start, so the student is taught what it does already; "
-            f"lower --teacher.update_rate or --actor.adam.lr, or give --teacher.kind base (now {teacher})",
+            f"nats a token, over the last looks {share:.0%} of what it was at the start, so the student is taught what "
+            "it does already; lower --teacher.update_rate or --actor.adam.lr, or give --teacher.kind base (now "
+            f"{teacher})",
         )
 
-    def share(self) -> float:
-        """The last context gain, relative to the first ones'."""
-        if len(self.gains) <= REFERENCE_LOOKS:
-            return 1.0
-        return self.gains[-1] * REFERENCE_LOOKS / sum(self.gains[:REFERENCE_LOOKS])
+    def share(self, gains: list[float]) -> float:
+        """The mean of some context gains, relative to the first ones'."""
+        return (sum(gains) / len(gains)) / (sum(self.first) / len(self.first)) if self.first else 1.0
 
     def slowed(self, rate: float) -> float:
         """The EMA rate for the next step: less the more context gain is gone, hardly any below `STANDSTILL`.
 
         It goes down at once, for what the teacher has forgotten it does not learn again, and comes up slowly.
         """
-        left = min(max((self.share() - STANDSTILL) / (1.0 - STANDSTILL), 0.0), 1.0)
+        left = min(max((self.share(self.last[-1:]) - STANDSTILL) / (1.0 - STANDSTILL), 0.0), 1.0)
         floor = rate / 1000  # to come back from
         self.rate = max(min(rate * left**2, RECOVERY * (self.rate or rate)), floor)
         return self.rate
