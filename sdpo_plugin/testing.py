@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -174,7 +173,7 @@ def _launch(arguments: list[str], plain_samples: str | None, environment: dict[s
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     from sdpo_plugin.host import nursery
 
-    nursery.open_nursery(tempfile.mkdtemp())
+    nursery.open_nursery(str(output.parent))
     if plain_samples is None:
         from sdpo_plugin.host import cli
 

@@ -10,6 +10,7 @@ import array
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -20,13 +21,14 @@ MAX_FILES = 64
 
 def open_nursery(directory: str) -> str:
     """Fork the server, which ends with its parent. Call before any thread exists. Returns the script's path."""
-    script, address = os.path.join(directory, "python"), os.path.join(directory, "nursery")
+    script, address = os.path.join(directory, "python"), f"sdpo-plugin-{os.getpid()}"
+    client = shlex.join([sys.executable, "-S", "-E", os.path.abspath(__file__), address])
     with open(script, "w") as file:
-        file.write(f'#!/bin/sh\nexec {sys.executable} -S -E {os.path.abspath(__file__)} {address} "$@"\n')
+        file.write(f'#!/bin/sh\nexec {client} "$@"\n')
     os.chmod(script, 0o755)
     os.environ[EXECUTABLE] = script
     server = socket.socket(socket.AF_UNIX)
-    server.bind(address)
+    server.bind("\0" + address)  # an abstract name: a path may be too long for a socket
     server.listen()
     parent = os.getpid()
     if os.fork() == 0:
@@ -107,7 +109,7 @@ def _ask(address: str, arguments: list[str]) -> int:
                 os.fstat(number)
                 if number != server.fileno():
                     files.append(number)
-        server.connect(address)
+        server.connect("\0" + address)
         asked = {"arguments": arguments, "files": files, "environment": dict(os.environ), "directory": os.getcwd()}
         socket.send_fds(server, [json.dumps(asked).encode() + b"\n"], files)
         answer = server.recv(16)
