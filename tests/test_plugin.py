@@ -66,6 +66,28 @@ def test_the_loss_is_the_definition_on_the_tokens_with_a_context(mode):
     torch.testing.assert_close(per_token, got.loss.detach())
 
 
+def test_samples_without_a_context_are_read_only_where_something_else_wants_them():
+    worker = fake_worker()
+    got = step(worker, algorithm(worker))
+    assert got.samples.tolist() == [True, True, False] and len(got.scores.log_probs) == 6
+    for options in ({"distill": {"weight": 0.5}}, {"actor": {"entropy_coef": 0.0}}, {"actor": {"aux_loss_coef": 0.1}}):
+        worker = fake_worker(**options)
+        got = step(worker, algorithm(worker))
+        assert got.samples is None and len(got.scores.log_probs) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, False), ({"distill": {"weight": 0.5}}, None), ({"train": {"max_epochs": 2}}, None),
+        ({"train": {"batch_size": 2}}, None), ({"train": {"batch_size": 2, "async_enable": True}}, False),
+        ({"algo": {"kl": SimpleNamespace(use_loss=False, init_coef=0.1)}}, None), ({"distill": {"weight": 0.0}}, None),
+    ],
+)  # fmt: skip
+def test_old_log_probabilities_are_made_only_where_something_reads_them(options, wanted):
+    assert SDPO().openrlhf_needs_old_log_probs(fake_worker(**options).args) is wanted
+
+
 def gradient(worker, loss) -> torch.Tensor:
     worker.actor.zero_grad()
     loss.backward()
