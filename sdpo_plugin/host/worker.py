@@ -380,19 +380,26 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
 
     def images(self, model: PolicyActor | lora.AdapterView) -> dict[str, torch.Tensor]:
         """This rank's part of a `teacher_model`'s weights, by the names of `masters` and laid out like them."""
-        fragments, module = self._followers(model)
+        fragments, _, module = self._followers(model)
         return dict(zip(self.masters.fragments(), images(fragments, module).values(), strict=True))
 
     def publish(self, model: PolicyActor | lora.AdapterView) -> None:
         """Let all ranks know what was written to `images`. Collective."""
         publish(*self._followers(model))
 
-    def _followers(self, model: PolicyActor | lora.AdapterView) -> tuple[dict[str, Fragment], torch.nn.Module]:
-        fragments = self.masters.fragments()
-        if isinstance(model, lora.AdapterView):
-            of_teacher = {name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}."): f for name, f in fragments.items()}
-            return of_teacher, self.actor.model.module
-        return fragments, model.model.module
+    def _followers(
+        self, model: PolicyActor | lora.AdapterView
+    ) -> tuple[dict[str, Fragment], list[Any], torch.nn.Module]:
+        """Fragments and layout of `masters` under the names of the weights that follow them, and their module."""
+        fragments, layout = self.masters.fragments(), self.masters.layout
+        if not isinstance(model, lora.AdapterView):
+            return fragments, layout, model.model.module
+
+        def of_teacher(name: str) -> str:
+            return name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}.")
+
+        layout = [[(of_teacher(name), *place) for name, *place in part] for part in layout]
+        return {of_teacher(name): f for name, f in fragments.items()}, layout, self.actor.model.module
 
     def export(self, model: PolicyActor | lora.AdapterView, path: str) -> None:
         """Save a `teacher_model` in Hugging Face form. Collective."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,15 +31,19 @@ class MasterWeights:
     """The optimizer's fp32 weights on this rank, by parameter name; together the ranks hold every element.
 
     Works at ZeRO 0 to 3; nothing is gathered.
+
+    Attributes:
+        layout: of each rank, (name, start, number of elements) of its fragments, in order.
     """
 
     def __init__(self, engine: Any) -> None:
         """Raises ConfigError where DeepSpeed keeps a trained parameter's weights out of reach. Collective."""
         self.engine = engine
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, list(self.fragments()))
+        self.layout: list[Any] = [None] * dist.get_world_size()
+        mine = [(name, fragment.start, fragment.values.numel()) for name, fragment in self.fragments().items()]
+        dist.all_gather_object(self.layout, mine)
         trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
-        if missing := trained.difference(*everywhere):
+        if missing := trained.difference(name for part in self.layout for name, _, _ in part):
             raise ConfigError(
                 f"--ds.param_dtype, --ds.zero_stage: DeepSpeed has no fp32 weights of {len(missing)} parameters "
                 f"({min(missing)}, ...) to follow; give --ds.param_dtype bf16, or --ds.zero_stage 2"
@@ -84,8 +88,8 @@ def images(fragments: Mapping[str, Fragment], module: torch.nn.Module) -> dict[s
     return found
 
 
-def publish(fragments: Mapping[str, Fragment], module: torch.nn.Module) -> None:
-    """Make what this rank wrote to its `images` known to all ranks. Collective.
+def publish(fragments: Mapping[str, Fragment], layout: Sequence[Any], module: torch.nn.Module) -> None:
+    """Make what this rank wrote to its `images` known to all ranks, whose fragments are as in `layout`. Collective.
 
     ZeRO-3 modules are sharded alike, so nothing is communicated; others need one all-gather of low-precision values.
     """
@@ -95,13 +99,10 @@ def publish(fragments: Mapping[str, Fragment], module: torch.nn.Module) -> None:
             if parameters[name].ds_persist:
                 parameters[name].partition(has_been_updated=False)  # the next use gathers it anew
         return
-    mine = images(fragments, module)
-    layout: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(layout, [(name, fragments[name].start, image.numel()) for name, image in mine.items()])
     if all(part == layout[0] for part in layout):
         return  # ZeRO 0, or a single rank: everyone has written everything
     sizes = [sum(numel for _, _, numel in part) for part in layout]
-    flat = torch.cat(list(mine.values()))
+    flat = torch.cat(list(images(fragments, module).values()))
     flat = torch.nn.functional.pad(flat, (0, max(sizes) - len(flat)))
     gathered_images = [torch.empty_like(flat) for _ in layout]
     dist.all_gather(gathered_images, flat)
