@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench matrix install clean
+.PHONY: demo test bench matrix kills install clean
 
 demo: .venv/installed
 	$(PY) recipes/quickstart/run.py
@@ -19,6 +19,10 @@ bench: .venv/installed
 # Trains every teacher with and without LoRA at every ZeRO stage, and writes docs/matrix.md: half an hour.
 matrix: .venv/installed
 	$(PY) -m pytest tests/matrix.py
+
+# Kills twenty runs at random moments and continues them: twenty minutes.
+kills: .venv/installed
+	$(PY) -m pytest -s tests/kills.py
 
 install: .venv/installed
 

@@ -8,6 +8,7 @@ teacher predicts, on samples that failed: where the policy succeeds, a teacher m
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,10 @@ from sdpo_plugin.fused import Head, linear_distillation, linear_log_probs
 
 GAIN = "teacher/context_gain"
 WATCHED_SAMPLES = 8  # of the first micro-batch of an optimizer step, on every rank
-REFERENCE_LOOKS = 3  # whose mean context gain later ones are compared with
+REFERENCE_LOOKS = 3  # whose median context gain later ones are compared with: one look may err by a third
 # Shares of the reference. A base teacher's gain stays within a few percent of it for as long as samples fail; once a
-# fifth is gone for good, the collapsing quickstart (docs/benchmarks.md) has learned all it will ever learn.
-COLLAPSED = 0.8
+# seventh is gone for good, the collapsing quickstart (docs/benchmarks.md) has learned all it will ever learn.
+COLLAPSED = 0.85
 STANDSTILL = 0.9
 RECOVERY = 1.1  # of the rate, a step
 
@@ -120,8 +121,8 @@ class Watch:
         )
 
     def share(self, gains: list[float]) -> float:
-        """The mean of some context gains, relative to the first ones'."""
-        return (sum(gains) / len(gains)) / (sum(self.first) / len(self.first)) if self.first else 1.0
+        """The median of some context gains, relative to the first ones'."""
+        return statistics.median(gains) / statistics.median(self.first) if self.first else 1.0
 
     def slowed(self, rate: float) -> float:
         """The EMA rate for the next step: less the more context gain is gone, hardly any below `STANDSTILL`.

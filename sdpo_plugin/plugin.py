@@ -67,6 +67,11 @@ class SelfDistillation:
             from_namespace(group, args)
         self._read(args)
         refuse(args)
+        if self.distill.weight == 1.0 and args.algo.kl.init_coef > 0.0 and not args.algo.kl.use_loss:
+            logger.warning(
+                f"--algo.kl.init_coef {args.algo.kl.init_coef}: a penalty on rewards, which nothing reads with "
+                "--distill.weight 1; give --algo.kl.use_loss to hold the student to the reference model, or 0"
+            )
 
     def _read(self, args: Any) -> None:
         self.distill: DistillConfig = from_namespace(DistillConfig, args)
@@ -413,7 +418,6 @@ def refuse(args: Any) -> None:
             )
         args.algo.advantage.is_correction_level = "token"
     for flag, asked, fix in (
-        ("--train.dynamic_batch_enable", args.train.dynamic_batch_enable, "leave it out"),
         ("--ds.ring_attn_size", args.ds.ring_attn_size > 1, "give --ds.ring_attn_size 1"),
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),
         ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),

@@ -132,7 +132,7 @@ class OpenRLHF:
         directory.mkdir(parents=True)
         (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         arguments = [
-            f"--actor.model_name_or_path={model}", "--actor.num_gpus_per_node=1",
+            f"--actor.model_name_or_path={model}", "--actor.num_gpus_per_node=1", "--ref.num_gpus_per_node=1",
             f"--vllm.num_engines={0 if replay else 1}", "--vllm.enforce_eager", "--vllm.sync_backend=gloo",
             "--vllm.gpu_memory_utilization=0.1", "--ds.attn_implementation=sdpa",
             *([f"--reward.remote_url={reward}"] if reward else []),

@@ -67,6 +67,9 @@ def openrlhf_worker_setup(worker):
         torch.manual_seed(0)  # the same micro-batches in both steps: bf16 sums depend on their order
         return ppo_train(*args, **kwargs)
 
+    if worker.args.probe.fp32:
+        trainer.broadcast_to_vllm = lambda: None  # of a model in bf16
+
     engine.step, trainer.training_step = step_with_gradients, training_step_with_logits
     trainer.ppo_train = ppo_train_in_order
 

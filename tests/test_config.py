@@ -26,12 +26,13 @@ def host_parser() -> argparse.ArgumentParser:
     parser.add_argument("--actor.muon.nesterov", action="store_true", default=True)
     parser.add_argument("--actor.muon.no_nesterov", dest="actor.muon.nesterov", action="store_false")
     for flag, value in {
-        "ds.lora.rank": 0, "train.dynamic_batch_enable": False, "ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1,
+        "ds.lora.rank": 0, "ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1,
         "data.max_images_per_prompt": 0, "ds.enable_sleep": False, "algo.kl.init_coef": 0.0,
         "ds.lora.target_modules": "", "algo.advantage.is_correction_level": "off",
     }.items():  # fmt: skip
         parser.add_argument(f"--{flag}", default=value, type=type(value))
-    parser.add_argument("--train.async_enable", action="store_true")
+    for flag in ("train.async_enable", "algo.kl.use_loss"):
+        parser.add_argument(f"--{flag}", action="store_true")
     return parser
 
 
@@ -160,3 +161,12 @@ def test_the_options_page_is_current():
 
 def test_recipe_names_are_flat():
     assert recipe._flatten({"a": {"b": {"c": 1}, "d": 2}, "e": 3}) == {"a.b.c": 1, "a.d": 2, "e": 3}
+
+
+def test_a_kl_penalty_that_nothing_reads_is_pointed_out(caplog):
+    penalty = ("--algo", "sdpo", "--algo.kl.init_coef", "0.01")
+    parse(*penalty, "--algo.kl.use_loss")
+    parse(*penalty, "--distill.weight", "0.5")
+    assert not caplog.records
+    parse(*penalty)
+    assert "--algo.kl.init_coef 0.01: a penalty on rewards, which nothing reads" in caplog.text

@@ -63,7 +63,7 @@ def test_a_sinking_gain_is_a_collapse_and_slows_the_average():
     assert w.slowed(0.05) == pytest.approx(0.05)
     assert not w.at_gain(1.9, "ema") and 0.0 < w.slowed(0.05) < 0.02
     assert not w.at_gain(1.0, "ema") and w.slowed(0.05) < 1e-4
-    assert not w.at_gain(1.0, "ema")  # the mean of three is below 0.8 now, and counted
+    assert not w.at_gain(1.0, "ema")  # the median of three is 1.0 now, and counted
     assert not w.at_gain(1.0, "ema")
     again = watch()
     again.restore(w.state())

@@ -85,3 +85,14 @@ def test_two_ranks_have_the_gradient_of_one(gradient, of_one_rank, zero):
     difference = distance(gradient(*zero), of_one_rank)
     print(f"{zero}: relative difference {difference:.1e}")
     assert difference <= 1e-5
+
+
+@pytest.mark.parametrize(("batches", "stage"), [("packed", 3), ("dynamic", 0), ("dynamic", 2)])
+def test_packed_samples_have_the_gradient_of_padded_ones(gradient, of_one_rank, batches, stage):
+    """Also in micro-batches of as many samples as have room. The host packs only if there is an engine."""
+    flags = ["--ds.packing_samples", "--vllm.num_engines", "1"]
+    if batches == "dynamic":
+        flags += ["--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "64"]
+    difference = distance(gradient(*ZERO[stage], *flags), of_one_rank)
+    print(f"{batches}, stage {stage}: relative difference {difference:.1e}")
+    assert difference <= 1e-5

@@ -52,8 +52,8 @@ def test_bad_configuration_is_one_line_on_the_command_line():
 
 def test_a_cpu_is_not_asked_for_what_needs_a_gpu():
     command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--algo", "sdpo"]
-    done = subprocess.run([*command, "--ds.packing_samples"], capture_output=True, text=True)
-    assert "--ds.packing_samples as given needs a CUDA GPU, and this machine has none; leave it out" in done.stderr
+    done = subprocess.run([*command, "--ds.use_liger_kernel"], capture_output=True, text=True)
+    assert "--ds.use_liger_kernel as given needs a CUDA GPU, and this machine has none; leave it out" in done.stderr
 
 
 def test_a_host_whose_seams_moved_is_refused_by_name():

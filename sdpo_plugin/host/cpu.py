@@ -6,6 +6,7 @@ engines assume about CUDA is met at the place where it is assumed, and only once
 | assumption                                          | met by                                                     |
 | --------------------------------------------------- | ---------------------------------------------------------- |
 | `flash_attn` is installed                           | a module of that name with the padding helpers of transformers |
+| packed samples are attended to by flash attention   | sdpa: transformers sees in the position ids where one begins |
 | `torch.cuda` has a current device, streams, a cache | functions that answer for the one device there is          |
 | the device mesh is made of CUDA devices             | `init_device_mesh` on `cpu` (openrlhf.utils.deepspeed)     |
 | weights reach vLLM through NCCL                     | a gloo group on both sides (openrlhf.utils.distributed_util) |
@@ -60,6 +61,7 @@ def enable() -> None:
         return
     _stand_in_for_flash_attn()
     _answer_for_torch_cuda(torch)
+    when_imported("openrlhf.utils")(_pack_for_sdpa)
     when_imported("deepspeed.comm.torch")(_plain_collectives)
     when_imported("deepspeed.ops.adam")(_plain_adam)
     when_imported("openrlhf.utils.deepspeed.deepspeed")(_mesh_on_cpu)
@@ -77,8 +79,6 @@ def vllm_general_plugin() -> None:
 def refuse(args: Any) -> str | None:
     """What these (nested) host arguments ask of a CPU that it cannot do, or None."""
     needs_gpu = {
-        "--ds.packing_samples": args.ds.packing_samples,
-        "--train.dynamic_batch_enable": args.train.dynamic_batch_enable,
         "--train.colocate_all": args.train.colocate_all,
         "--vllm.enable_sleep": args.vllm.enable_sleep,
         "--ds.enable_sleep": args.ds.enable_sleep,
@@ -135,9 +135,21 @@ def _stand_in_for_flash_attn() -> None:
 
     module("flash_attn", __version__="0")
     module("flash_attn.bert_padding", rearrange=rearrange,
-           **{name: padding(name) for name in ("unpad_input", "pad_input", "index_first_axis")})
+           index_first_axis=lambda tensor, indices: tensor[indices],
+           **{name: padding(name) for name in ("unpad_input", "pad_input")})
     module("flash_attn.utils")
     module("flash_attn.utils.distributed", all_gather=all_gather)
+
+
+def _pack_for_sdpa(module: Any) -> None:
+    get_strategy = module.get_strategy
+
+    def get_strategy_for_cpu(args: Any) -> Any:
+        if "flash_attention" in args.ds.attn_implementation:  # the launcher sets it for --ds.packing_samples
+            args.ds.attn_implementation = DEFAULTS["ds.attn_implementation"]
+        return get_strategy(args)
+
+    module.get_strategy = get_strategy_for_cpu
 
 
 def _plain_collectives(module: Any) -> None:

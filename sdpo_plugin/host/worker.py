@@ -276,14 +276,17 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
     def training_step(
         self, experience: Any, kl_ctl: float, step: int, loss_batch_info: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        self.step = PolicyStep(self.worker, experience, self._aggregate(experience, loss_batch_info))
+        self.step = PolicyStep(self.worker, experience, self._aggregate(self._loss_mask_info(experience, step)))
         self.hook.openrlhf_before_forward(step=self.step)
+        if self.args.train.dynamic_batch_enable:
+            # The host makes DeepSpeed think that every micro-batch is a step: ZeRO 1 and 2 then drop all but the last.
+            self.actor.model.set_gradient_accumulation_boundary(self._ends_optimizer_step(step))
         self.actor.head_function, self.actor.samples = self.step.head, self.step.samples
         try:
             status = super().training_step(experience, kl_ctl, step, loss_batch_info)
         finally:
             self.actor.head_function = self.actor.samples = None
-        if self.actor.model.was_step_applied():
+        if self._ends_optimizer_step(step) and self.actor.model.was_step_applied():
             self.hook.openrlhf_optimizer_step(worker=self.worker)
         status["metrics"].update(self.step.metrics)
         status["weights"].update(dict.fromkeys(self.step.metrics, "token"))
@@ -302,9 +305,28 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
         finally:
             self.actor = actor
 
-    def _aggregate(self, experience: Any, batch_info: dict[str, Any] | None) -> Callable[..., torch.Tensor]:
+    def _ends_optimizer_step(self, step: int) -> bool:
+        """Whether micro-batch `step` is the last of an optimizer step, or DeepSpeed knows (all of one size)."""
+        return not self.args.train.dynamic_batch_enable or bool(self.replay_buffer.dynamic_optimizer_step[step])
+
+    def _loss_mask_info(self, experience: Any, step: int) -> dict[str, Any]:
+        """The host's normalizers of an optimizer step, for the plugins' loss mask. Collective."""
+        if not self.args.train.dynamic_batch_enable:
+            return experience.loss_mask_info
+        if step == 0 or self._ends_optimizer_step(step - 1):
+            buffer = self.replay_buffer
+            last = buffer.dynamic_optimizer_step.index(1, step)
+            masks = [
+                buffer.items[i].info.get(ATTACHED + LOSS_MASK, buffer.items[i].action_mask)
+                for indices in buffer.dynamic_indices[step : last + 1]
+                for i in indices
+            ]
+            padded = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True).to(experience.sequences.device)
+            self.loss_mask_info = ppo_actor.get_loss_batch_info(self.strategy, padded)
+        return self.loss_mask_info
+
+    def _aggregate(self, info: dict[str, Any]) -> Callable[..., torch.Tensor]:
         """The host's mean over an optimizer step for the plugins' mask: `(loss [B, A], mask [B, A]) -> scalar`."""
-        info = getattr(experience, "loss_mask_info", batch_info)
         # A step without a single token in the mask has a loss of zero, not 0/0.
         totals = {name: info[name].clamp(min=1e-8) for name in ("batch_num_tokens", "global_batch_size")}
         token_level = self.host_loss_fn.token_level_loss

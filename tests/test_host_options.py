@@ -1,0 +1,68 @@
+"""The host's own options beside self-distillation, on the real host: each acts."""
+
+import itertools
+
+import torch
+from common import ROWS, SDPO, motion, same
+
+REINFORCE = ("--algo.advantage.estimator", "reinforce")  # needs no group
+
+
+def values(run, tag) -> list[float]:
+    return [value for _, value in run.metrics[f"train/{tag}"]]
+
+
+def test_epochs_and_minibatches_move_the_teacher_and_the_importance_ratio(replay, openrlhf, model, reward, recorded):
+    """Two steps of two epochs of two minibatches; the ratio is 1 where there is one update per rollout."""
+    more = ("--train.max_epochs", "2", "--train.batch_size", "8", "--actor.adam.lr", "1e-2")
+    run = openrlhf(model, ROWS, reward, *SDPO, *more, "--ckpt.save_steps", "1", replay=recorded)
+    teacher = torch.load(run.directory / "ckpt" / "_actor" / "global_step2" / "teacher_rank0.pt", weights_only=False)
+    assert teacher["steps"] == 8
+    unclipped = ("--distill.is_clip", "none")
+    assert not same(run, replay(*SDPO, *more, *unclipped))
+    assert same(replay(*SDPO), replay(*SDPO, *unclipped))
+
+
+def test_kl_to_the_reference_model_holds_the_student_back(replay, initial):
+    free = replay(*SDPO, "--actor.adam.lr", "1e-2")
+    kl = ("--algo.kl.use_loss", "--algo.kl.estimator", "k2", "--algo.kl.init_coef", "100")
+    held = replay(*SDPO, "--actor.adam.lr", "1e-2", *kl)
+    assert values(held, "kl")[1] > 0
+    assert values(held, "self_distillation/loss")[0] == values(free, "self_distillation/loss")[0]
+    assert not same(held, free)
+    assert motion(held, initial) < motion(free, initial)
+
+
+def test_an_entropy_bonus_acts_on_the_student(replay):
+    run = replay(*SDPO, "--actor.entropy_coef", "1.0")
+    assert values(run, "entropy_loss")[0] > 0 and not same(run, replay(*SDPO))
+
+
+def test_critic_less_estimators_go_into_the_policy_s_half(replay):
+    half = (*SDPO, "--distill.weight", "0.5", "--algo.advantage.estimator")
+    runs = [replay(*SDPO), *(replay(*half, estimator) for estimator in ("reinforce", "rloo", "dr_grpo"))]
+    assert not any(same(a, b) for a, b in itertools.combinations(runs, 2))
+
+
+def test_dynamic_filtering_leaves_groups_that_differ(openrlhf, model, reward):
+    run = openrlhf(
+        model, ROWS, reward, *SDPO, "--algo.dynamic_filtering_enable", "--algo.dynamic_filtering_range", "0.1", "0.9",
+        "--rollout.batch_size", "2", "--rollout.micro_batch_size", "4", "--train.batch_size", "4",
+        "--train.micro_batch_size", "4",
+    )  # fmt: skip
+    assert run.samples
+    for step in run.samples:
+        rewards = [float(sample.rewards) for sample in step]
+        assert [sorted(pair) for pair in zip(rewards[::2], rewards[1::2], strict=True)] == [[0.0, 1.0]] * 2
+    assert values(run, "self_distillation/success_sample_fraction") == [0.5] * len(run.samples)
+
+
+def test_one_sample_a_prompt_partly_rolled_out_learns_from_feedback(openrlhf, model, reward, initial):
+    """Generation goes on while weights change, so samples may be of two policies: their ratio is the engine's."""
+    run = openrlhf(
+        model, ROWS, reward, *SDPO, *REINFORCE, "--rollout.n_samples_per_prompt", "1", "--train.batch_size", "8",
+        "--train.async_enable", "--train.partial_rollout_enable", "--train.num_episodes", "3",
+    )  # fmt: skip
+    assert values(run, "self_distillation/feedback_used_fraction")[0] == 1.0
+    assert all(sample.rollout_log_probs is not None for step in run.samples for sample in step)
+    assert motion(run, initial) > 0
