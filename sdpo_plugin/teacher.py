@@ -28,7 +28,7 @@ class Fragment:
 
 
 class Model(Protocol):
-    """What a teacher needs of a model (`host.worker.PolicyActor`; `testing.FakeActor` for units)."""
+    """What a teacher needs of a model (`host.actor.PolicyActor`; of `testing.fake_worker` for units)."""
 
     def hidden_states(self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[N, H] at the N positions of `rows` (bool [B, S])."""

@@ -46,6 +46,8 @@ def openrlhf_worker_setup(worker):
     sdpo_plugin.fused._rows_at_a_time = lambda device, row_bytes: (CHUNK_ROWS, 4)
     engine, trainer = worker.actor.model, worker.trainer
     worker.logits, worker.gradients = LogitRows(engine.module.config), []
+    worker.read = []  # samples per micro-batch of the student
+    engine.module.register_forward_pre_hook(lambda module, args: module.training and worker.read.append(len(args[0])))
     step, training_step, ppo_train = engine.step, trainer.training_step, trainer.ppo_train
     worker.actor.forward = worker.logits.traced(worker.actor.forward)  # the pass for old log-probabilities too
 
@@ -77,6 +79,7 @@ def openrlhf_worker_setup(worker):
 @hookimpl
 def openrlhf_optimizer_step(worker):
     sdpo_plugin.plugin.linear_distillation = dense
+    torch.save(worker.read, f"{worker.args.probe.out}.read{worker.rank}")
     if worker.rank == 0:
         torch.save(worker.gradients, worker.args.probe.out)
 

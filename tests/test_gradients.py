@@ -61,8 +61,8 @@ def one_sided(recorded, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def gradient(openrlhf, model, reward, recorded, one_sided, tmp_path_factory):
-    """`gradient(*flags)` of one step in float32: another split of the sum changes bf16 ones by 1e-3."""
+def probed(openrlhf, model, reward, recorded, one_sided, tmp_path_factory):
+    """`probed(*flags)`: what the probe wrote of one step in float32: another split of a sum changes bf16 by 1e-3."""
 
     def run(*flags):
         out = tmp_path_factory.mktemp("gradient") / "gradients.pt"
@@ -70,9 +70,14 @@ def gradient(openrlhf, model, reward, recorded, one_sided, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(Path(__file__).parent))
             openrlhf(model, ROWS, reward, *SDPO, *flags, "--testing.replay", str(one_sided), *probe, replay=recorded)
-        return torch.load(out)[0]
+        return out
 
     return run
+
+
+@pytest.fixture(scope="session")
+def gradient(probed):
+    return lambda *flags: torch.load(probed(*flags))[0]
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +101,10 @@ def test_packed_samples_have_the_gradient_of_padded_ones(gradient, of_one_rank, 
     difference = distance(gradient(*ZERO[stage], *flags), of_one_rank)
     print(f"{batches}, stage {stage}: relative difference {difference:.1e}")
     assert difference <= 1e-5
+
+
+def test_samples_without_a_context_are_not_read_and_the_others_dealt_evenly(probed, of_one_rank):
+    """Half of sixteen samples have one: two in each of the two micro-batches of either rank."""
+    out = probed(*ZERO[2], "--rollout.micro_batch_size", "2")
+    assert [torch.load(f"{out}.read{rank}") for rank in (0, 1)] == [[2, 2], [2, 2]]
+    assert distance(torch.load(out)[0], of_one_rank) <= 1e-5

@@ -13,8 +13,9 @@ import pluggy
 if TYPE_CHECKING:
     import argparse
 
+    from sdpo_plugin.host.actor import PolicyActor
     from sdpo_plugin.host.controller import RolloutBatch
-    from sdpo_plugin.host.worker import PolicyActor, PolicyWorker
+    from sdpo_plugin.host.worker import PolicyWorker
     from sdpo_plugin.step import PolicyStep
 
 PROJECT = "openrlhf"

@@ -1,219 +1,25 @@
-"""The policy worker's side: one micro-batch, its hidden states at response positions, and the loss on them."""
+"""The policy worker's side: micro-batches, the loss on them, weights for the engines, checkpoints."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
 from openrlhf.trainer.ray import ppo_actor
 from torch.utils.data import DataLoader
 
-from sdpo_plugin.config import ConfigError
-from sdpo_plugin.fused import Head, Scores, linear_log_probs
 from sdpo_plugin.host import checkpoint, lora, manager
+from sdpo_plugin.host.actor import PolicyActor
 from sdpo_plugin.host.seams import plain_class
-from sdpo_plugin.host.zero import MasterWeights, gathered, images, publish
-from sdpo_plugin.step import ATTACHED, LOSS_MASK, HeadFunction, PolicyStep, loss_mask, response_rows
+from sdpo_plugin.host.zero import MasterWeights, images, publish
+from sdpo_plugin.step import ATTACHED, LOSS_MASK, PolicyStep, loss_mask
 from sdpo_plugin.teacher import Fragment
-
-
-class HeadTap:
-    """Puts a function in the place of a causal LM's head, inside the model's own forward pass.
-
-    There the head's weights are whole at every ZeRO stage, and DeepSpeed's hooks, which surround the module, hold
-    for whatever the function computes. What the model does with logits afterwards gets a dummy.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._module = model.get_output_embeddings()
-        self._function: Callable[[torch.Tensor], Any] | None = None
-        self._result: Any = None
-        self._forward = self._module.forward
-        self._module.forward = self._call
-        self._module.register_forward_hook(self._take)  # runs after DeepSpeed's, so the result carries its hooks
-
-    @contextmanager
-    def replaced_by(self, function: Callable[[torch.Tensor], Any]) -> Iterator[SimpleNamespace]:
-        """While active, `function(hidden [B, S, H])` (a tensor or a tuple of them) runs as the head; `.result` it."""
-        self._function, box = function, SimpleNamespace(result=None)
-        try:
-            yield box
-            box.result = self._result
-        finally:
-            self._function = self._result = None
-
-    def _call(self, hidden: torch.Tensor) -> Any:
-        return self._forward(hidden) if self._function is None else self._function(hidden)
-
-    def _take(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
-        if self._function is None:
-            return None
-        self._result = output
-        return inputs[0].new_zeros(1, 1, 1)
-
-
-class PolicyActor(ppo_actor.Actor):
-    """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called."""
-
-    tap: HeadTap | None = None
-    head_function: HeadFunction | None = None
-    samples: torch.Tensor | None = None
-
-    def __init__(self, pretrain: str, on_built: Callable[..., Any] | None = None, **built_with: Any) -> None:
-        super().__init__(pretrain, **built_with)
-        self.built_with = built_with
-        if on_built is not None:
-            on_built(actor=self)
-
-    def add_teacher_adapter(self) -> None:
-        """Of a LoRA model, before DeepSpeed wraps it: a frozen second adapter (`PolicyWorker.teacher_model`)."""
-        lora.add_teacher(self.model)
-
-    @torch.no_grad()
-    def tap_head(self) -> None:
-        """Call after DeepSpeed wrapped the model, on every rank.
-
-        Raises:
-            ConfigError: the model's logits are not those of the head as we read it from its configuration.
-        """
-        if isinstance(self.model.module.get_output_embeddings(), lora.LoraLayer):
-            raise ConfigError(
-                "--ds.lora.target_modules: an adapter on the LM head is not supported; leave the head out"
-            )
-        ids = torch.arange(8, device=self.model.device)[None]
-        mask = torch.ones_like(ids)
-        training = self.model.training
-        self.model.eval()
-        logits = self.model(ids, attention_mask=mask, position_ids=ids).logits[0].float()
-        self.tap = HeadTap(self.model.module)
-
-        def read(hidden: torch.Tensor) -> torch.Tensor:
-            head = self.head()
-            return head.logits(hidden.float() @ head.weight.float().T)
-
-        ours, _ = self.at_rows(read, ids, mask, mask.bool())
-        self.model.train(training)
-        if (logits - ours).abs().max() > 0.05 * logits.abs().max():  # far above bf16's rounding
-            raise ConfigError(
-                f"--actor.model_name_or_path {self.model.module.config.name_or_path}: the logits of a "
-                f"{type(self.model.module).__name__} are not made of its LM head's weight, bias, scale and soft-cap "
-                "alone; such a head is not supported"
-            )
-
-    def forward(
-        self,
-        sequences: torch.Tensor,
-        action_mask: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        return_output: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """As the host's, but logits exist at response positions only, and a chunk at a time.
-
-        Where `samples` (bool [B]) is set, the model reads those samples only; the others' results are zero.
-
-        Args:
-            sequences, attention_mask: int64 [B, S]. action_mask: [B, A].
-
-        Returns:
-            Log-probabilities float32 [B, A], zero where the mask is, and with `return_output` the model's output
-            with `entropy` [B, A] where asked.
-        """
-        if self.tap is None or action_mask is None:
-            return super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
-        with_entropy = kwargs.get("return_entropy", False)
-        mask = action_mask.bool()
-        if self.samples is not None:
-            mask = mask & self.samples[:, None]
-            sequences, attention_mask, action_mask = only(self.samples, sequences, attention_mask, action_mask)
-        rows = response_rows(action_mask, sequences)
-        targets = torch.roll(sequences, -1, dims=1)[rows]
-
-        def run_head(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            if self.head_function is None:
-                log_probs, entropy = linear_log_probs(
-                    hidden, self.head(), targets, self.temperature, with_entropy=with_entropy
-                )
-                scores = (log_probs, entropy)
-            else:
-                self.scores = self.head_function(hidden, self.head(), targets)
-                scores = (self.scores.log_probs, self.scores.entropy, self.scores.loss)
-            return tuple(s for s in scores if s is not None)
-
-        scores, output = self.at_rows(run_head, sequences, attention_mask, rows)
-        log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores[0].float())
-        if with_entropy:
-            output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, scores[1].float())
-        if self.head_function is not None:
-            output.loss = scores[-1]
-            self.scores = Scores(scores[-1], self.scores.token_loss, scores[0], self.scores.entropy)
-        return (log_probs, output) if return_output else log_probs
-
-    def at_rows(
-        self,
-        function: Callable[[torch.Tensor], Any],
-        sequences: torch.Tensor,
-        attention_mask: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> tuple[Any, Any]:
-        """Run the model with `function(hidden [N, H])` for a head, on the N positions of `rows` (bool [B, S]).
-
-        Returns:
-            The function's result and the model's output (whose logits mean nothing).
-        """
-        if self.packing_samples:
-            sequences, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, None)
-            rows, attention_mask = rows.reshape(1, -1)[:, kept], None
-        else:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
-        with self.tap.replaced_by(lambda hidden: function(hidden[rows])) as head:
-            output = self.model(sequences, attention_mask=attention_mask, position_ids=position_ids)
-        return head.result, output
-
-    @torch.no_grad()
-    def hidden_states(
-        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        """Final hidden states [N, H] at `rows` (bool [B, S]), without dropout and without a graph."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            return self.at_rows(torch.clone, sequences, attention_mask, rows)[0]
-        finally:
-            self.model.train(training)
-
-    def head(self) -> Head:
-        """The LM head with what the model's configuration adds to it. Under ZeRO-3 use inside `whole_head`."""
-        module, config = self.tap._module, self.model.module.config
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
-
-    @contextmanager
-    def whole_head(self) -> Iterator[Head]:
-        """The head with its weights gathered from all ranks where ZeRO-3 keeps them apart."""
-        with gathered(list(self.tap._module.parameters())):
-            yield self.head()
-
-
-def only(
-    samples: torch.Tensor, sequences: torch.Tensor, attention_mask: torch.Tensor, action_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of `samples` (bool [B]) without padding that none of them needs.
-
-    With no sample at all, two tokens of the first without a response: other ranks may wait for this one (ZeRO-3).
-    """
-    if not samples.any():
-        return sequences[:1, :2], torch.ones_like(attention_mask[:1, :2]), torch.zeros_like(action_mask[:1, :1])
-    width = int(attention_mask[samples].any(dim=0).nonzero()[-1]) + 1
-    return sequences[samples, :width], attention_mask[samples, :width], action_mask[samples, : width - 1]
 
 
 def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:

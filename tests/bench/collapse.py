@@ -89,7 +89,8 @@ def line(run: dict[str, Any]) -> str:
     gains = [gain for _, gain in run["gain"]]
     looks = [statistics.median(gains[i - 3 : i]) for i in range(3, len(gains) + 1)]
     alarm = run["alarms"][0] if run["alarms"] else None
-    at_alarm = f"first alarm at {alarm}, accuracy {accuracy[alarm]:4.0%}" if alarm else "no alarm"
+    then = next((accuracy[step] for step in sorted(accuracy, reverse=True) if step <= (alarm or 0)), 0)
+    at_alarm = f"first alarm at {alarm}, accuracy {then:4.0%}" if alarm else "no alarm"
     parts = [
         f"{run['kind']:8} seed {run['seed']:<3}", f"best {accuracy.get(best, 0):4.0%} at {best:2}",
         f"end {run['accuracy'][-1][1] if accuracy else 0:4.0%}", f"{at_alarm:33}",
