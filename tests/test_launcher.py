@@ -56,6 +56,23 @@ def test_a_cpu_is_not_asked_for_what_needs_a_gpu():
     assert "--ds.use_liger_kernel as given needs a CUDA GPU, and this machine has none; leave it out" in done.stderr
 
 
+def test_a_cluster_too_slow_to_start_is_started_once_more(monkeypatch):
+    from sdpo_plugin.host import cpu
+
+    monkeypatch.setenv(cpu.ENABLED, "1")
+    errors, started = ["The current node timed out during startup.", "no space left"], []
+
+    def init(**settings):
+        started.append(settings)
+        if errors:
+            raise Exception(errors.pop(0))
+        return "a cluster"
+
+    with pytest.raises(Exception, match="no space left"):
+        seams.with_cpu_resources(init)()
+    assert started[0] == started[1] and seams.with_cpu_resources(init)() == "a cluster"
+
+
 def test_a_host_whose_seams_moved_is_refused_by_name():
     moved = (
         seams.Seam("reward function", "openrlhf.utils.agent:SingleTurnAgentExecutor.no_such_method"),

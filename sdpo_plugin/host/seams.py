@@ -138,15 +138,23 @@ def with_cpu_resources(init: Callable[..., Any]) -> Callable[..., Any]:
     from sdpo_plugin.host import cpu, nursery
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if os.environ.get(cpu.ENABLED):
-            environment = dict(kwargs.get("runtime_env") or {})
-            environment["worker_process_setup_hook"] = "sdpo_plugin.host.cpu.enable"
-            if nursery.EXECUTABLE in os.environ:
-                environment["py_executable"] = os.environ[nursery.EXECUTABLE]
-            kwargs["runtime_env"] = environment
-            if not (args or kwargs.get("address") or os.environ.get("RAY_ADDRESS")):
-                # Ray hands out one GPU and one CPU per model process; here both are only names for processes.
-                kwargs |= {"num_gpus": 64, "num_cpus": 64, "include_dashboard": False}
-        return init(*args, **kwargs)
+        if not os.environ.get(cpu.ENABLED):
+            return init(*args, **kwargs)
+        environment = dict(kwargs.get("runtime_env") or {})
+        environment["worker_process_setup_hook"] = "sdpo_plugin.host.cpu.enable"
+        if nursery.EXECUTABLE in os.environ:
+            environment["py_executable"] = os.environ[nursery.EXECUTABLE]
+        kwargs["runtime_env"] = environment
+        if args or kwargs.get("address") or os.environ.get("RAY_ADDRESS"):
+            return init(*args, **kwargs)
+        # Ray hands out one GPU and one CPU per model process; here both are only names for processes.
+        kwargs |= {"num_gpus": 64, "num_cpus": 64, "include_dashboard": False}
+        try:
+            return init(**kwargs)
+        except Exception as error:
+            # Ray gives its own helpers 15 s to start, which is too little on a busy machine once in a while.
+            if "timed out during startup" not in str(error):
+                raise
+            return init(**kwargs)
 
     return call
