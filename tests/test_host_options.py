@@ -44,17 +44,30 @@ def test_critic_less_estimators_go_into_the_policy_s_half(replay):
     assert not any(same(a, b) for a, b in itertools.combinations(runs, 2))
 
 
-def test_dynamic_filtering_leaves_groups_that_differ(openrlhf, model, reward):
+REWARD_OF_TURNS = """
+import torch
+
+asked = {}
+
+def reward_func(queries, prompts, labels):
+    '''Even labels succeed every other time, odd ones always.'''
+    reward = torch.zeros(len(labels))
+    for i, label in enumerate(labels):
+        asked[label] = asked.get(label, 0) + 1
+        reward[i] = float(int(label) % 2 or asked[label] % 2)
+    return {"rewards": reward, "scores": reward}
+"""
+
+
+def test_dynamic_filtering_leaves_groups_that_differ(openrlhf, model, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD_OF_TURNS)
     run = openrlhf(
-        model, ROWS, reward, *SDPO, "--algo.dynamic_filtering_enable", "--algo.dynamic_filtering_range", "0.1", "0.9",
-        "--rollout.batch_size", "2", "--rollout.micro_batch_size", "4", "--train.batch_size", "4",
-        "--train.micro_batch_size", "4",
+        model, ROWS, tmp_path / "reward.py", *SDPO, "--algo.dynamic_filtering_enable",
+        "--algo.dynamic_filtering_range", "0.1", "0.9", "--rollout.batch_size", "2", "--rollout.micro_batch_size", "4",
+        "--train.batch_size", "4", "--train.micro_batch_size", "4",
     )  # fmt: skip
-    assert run.samples
-    for step in run.samples:
-        rewards = [float(sample.rewards) for sample in step]
-        assert [sorted(pair) for pair in zip(rewards[::2], rewards[1::2], strict=True)] == [[0.0, 1.0]] * 2
-    assert values(run, "self_distillation/success_sample_fraction") == [0.5] * len(run.samples)
+    assert sorted(int(sample.labels[0]) for step in run.samples for sample in step) == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert values(run, "self_distillation/success_sample_fraction") == [0.5, 0.5]
 
 
 def test_one_sample_a_prompt_partly_rolled_out_learns_from_feedback(openrlhf, model, reward, initial):
