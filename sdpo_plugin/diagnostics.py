@@ -20,7 +20,7 @@ from sdpo_plugin.context import Rollout, TeacherContext
 from sdpo_plugin.fused import Head, linear_distillation, linear_log_probs
 
 GAIN = "teacher/context_gain"
-WATCHED_SAMPLES = 8  # of the first micro-batch of an optimizer step, on every rank
+WATCHED_SAMPLES = 8  # in an optimizer step, over all ranks: each takes its share from its first micro-batch
 REFERENCE_LOOKS = 3  # whose median context gain later ones are compared with: one look may err by a third
 # Shares of the reference. A base teacher's gain stays within a few percent of it for as long as samples fail; once a
 # seventh is gone for good, the collapsing quickstart (docs/benchmarks.md) has learned all it will ever learn.

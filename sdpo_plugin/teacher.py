@@ -126,14 +126,22 @@ class EmaTeacher(Teacher):
         if self.steps % self.config.sync_steps:
             return
         images = self.worker.images(self.model)
-        squares = torch.zeros(2, dtype=torch.float64)
+        ahead, norm = [], []
         for name, student in self.worker.masters.fragments().items():
-            values = student.values.double()
-            average = self._read(name, images[name]).lerp_(values, self.rate)
-            squares += torch.stack([(values - average).square().sum(), values.square().sum()]).cpu()
-            self._write(name, images[name], average)
+            device = student.values.device
+            image, rest = images[name], self.rest[name].to(device)
+            # All differences are of numbers close to each other, so float32 has digits enough for them.
+            leading = image.to(device, torch.float32, copy=True)
+            difference = (student.values - leading).sub_(rest)
+            rest.add_(difference, alpha=self.rate)
+            image.copy_(leading + rest)
+            rest.add_(leading.sub_(image.to(device)))
+            if rest is not self.rest[name]:
+                self.rest[name].copy_(rest)
+            ahead.append(difference.norm())
+            norm.append(student.values.norm())
         self.worker.publish(self.model)
-        self.distance = float(squares[0].sqrt() / squares[1].sqrt())
+        self.distance = float((1.0 - self.rate) * torch.stack(ahead).norm() / torch.stack(norm).norm())
 
     def metrics(self) -> dict[str, float]:
         """`ema_distance`: of student and teacher, relative to the student's norm, on this rank's part of both."""
@@ -142,14 +150,11 @@ class EmaTeacher(Teacher):
     def average(self) -> dict[str, torch.Tensor]:
         """This rank's part of the average in float64, laid out like `masters.fragments()`."""
         images = self.worker.images(self.model)
-        return {name: self._read(name, images[name]) for name in self.rest}
-
-    def _read(self, name: str, image: torch.Tensor) -> torch.Tensor:
-        return image.double() + self.rest[name].to(image.device).double()
+        return {name: images[name].double() + rest.to(images[name].device).double() for name, rest in self.rest.items()}
 
     def _write(self, name: str, image: torch.Tensor, values: torch.Tensor) -> None:
         image.copy_(values)
-        rest = (values - image.double()).float()
+        rest = (values - image.to(values.device).double()).float()
         if name in self.rest:
             self.rest[name].copy_(rest)
         else:
