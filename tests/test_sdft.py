@@ -16,7 +16,7 @@ TEMPLATE = "{prompt}\nCorrect solution:\n\n{privileged_context}\n\nCorrectly sol
 FLAGS = (
     "--algo", "sdft", "--reprompt.template", TEMPLATE, "--distill.mode", "full", "--distill.alpha", "0",
     "--rollout.n_samples_per_prompt", "4", "--train.batch_size", "32", "--train.micro_batch_size", "32",
-    "--rollout.micro_batch_size", "32", "--train.num_episodes", "40",
+    "--rollout.micro_batch_size", "32", "--train.num_episodes", "70",
 )  # fmt: skip
 
 
