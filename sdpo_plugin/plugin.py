@@ -8,6 +8,7 @@ and the divergence between teacher and student (`loss.py`, computed by `fused.py
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -259,7 +260,7 @@ class SelfDistillation:
         active = step.loss_mask.any(dim=1)
         order = sorted(active.nonzero()[:, 0].tolist(), key=lambda i: not failed[i])
         chosen = torch.zeros_like(active)
-        chosen[order[: -(-WATCHED_SAMPLES // step.worker.ranks)]] = True
+        chosen[order[: math.ceil(WATCHED_SAMPLES / step.worker.ranks)]] = True
         watched = step.loss_mask & chosen[:, None]
         own = [
             sequence[: int(response.nonzero()[0]) + 1] if here else sequence[:0]

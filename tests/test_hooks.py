@@ -1,4 +1,4 @@
-"""The plugins of docs/hooks.md, on the real host: every hook is called, and what it does is done."""
+"""The plugins of docs/hooks.md, on the real host. (`openrlhf_generation_prompt` is seen to act in test_sdft.py.)"""
 
 import json
 import re
@@ -31,7 +31,7 @@ def test_the_example_has_every_hook(documented):
 
 
 def test_the_example_weighs_prompts_and_survives_a_restart(
-    openrlhf, model, reward, initial, recorded, replay, documented, tmp_path
+    openrlhf, model, reward, initial, recorded, documented, tmp_path
 ):
     rows = [row | {"hint": "!"} for row in ROWS]
     plugins = ["--plugins", "curriculum", "sdpo_plugin.testing", "--ckpt.path", str(tmp_path / "ckpt")]

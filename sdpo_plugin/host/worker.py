@@ -112,7 +112,7 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
             self.actor = actor
 
     def _ends_optimizer_step(self, step: int) -> bool:
-        """Whether micro-batch `step` is the last of an optimizer step, or DeepSpeed knows (all of one size)."""
+        """Whether micro-batch `step` may end an optimizer step: of dynamic ones the buffer knows, else DeepSpeed."""
         return not self.args.train.dynamic_batch_enable or bool(self.replay_buffer.dynamic_optimizer_step[step])
 
     def _loss_mask_info(self, experience: Any, step: int) -> dict[str, Any]:
