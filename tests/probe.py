@@ -21,6 +21,7 @@ CHUNK_ROWS = 16
 def openrlhf_add_arguments(parser):
     parser.add_argument("--probe.out", required=True)
     parser.add_argument("--probe.fp32", action="store_true", help="train in float32, which the host does not offer")
+    parser.add_argument("--probe.bucket", type=int, help="elements of a gradient bucket of DeepSpeed")
 
 
 @hookimpl
@@ -29,16 +30,27 @@ def openrlhf_configure(args):
         args.ds.param_dtype = "fp32"
 
 
-@hookimpl
-def openrlhf_model(actor, args):
-    if args.probe.fp32:
-        assert next(actor.model.parameters()).dtype == torch.float32
-
-
 @when_imported("openrlhf.utils.utils")
 def know_fp32(module):
     convert = module.convert_to_torch_dtype
     module.convert_to_torch_dtype = lambda name: torch.float32 if name == "fp32" else convert(name)
+
+
+@hookimpl
+def openrlhf_model(actor, args):
+    if args.probe.fp32:
+        assert next(actor.model.parameters()).dtype == torch.float32
+    if args.probe.bucket is not None:
+        from openrlhf.utils.deepspeed import deepspeed
+
+        configure = deepspeed.get_train_ds_config
+
+        def with_bucket(*settings, **named):
+            config = configure(*settings, **named)
+            config["zero_optimization"]["reduce_bucket_size"] = args.probe.bucket
+            return config
+
+        deepspeed.get_train_ds_config = with_bucket
 
 
 @hookimpl(trylast=True)
@@ -55,8 +67,8 @@ def openrlhf_worker_setup(worker):
         if engine.is_gradient_accumulation_boundary():
             from deepspeed.utils import safe_get_full_grad
 
-            names = engine.module.named_parameters()
-            worker.gradients.append({name: safe_get_full_grad(p).float().cpu().clone() for name, p in names})
+            trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+            worker.gradients.append({name: safe_get_full_grad(p).float().cpu().clone() for name, p in trained})
         return step()
 
     def training_step_with_logits(*args, **kwargs):

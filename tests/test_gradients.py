@@ -1,5 +1,6 @@
 """The policy worker's gradient is the dense definition's, at every ZeRO stage, and no large logits exist in it."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from common import ROWS, SDPO, ZERO
 from probe import CHUNK_ROWS
+from test_lora import LORA
 
 from sdpo_plugin.testing import tiny_model
 
@@ -78,7 +80,7 @@ def probed(openrlhf, model, reward, recorded, one_sided, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gradient(probed):
-    return lambda *flags: torch.load(probed(*flags))[0]
+    return functools.cache(lambda *flags: torch.load(probed(*flags))[0])
 
 
 @pytest.fixture(scope="session")
@@ -109,3 +111,29 @@ def test_samples_without_a_context_are_not_read_and_the_others_dealt_evenly(prob
     out = probed(*ZERO[2], "--rollout.micro_batch_size", "2")
     assert [torch.load(f"{out}.read{rank}") for rank in (0, 1)] == [[2, 2], [2, 2]]
     assert distance(torch.load(out)[0], of_one_rank) <= 1e-5
+
+
+# Of the ZeRO stages that reduce gradients inside the backward pass, each with what changes how they are: buckets that
+# are flushed there, the optimizer's memory, layers that are computed twice.
+CELLS = [
+    pytest.param(stage, offload, weights, checkpointing, id=f"zero{stage}-{offload}-{weights}-{checkpointing}")
+    for stage in (1, 2, 3)
+    for offload in ("on", "off")
+    for weights in ("full", "lora")
+    for checkpointing in ("none", "reentrant", "not_reentrant")
+]
+SWITCHES = {
+    "on": ("--ds.adam_offload",), "off": (), "full": (), "lora": LORA, "none": (),
+    "not_reentrant": ("--actor.gradient_checkpointing_enable",),
+    "reentrant": ("--actor.gradient_checkpointing_enable", "--actor.gradient_checkpointing_reentrant"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "offload", "weights", "checkpointing"), CELLS)
+def test_every_micro_batch_is_in_the_gradient(gradient, stage, offload, weights, checkpointing):
+    """Four micro-batches on two ranks have the gradient of one on one, in buckets that overflow within a backward."""
+    switches = [flag for name in (offload, weights, checkpointing) for flag in SWITCHES[name]]
+    flags = [*ZERO[stage], "--train.micro_batch_size", "2", "--probe.bucket", "2000", *switches]
+    difference = distance(gradient(*flags), gradient("--train.micro_batch_size", "16", *SWITCHES[weights]))
+    print(f"relative difference {difference:.1e}")
+    assert difference <= 1e-5

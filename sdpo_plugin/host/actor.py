@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,35 +21,45 @@ class HeadTap:
     """Puts a function in the place of a causal LM's head, inside the model's own forward pass.
 
     There the head's weights are whole at every ZeRO stage, and DeepSpeed's hooks, which surround the module, hold
-    for whatever the function computes. What the model does with logits afterwards gets a dummy.
+    for whatever the function computes. What the model does with logits afterwards gets a dummy. The function's result
+    then takes the logits' place in the model's output: DeepSpeed learns from a gradient that arrives at an output that
+    a backward pass has begun, and with it whether this one ends an accumulation (`DeepSpeedEngine.forward`).
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._module = model.get_output_embeddings()
+        """Call after DeepSpeed wrapped the model: its hooks on the head are to run before ours."""
+        self.module = model.get_output_embeddings()
         self._function: Callable[[torch.Tensor], Any] | None = None
         self._result: Any = None
-        self._forward = self._module.forward
-        self._module.forward = self._call
-        self._module.register_forward_hook(self._take)  # runs after DeepSpeed's, so the result carries its hooks
+        self._forward = self.module.forward
+        self.module.forward = self._call
+        self.module.register_forward_hook(self._keep)
+        # Before DeepSpeed's, and inside of PEFT's wrappers: all that look at the model's output see the result.
+        causal_lm = model.get_base_model() if isinstance(model, lora.PeftModel) else model
+        causal_lm.register_forward_hook(self._hand_over, prepend=True)
 
     @contextmanager
-    def replaced_by(self, function: Callable[[torch.Tensor], Any]) -> Iterator[SimpleNamespace]:
-        """While active, `function(hidden [B, S, H])` (a tensor or a tuple of them) runs as the head; `.result` it."""
-        self._function, box = function, SimpleNamespace(result=None)
+    def replaced_by(self, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+        """While active, `function(hidden [B, S, H])` (a tensor or a tuple of them) runs as the head: the `logits`."""
+        self._function = function
         try:
-            yield box
-            box.result = self._result
+            yield
         finally:
             self._function = self._result = None
 
     def _call(self, hidden: torch.Tensor) -> Any:
         return self._forward(hidden) if self._function is None else self._function(hidden)
 
-    def _take(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+    def _keep(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
         if self._function is None:
             return None
         self._result = output
         return inputs[0].new_zeros(1, 1, 1)
+
+    def _hand_over(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+        if self._function is not None:
+            output["logits"] = self._result
+        return output
 
 
 class PolicyActor(ppo_actor.Actor):
@@ -77,7 +86,14 @@ class PolicyActor(ppo_actor.Actor):
         Raises:
             ConfigError: the model's logits are not those of the head as we read it from its configuration.
         """
-        if isinstance(self.model.module.get_output_embeddings(), lora.LoraLayer):
+        head = self.model.module.get_output_embeddings()
+        if head is None:
+            raise ConfigError(
+                f"--actor.model_name_or_path {self.model.module.config.name_or_path}: a "
+                f"{type(self.model.module).__name__} names no LM head (get_output_embeddings() is None), which is "
+                "where the loss is computed; give a causal language model"
+            )
+        if isinstance(head, lora.LoraLayer):
             raise ConfigError(
                 "--ds.lora.target_modules: an adapter on the LM head is not supported; leave the head out"
             )
@@ -160,16 +176,16 @@ class PolicyActor(ppo_actor.Actor):
         """Run the model with `function(hidden [N, H])` for a head, on the N positions of `rows` (bool [B, S]).
 
         Returns:
-            The function's result and the model's output (whose logits mean nothing).
+            The function's result and the model's output.
         """
         if self.packing_samples:
             sequences, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, None)
             rows, attention_mask = rows.reshape(1, -1)[:, kept], None
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
-        with self.tap.replaced_by(lambda hidden: function(hidden[rows])) as head:
+        with self.tap.replaced_by(lambda hidden: function(hidden[rows])):
             output = self.model(sequences, attention_mask=attention_mask, position_ids=position_ids)
-        return head.result, output
+        return output["logits"], output
 
     @torch.no_grad()
     def hidden_states(
@@ -185,14 +201,14 @@ class PolicyActor(ppo_actor.Actor):
 
     def head(self) -> Head:
         """The LM head with what the model's configuration adds to it. Under ZeRO-3 use inside `whole_head`."""
-        module, config = self.tap._module, self.model.module.config
+        module, config = self.tap.module, self.model.module.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
 
     @contextmanager
     def whole_head(self) -> Iterator[Head]:
         """The head with its weights gathered from all ranks where ZeRO-3 keeps them apart."""
-        with gathered(list(self.tap._module.parameters())):
+        with gathered(list(self.tap.module.parameters())):
             yield self.head()
 
 
