@@ -189,8 +189,16 @@ class SelfDistillation:
             actor.add_teacher_adapter()
 
     @hookimpl
-    def openrlhf_needs_old_log_probs(self, args: Any) -> bool | None:
-        return None if args.distill.weight == 0.0 or reads_old_log_probs(args) else False
+    def openrlhf_needs(self, args: Any) -> dict[str, bool] | None:
+        if args.distill.weight == 0.0:
+            return None
+        log_probs = host_needs_log_probs(args, args.distill.weight)
+        return {
+            "old_log_probs": reads_old_log_probs(args),
+            "log_probs": log_probs,
+            # Else the student need not read what it learns nothing from.
+            "samples": log_probs or args.actor.entropy_coef is not None or args.actor.aux_loss_coef > 0.0,
+        }
 
     @hookimpl
     def openrlhf_worker_setup(self, worker: Any) -> None:
@@ -206,10 +214,10 @@ class SelfDistillation:
         batch, actor, args = step.experience, step.worker.actor, step.worker.args
         if "update_rate" in step.data:
             self.teacher.rate = float(step.data["update_rate"][0])
-        log_probs_too = host_needs_log_probs(args, self.distill.weight)
-        with_entropy = args.actor.entropy_coef is not None
-        if not (log_probs_too or with_entropy or args.actor.aux_loss_coef > 0.0):
-            step.samples = step.loss_mask.any(dim=1)  # the student need not read what it learns nothing from
+        differentiable = step.needs["log_probs"] or step.needs["entropy"]
+        with_entropy = step.needs["entropy"] or args.actor.entropy_coef is not None
+        if not step.needs["samples"]:
+            step.samples = step.loss_mask.any(dim=1)
         teacher_hidden = self._teacher_hidden(step)
         look = self._look(step)
         weights = (step.loss_weights * step.loss_mask)[step.response]
@@ -231,7 +239,7 @@ class SelfDistillation:
                     )
                 return linear_distillation(
                     hidden, student, teacher_hidden, teacher, token_ids, weights, self.distill, old_log_probs,
-                    actor.temperature, differentiable_log_probs=log_probs_too, with_entropy=with_entropy,
+                    actor.temperature, differentiable_log_probs=differentiable, with_entropy=with_entropy,
                 )
 
         step.head = head

@@ -59,7 +59,12 @@ def openrlhf_worker_setup(worker):
     engine, trainer = worker.actor.model, worker.trainer
     worker.logits, worker.gradients = LogitRows(engine.module.config), []
     worker.read = []  # samples per micro-batch of the student
-    engine.module.register_forward_pre_hook(lambda module, args: module.training and worker.read.append(len(args[0])))
+
+    def count_samples(module, args):
+        if module.training:  # a teacher may be the same module
+            worker.read.append(len(args[0]))
+
+    engine.module.register_forward_pre_hook(count_samples)
     step, training_step, ppo_train = engine.step, trainer.training_step, trainer.ppo_train
     worker.actor.forward = worker.logits.traced(worker.actor.forward)  # the pass for old log-probabilities too
 

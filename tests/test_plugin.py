@@ -9,6 +9,7 @@ from sdpo_plugin.config import ConfigError, DistillConfig, TeacherConfig
 from sdpo_plugin.loss import per_token_loss
 from sdpo_plugin.plugin import teacher_inputs
 from sdpo_plugin.sdpo import SDPO
+from sdpo_plugin.step import NEEDS, combined_needs
 from sdpo_plugin.teacher import EmaTeacher, Fragment
 from sdpo_plugin.testing import fake_worker
 
@@ -79,13 +80,31 @@ def test_samples_without_a_context_are_read_only_where_something_else_wants_them
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({}, False), ({"distill": {"weight": 0.5}}, None), ({"train": {"max_epochs": 2}}, None),
-        ({"train": {"batch_size": 2}}, None), ({"train": {"batch_size": 2, "async_enable": True}}, False),
-        ({"algo": {"kl": SimpleNamespace(use_loss=False, init_coef=0.1)}}, None), ({"distill": {"weight": 0.0}}, None),
+        ({}, False), ({"distill": {"weight": 0.5}}, True), ({"train": {"max_epochs": 2}}, True),
+        ({"train": {"batch_size": 2}}, True), ({"train": {"batch_size": 2, "async_enable": True}}, False),
+        ({"algo": {"kl": SimpleNamespace(use_loss=False, init_coef=0.1)}}, True), ({"distill": {"weight": 0.0}}, True),
     ],
 )  # fmt: skip
 def test_old_log_probabilities_are_made_only_where_something_reads_them(options, wanted):
-    assert SDPO().openrlhf_needs_old_log_probs(fake_worker(**options).args) is wanted
+    assert combined_needs([SDPO().openrlhf_needs(fake_worker(**options).args)])["old_log_probs"] is wanted
+
+
+def test_what_one_plugin_needs_is_there_whoever_else_has_no_use_for_it():
+    algorithm = SDPO().openrlhf_needs(fake_worker().args)
+    assert combined_needs([]) == {"old_log_probs": True, "log_probs": True, "samples": True, "entropy": False}
+    assert combined_needs([algorithm, None]) == dict.fromkeys(NEEDS, False)
+    for order in ([algorithm, dict.fromkeys(NEEDS, True)], [dict.fromkeys(NEEDS, True), algorithm]):
+        assert combined_needs(order) == dict.fromkeys(NEEDS, True)
+    with pytest.raises(ConfigError, match="openrlhf_needs: a plugin names logits; choose from old_log_probs, log_"):
+        combined_needs([{"logits": True}])
+
+
+def test_log_probabilities_that_nobody_needs_can_be_read_but_not_differentiated():
+    worker = fake_worker()
+    got = step(worker, algorithm(worker))
+    assert got.log_probs.sum() < 0
+    with pytest.raises(ConfigError, match='return {"log_probs": True} from openrlhf_needs'):
+        got.log_probs.sum().backward()
 
 
 def gradient(worker, loss) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
 from openrlhf.trainer.ray import ppo_actor
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.fused import Head, Scores, linear_log_probs
+from sdpo_plugin.fused import Head, linear_log_probs
 from sdpo_plugin.host import lora
 from sdpo_plugin.host.zero import gathered
-from sdpo_plugin.step import HeadFunction, response_rows
+from sdpo_plugin.step import PolicyStep, response_rows
 
 
 class HeadTap:
@@ -63,11 +64,14 @@ class HeadTap:
 
 
 class PolicyActor(ppo_actor.Actor):
-    """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called."""
+    """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called.
+
+    Attributes:
+        step: the micro-batch that the student is trained on, while it is: says what to compute, and gets the results.
+    """
 
     tap: HeadTap | None = None
-    head_function: HeadFunction | None = None
-    samples: torch.Tensor | None = None
+    step: PolicyStep | None = None
 
     def __init__(self, pretrain: str, on_built: Callable[..., Any] | None = None, **built_with: Any) -> None:
         super().__init__(pretrain, **built_with)
@@ -127,7 +131,7 @@ class PolicyActor(ppo_actor.Actor):
     ) -> Any:
         """As the host's, but logits exist at response positions only, and a chunk at a time.
 
-        Where `samples` (bool [B]) is set, the model reads those samples only; the others' results are zero.
+        In a step with `samples` (bool [B]) the model reads those samples only; the others' results are zero.
 
         Args:
             sequences, attention_mask: int64 [B, S]. action_mask: [B, A].
@@ -136,34 +140,42 @@ class PolicyActor(ppo_actor.Actor):
             Log-probabilities float32 [B, A], zero where the mask is, and with `return_output` the model's output
             with `entropy` [B, A] where asked.
         """
-        if self.tap is None or action_mask is None:
-            return super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
+        step = self.step
+        if step is not None and step.needs["entropy"]:
+            kwargs["return_entropy"] = True
         with_entropy = kwargs.get("return_entropy", False)
+        if self.tap is None or action_mask is None:
+            result = super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
+            if step is not None and step.needs["entropy"]:
+                step.entropy = result[1].entropy[:, -action_mask.shape[1] :]
+            return result
         mask = action_mask.bool()
-        if self.samples is not None:
-            mask = mask & self.samples[:, None]
-            sequences, attention_mask, action_mask = only(self.samples, sequences, attention_mask, action_mask)
+        if step is not None and step.samples is not None:
+            mask = mask & step.samples[:, None]
+            sequences, attention_mask, action_mask = only(step.samples, sequences, attention_mask, action_mask)
         rows = response_rows(action_mask, sequences)
         targets = torch.roll(sequences, -1, dims=1)[rows]
 
         def run_head(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            if self.head_function is None:
+            if step is None or step.head is None:
                 log_probs, entropy = linear_log_probs(
                     hidden, self.head(), targets, self.temperature, with_entropy=with_entropy
                 )
                 scores = (log_probs, entropy)
             else:
-                self.scores = self.head_function(hidden, self.head(), targets)
-                scores = (self.scores.log_probs, self.scores.entropy, self.scores.loss)
+                step.scores = step.head(hidden, self.head(), targets)
+                scores = (step.scores.log_probs, step.scores.entropy, step.scores.loss)
             return tuple(s for s in scores if s is not None)
 
         scores, output = self.at_rows(run_head, sequences, attention_mask, rows)
         log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores[0].float())
         if with_entropy:
             output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, scores[1].float())
-        if self.head_function is not None:
-            output.loss = scores[-1]
-            self.scores = Scores(scores[-1], self.scores.token_loss, scores[0], self.scores.entropy)
+        if step is not None:
+            step.entropy = output.entropy if step.needs["entropy"] else None
+            if step.head is not None:  # the results as they left the model, with the hooks of all that is around it
+                entropy = scores[1] if with_entropy else None
+                step.scores = replace(step.scores, loss=scores[-1], log_probs=scores[0], entropy=entropy)
         return (log_probs, output) if return_output else log_probs
 
     def at_rows(

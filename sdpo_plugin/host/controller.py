@@ -128,8 +128,7 @@ class Experiences(ppo_trainer.RemoteExperienceMaker):
         return dealt(super().make_experience_batch(rollout_samples), self._ranks())
 
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> list[Any]:
-        unread = manager.of(self.args).hook.openrlhf_needs_old_log_probs(args=self.args) is False
-        if group is self.actor_model_group and unread:
+        if group is self.actor_model_group and not manager.needs(self.args)["old_log_probs"]:
             zeros = [torch.zeros(mask.shape) for mask in kwargs["action_mask"]]
             return [ray.put(zeros)]
         return super()._dispatch_forward(group, sync_condition, **kwargs)
