@@ -106,10 +106,15 @@ class TeacherConfig(Group):
     sync_steps: int = option(1, "optimizer steps between updates of the ema teacher")
     offload: bool = option(False, "keep the teacher's weights in host memory between its forward passes")
     backend: str = option("local", "where the teacher is scored: local, in the policy workers", ("local",))
+    max_tokens_per_gpu: int = option(
+        32768, "tokens of the teacher's forward pass, padding included; a micro-batch of the student with more is read "
+        "in several passes (a longer sample alone)"
+    )
     save: bool = option(False, "also export the teacher as a Hugging Face model")
 
     def check(self) -> None:
         self.positive("sync_steps", integer=True)
+        self.positive("max_tokens_per_gpu", integer=True)
         if self.kind in ("ema", "trust_region"):
             self.in_unit_interval("update_rate")
             if self.update_rate == 0.0:

@@ -250,7 +250,7 @@ class SelfDistillation:
         sequences, attention_mask, rows, taught = teacher_inputs(
             batch.sequences, batch.attention_mask, batch.action_mask, step.data["teacher_prompt"]
         )
-        hidden = self.teacher.hidden_states(sequences, attention_mask, rows)
+        hidden = self.teacher.hidden_states(sequences, attention_mask, rows, self.teacher_config.max_tokens_per_gpu)
         full = hidden.new_zeros(*batch.action_mask.shape, hidden.shape[1])
         full[taught] = hidden
         return full[step.response]
@@ -277,7 +277,7 @@ class SelfDistillation:
         sequences, attention_mask, rows, read = teacher_inputs(
             batch.sequences, batch.attention_mask, batch.action_mask, own
         )
-        hidden = self.teacher.hidden_states(sequences, attention_mask, rows)
+        hidden = self.teacher.hidden_states(sequences, attention_mask, rows, self.teacher_config.max_tokens_per_gpu)
         tokens = watched[step.response]
         return tokens, hidden[watched[read]], failed[:, None].expand_as(watched)[watched]
 
@@ -430,6 +430,7 @@ def refuse(args: Any) -> None:
         ("--ds.ring_attn_size", args.ds.ring_attn_size > 1, "give --ds.ring_attn_size 1"),
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),
         ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),
+        ("--ds.deepcompile", args.ds.deepcompile, "leave it out"),
         ("--ds.enable_sleep", args.ds.enable_sleep, "leave it out"),
     ):
         if asked:

@@ -265,7 +265,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             return torch.tanh(self.mix(self.embedding(sequences).cumsum(1) / positions.sqrt()))
 
         @torch.no_grad()
-        def hidden_states(self, sequences: Any, attention_mask: Any, rows: torch.Tensor) -> torch.Tensor:
+        def hidden_states(self, sequences: Any, attention_mask: Any, rows: torch.Tensor, max_tokens: int) -> Any:
             return self.states(sequences)[rows]
 
         @contextlib.contextmanager

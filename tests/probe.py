@@ -11,6 +11,7 @@ from wrapt import when_imported
 import sdpo_plugin.fused
 import sdpo_plugin.plugin
 from sdpo_plugin.fused import Scores
+from sdpo_plugin.host import manager
 from sdpo_plugin.host.hookspecs import hookimpl
 from sdpo_plugin.loss import per_token_loss
 
@@ -65,6 +66,10 @@ def openrlhf_worker_setup(worker):
             worker.read.append(len(args[0]))
 
     engine.module.register_forward_pre_hook(count_samples)
+    worker.teacher_read = []  # tokens per pass, padding included
+    teacher = manager.of(worker.args).get_plugin("algorithm sdpo").teacher.model
+    if worker.args.ds.lora.rank == 0:  # else it is the student's module
+        teacher.model.module.register_forward_pre_hook(lambda module, args: worker.teacher_read.append(args[0].numel()))
     step, training_step, ppo_train = engine.step, trainer.training_step, trainer.ppo_train
     worker.actor.forward = worker.logits.traced(worker.actor.forward)  # the pass for old log-probabilities too
 
@@ -97,6 +102,7 @@ def openrlhf_worker_setup(worker):
 def openrlhf_optimizer_step(worker):
     sdpo_plugin.plugin.linear_distillation = dense
     torch.save(worker.read, f"{worker.args.probe.out}.read{worker.rank}")
+    torch.save(worker.teacher_read, f"{worker.args.probe.out}.teacher{worker.rank}")
     if worker.rank == 0:
         torch.save(worker.gradients, worker.args.probe.out)
 

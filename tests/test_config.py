@@ -31,7 +31,7 @@ def host_parser() -> argparse.ArgumentParser:
         "ds.lora.target_modules": "", "algo.advantage.is_correction_level": "off",
     }.items():  # fmt: skip
         parser.add_argument(f"--{flag}", default=value, type=type(value))
-    for flag in ("train.async_enable", "algo.kl.use_loss"):
+    for flag in ("train.async_enable", "algo.kl.use_loss", "ds.deepcompile"):
         parser.add_argument(f"--{flag}", action="store_true")
     return parser
 
@@ -55,6 +55,7 @@ def parse(*arguments: str) -> argparse.Namespace:
         (DistillConfig, {"skip_tokens": -1}, r"--distill.skip_tokens -1"),
         (TeacherConfig, {"update_rate": 0.0}, r"--teacher.update_rate 0.0: .* give --teacher.kind base"),
         (TeacherConfig, {"update_rate": 1.0}, r"--teacher.update_rate 1.0: .* give --teacher.kind live"),
+        (TeacherConfig, {"max_tokens_per_gpu": 0}, r"--teacher.max_tokens_per_gpu 0: give a positive integer"),
         (TeacherConfig, {"kind": "frozen"}, r"--teacher.kind frozen: choose one of live, base, ema"),
         (RepromptConfig, {"max_len": 0}, r"--reprompt.max_len 0: give a positive integer"),
         (RepromptConfig, {"template": "{solution}"}, r"--reprompt.template .*must contain \{prompt\}"),
@@ -71,6 +72,7 @@ def test_out_of_range(group, values, message):
     [
         (["--algo", "spdo"], r"--algo spdo: unknown algorithm; choose one of .*sdpo"),
         (["--algo", "sdpo", "--distill.weight", "2"], r"--distill.weight 2.0: give a number in \[0, 1\]"),
+        (["--algo", "sdpo", "--ds.deepcompile"], r"--ds.deepcompile is not supported .*leave it out"),
         (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .*size 1"),
         (["--algo", "sdpo", "--teacher.kind", "base", "--teacher.save"], r"--teacher.save True: .* --teacher.kind ema"),
         (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),

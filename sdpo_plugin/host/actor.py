@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
 from openrlhf.trainer.ray import ppo_actor
 
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.fused import Head, linear_log_probs
 from sdpo_plugin.host import lora
-from sdpo_plugin.host.zero import gathered
+from sdpo_plugin.host.zero import gathered, is_partitioned
 from sdpo_plugin.step import PolicyStep, response_rows
 
 
@@ -201,15 +202,40 @@ class PolicyActor(ppo_actor.Actor):
 
     @torch.no_grad()
     def hidden_states(
-        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor
+        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor, max_tokens: int
     ) -> torch.Tensor:
-        """Final hidden states [N, H] at `rows` (bool [B, S]), without dropout and without a graph."""
+        """Final hidden states [N, H] at the N positions of `rows`, without dropout and without a graph.
+
+        In as many passes as it takes to read at most `max_tokens` (padding included) in one.
+
+        Args:
+            sequences, attention_mask: int64 [B, S], right-padded. rows: bool [B, S].
+        """
+        lengths = attention_mask.sum(dim=1).tolist()
+        batches = batches_within(lengths, max_tokens)
+        found: dict[int, torch.Tensor] = {}
         training = self.model.training
         self.model.eval()
         try:
-            return self.at_rows(torch.clone, sequences, attention_mask, rows)[0]
+            for batch in batches:
+                width = lengths[batch[0]]
+                read = (tensor[batch, :width] for tensor in (sequences, attention_mask, rows))
+                hidden, _ = self.at_rows(torch.clone, *read)
+                parts = hidden.split(rows[batch].sum(dim=1).tolist())
+                found.update(zip(batch, parts, strict=True))
+            for _ in range(self._most_of_any_rank(len(batches)) - len(batches)):
+                self.at_rows(torch.clone, sequences[:1, :2], attention_mask[:1, :2], rows[:1, :2])
         finally:
             self.model.train(training)
+        return torch.cat([found[i] for i in range(len(lengths))])
+
+    def _most_of_any_rank(self, passes: int) -> int:
+        """At ZeRO-3 the ranks gather weights together, so all of them must make as many passes."""
+        if not any(map(is_partitioned, self.model.module.parameters())):
+            return passes
+        most = torch.tensor(passes, device=self.model.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
 
     def head(self) -> Head:
         """The LM head with what the model's configuration adds to it. Under ZeRO-3 use inside `whole_head`."""
@@ -235,3 +261,14 @@ def only(
         return sequences[:1, :2], torch.ones_like(attention_mask[:1, :2]), torch.zeros_like(action_mask[:1, :1])
     width = int(attention_mask[samples].any(dim=0).nonzero()[-1]) + 1
     return sequences[samples, :width], attention_mask[samples, :width], action_mask[samples, : width - 1]
+
+
+def batches_within(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of sequences, the longest first, in batches of at most `max_tokens` with their padding, or of one."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
