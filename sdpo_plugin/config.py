@@ -74,6 +74,7 @@ class DistillConfig(Group):
     kl_clip: float | None = option(None, "upper bound of each vocabulary entry's share of a token's divergence (OPSD)")
     weight: float = option(1.0, "(1-w) x the host's policy loss + w x distillation; 0 is the host alone")
     skip_tokens: int = option(0, "leading response tokens without a distillation loss")
+    mask_truncated: bool = option(False, "leave responses that were cut at the length limit out of the distillation")
     generate_from_teacher: bool = option(False, "sample from the teacher's prompt, train on the student's")
 
     def check(self) -> None:
@@ -129,7 +130,9 @@ class RepromptConfig(Group):
     demonstration: str = option(
         "first", "which of the successes is shown", ("first", "random", "best", "shortest")
     )
-    remove_thinking: bool = option(True, "cut closed <think> blocks from demonstrations")
+    remove_thinking: bool = option(
+        True, "cut closed <think> blocks from demonstrations, those that the prompt opened included"
+    )
     use_feedback: bool = option(True, "show the environment's feedback on the rollout")
     feedback_only_without_solution: bool = option(True, "show feedback only where no demonstration exists")
     template: str = option(
@@ -147,7 +150,7 @@ class RepromptConfig(Group):
     max_len: int = option(10240, "longest teacher prompt, in tokens")
     truncation: str = option(
         "right", "which side of the shown sections is cut when the prompt is too long; the question and the "
-        "closing instruction never are", ("right", "left", "middle"),
+        "closing instruction never are; error: stop instead", ("right", "left", "middle", "error"),
     )
     seed: int = option(42, "of --reprompt.demonstration random")
 
