@@ -7,6 +7,7 @@ docs/options.md. Values are checked on construction, so an instance is always us
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -187,6 +188,30 @@ def from_namespace(group: type[Group], args: Any) -> Any:
     """The group's instance from the host's nested arguments (`args.distill.alpha`)."""
     section = vars(getattr(args, group.prefix))
     return group(**{f.name: section[f.name] for f in dataclasses.fields(group)})
+
+
+def chat_template_kwargs(args: Any) -> dict[str, Any]:
+    """`--data.chat_template_kwargs` (`host/cli.py`) of OpenRLHF's nested arguments, which carry it as JSON text.
+
+    Raises `ConfigError` for what is no JSON object, and where it would change nothing.
+    """
+    text = args.data.chat_template_kwargs
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ConfigError(
+            f"--data.chat_template_kwargs {text}: not a JSON object; give one, as '{{\"enable_thinking\": false}}'"
+        )
+    if taken := [name for name in ("conversation", "tokenize", "add_generation_prompt") if name in kwargs]:
+        raise ConfigError(f"--data.chat_template_kwargs {text}: OpenRLHF sets {taken[0]} itself; leave it out")
+    if kwargs and not args.data.apply_chat_template:
+        raise ConfigError(
+            f"--data.chat_template_kwargs {text}: no chat template renders these prompts; "
+            "give --data.apply_chat_template, or leave it out"
+        )
+    return kwargs
 
 
 def options_page() -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 import torch
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
-from sdpo_plugin.config import StopTraining
+from sdpo_plugin.config import StopTraining, chat_template_kwargs
 from sdpo_plugin.host import manager
 from sdpo_plugin.host.engine import FAILURE, FEEDBACK, Prompt
 from sdpo_plugin.host.seams import plain_class
@@ -21,12 +23,16 @@ class RewardError(RuntimeError):
 
 
 class Records(ppo_trainer.PromptDataset):
-    """datasets/prompts_dataset.py: keeps the rows whose other columns the host drops."""
+    """datasets/prompts_dataset.py: keeps the rows whose other columns the host drops.
+
+    The host gives the chat template no arguments, so they are bound to it (`--data.chat_template_kwargs`).
+    """
 
     def __init__(self, dataset: Any, tokenizer: Any, strategy: Any, *args: Any, **kwargs: Any) -> None:
         manager.of(strategy.args).hook.openrlhf_dataset(dataset=dataset, args=strategy.args)
-        super().__init__(dataset, tokenizer, strategy, *args, **kwargs)
-        self.rows = dataset
+        render = partial(tokenizer.apply_chat_template, **chat_template_kwargs(strategy.args))
+        super().__init__(dataset, SimpleNamespace(apply_chat_template=render), strategy, *args, **kwargs)
+        self.tokenizer, self.rows = tokenizer, dataset
 
     def __getitem__(self, idx: int) -> tuple[Any, ...]:
         source, text, *rest = super().__getitem__(idx)
@@ -107,9 +113,13 @@ class RolloutBatch:
                 self.rewards[index] = reward
 
     def response_ids(self, i: int) -> list[int]:
-        """Everything after sample i's prompt: its actions and, of an agent, the observations between them."""
+        """Everything after sample i's prompt: its actions and, of an agent, the observations between them.
+
+        Empty where an agent ended before its first action.
+        """
         sample = self.samples[i]
-        return sample.sequences[0, int(sample.action_mask[0].nonzero()[0]) + 1 :].tolist()
+        actions = sample.action_mask[0].nonzero()[:, 0].tolist()
+        return sample.sequences[0, actions[0] + 1 :].tolist() if actions else []
 
     def attach(self, name: str, values: Sequence[torch.Tensor]) -> None:
         """Send one tensor per sample (any shape) to the worker that trains on it: `step.data[name]`.
