@@ -7,6 +7,7 @@ docs/options.md. Values are checked on construction, so an instance is always us
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -74,6 +75,7 @@ class DistillConfig(Group):
     kl_clip: float | None = option(None, "upper bound of each vocabulary entry's share of a token's divergence (OPSD)")
     weight: float = option(1.0, "(1-w) x the host's policy loss + w x distillation; 0 is the host alone")
     skip_tokens: int = option(0, "leading response tokens without a distillation loss")
+    mask_truncated: bool = option(False, "leave responses that were cut at the length limit out of the distillation")
     generate_from_teacher: bool = option(False, "sample from the teacher's prompt, train on the student's")
 
     def check(self) -> None:
@@ -134,7 +136,9 @@ class RepromptConfig(Group):
     demonstration: str = option(
         "first", "which of the successes is shown", ("first", "random", "best", "shortest")
     )
-    remove_thinking: bool = option(True, "cut closed <think> blocks from demonstrations")
+    remove_thinking: bool = option(
+        True, "cut closed <think> blocks from demonstrations, those that the prompt opened included"
+    )
     use_feedback: bool = option(True, "show the environment's feedback on the rollout")
     feedback_only_without_solution: bool = option(True, "show feedback only where no demonstration exists")
     template: str = option(
@@ -152,7 +156,7 @@ class RepromptConfig(Group):
     max_len: int = option(10240, "longest teacher prompt, in tokens")
     truncation: str = option(
         "right", "which side of the shown sections is cut when the prompt is too long; the question and the "
-        "closing instruction never are", ("right", "left", "middle"),
+        "closing instruction never are; error: stop instead", ("right", "left", "middle", "error"),
     )
     seed: int = option(42, "of --reprompt.demonstration random")
 
@@ -189,6 +193,30 @@ def from_namespace(group: type[Group], args: Any) -> Any:
     """The group's instance from the host's nested arguments (`args.distill.alpha`)."""
     section = vars(getattr(args, group.prefix))
     return group(**{f.name: section[f.name] for f in dataclasses.fields(group)})
+
+
+def chat_template_kwargs(args: Any) -> dict[str, Any]:
+    """`--data.chat_template_kwargs` (`host/cli.py`) of OpenRLHF's nested arguments, which carry it as JSON text.
+
+    Raises `ConfigError` for what is no JSON object, and where it would change nothing.
+    """
+    text = args.data.chat_template_kwargs
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ConfigError(
+            f"--data.chat_template_kwargs {text}: not a JSON object; give one, as '{{\"enable_thinking\": false}}'"
+        )
+    if taken := [name for name in ("conversation", "tokenize", "add_generation_prompt") if name in kwargs]:
+        raise ConfigError(f"--data.chat_template_kwargs {text}: OpenRLHF sets {taken[0]} itself; leave it out")
+    if kwargs and not args.data.apply_chat_template:
+        raise ConfigError(
+            f"--data.chat_template_kwargs {text}: no chat template renders these prompts; "
+            "give --data.apply_chat_template, or leave it out"
+        )
+    return kwargs
 
 
 def options_page() -> str:

@@ -284,7 +284,8 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                 "algo": {"name": "sdpo", "kl": SimpleNamespace(use_loss=False, init_coef=0.0)},
                 "rollout": {"batch_size": 2, "n_samples_per_prompt": 2},
                 "train": {"batch_size": 4, "max_epochs": 1, "async_enable": False},
-                "data": {"apply_chat_template": True, "input_key": "prompt"}, "reward": {"remote_url": ["reward.py"]},
+                "data": {"apply_chat_template": True, "input_key": "prompt", "chat_template_kwargs": "{}"},
+                "reward": {"remote_url": ["reward.py"]},
             }  # fmt: skip
             self.args = SimpleNamespace(
                 **{name: SimpleNamespace(**{**values, **groups.get(name, {})}) for name, values in defaults.items()}
