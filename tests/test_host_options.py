@@ -1,9 +1,14 @@
 """The host's own options beside self-distillation, on the real host: each acts."""
 
 import itertools
+import json
+import shutil
 
+import pytest
 import torch
 from common import ROWS, SDPO, motion, same
+
+from sdpo_plugin.testing import RunFailed
 
 REINFORCE = ("--algo.advantage.estimator", "reinforce")  # needs no group
 
@@ -81,12 +86,91 @@ def test_one_sample_a_prompt_partly_rolled_out_learns_from_feedback(openrlhf, mo
     assert motion(run, initial) > 0
 
 
+def test_truncated_responses_are_left_out_and_counted(openrlhf, model, reward):
+    """An untrained model ends one response in two within 64 tokens; all samples have feedback."""
+    run = openrlhf(model, ROWS, reward, *SDPO, "--distill.mask_truncated", "--rollout.max_new_tokens", "64")
+    (samples,) = run.samples
+    lengths = [int(sample.action_mask.sum()) for sample in samples]
+    ended = [n for n, sample in zip(lengths, samples, strict=True) if not sample.truncated]
+    assert 0 < len(ended) < len(samples)
+    assert values(run, "self_distillation/reprompt_sample_fraction") == [len(ended) / len(samples)]
+    assert values(run, "self_distillation/token_fraction") == [pytest.approx(sum(ended) / sum(lengths))]
+    for name, some in (("response_length", lengths), ("terminated_length", ended)):
+        assert values(run, f"self_distillation/{name}_min") == [min(some)]
+        assert values(run, f"self_distillation/{name}_max") == [max(some)]
+    assert values(run, "self_distillation/terminated_length_mean") == [pytest.approx(sum(ended) / len(ended))]
+
+
+def test_a_teacher_s_prompt_that_is_too_long_may_stop_the_run(replay):
+    message = r"openrlhf-sdpo: error: --reprompt.truncation error: a teacher's prompt of \d+ tokens \("
+    with pytest.raises(RunFailed, match=message):
+        replay(*SDPO, "--reprompt.truncation", "error", "--reprompt.max_len", "90")
+
+
+READERS = """
+import json
+
+from sdpo_plugin.host.hookspecs import hookimpl
+
+
+def note(args, who, ids):
+    with open(args.readers.out, "a") as file:
+        file.write(json.dumps([who, ids]) + "\\n")
+
+
+@hookimpl
+def openrlhf_add_arguments(parser):
+    parser.add_argument("--readers.out")
+
+
+@hookimpl
+def openrlhf_sample(sample, response, args):
+    note(args, "student", sample.sequences[0].tolist())
+
+
+@hookimpl(tryfirst=True)
+def openrlhf_before_forward(step):
+    for ids in step.data["teacher_prompt"]:
+        note(step.worker.args, "teacher", ids.tolist())
+"""
+
+
+def test_the_chat_template_s_arguments_reach_student_and_teacher(openrlhf, model, reward, tmp_path, monkeypatch):
+    """In training and evaluation, as token ids: of a template that answers in short where thinking is off."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}in short: {% endif %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "readers.py").write_text(READERS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asked = [{"prompt": [{"role": "user", "content": f"ask {i}"}], "label": str(i)} for i in range(8)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    openrlhf(
+        tmp_path / "model", ROWS, reward, *SDPO, "--data.chat_template_kwargs", '{"enable_thinking": false}',
+        "--plugins", "sdpo_plugin.testing", "readers", "--readers.out", str(tmp_path / "read"),
+        "--eval.dataset", str(tmp_path / "asked.jsonl"), "--eval.steps", "1", "--eval.n_samples_per_prompt", "1",
+    )  # fmt: skip
+    read = [json.loads(line) for line in (tmp_path / "read").read_text().splitlines()]
+    students, teachers = (
+        [tokenizer.decode(ids) for who, ids in read if who == reader and ids] for reader in ("student", "teacher")
+    )
+    for content in ("say", "ask"):
+        assert any(text.startswith(f"<|user|>{content} ") for text in students)
+    assert all("<|assistant|>in short: " in text for text in students)
+    assert teachers and all(text.endswith("original question.<|assistant|>in short: ") for text in teachers)
+
+
 AGENT = """
 import torch
 from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
 
 
 class Instance(AgentInstanceBase):
+    def __init__(self):
+        pass
+
     async def step(self, states, **kwargs):
         return {
             "rewards": torch.tensor(1.0), "scores": torch.tensor(1.0), "environment_feedback": "", "done": True,

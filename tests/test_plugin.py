@@ -224,6 +224,20 @@ def test_lengths_of_responses_and_of_those_that_ended(rollout_batch):
     assert "terminated_length_mean" not in rollout_batch(["a", "b"], [0.0, 0.0], [True, True])[2]
 
 
+def test_a_generation_prompt_has_the_chat_template_s_arguments(model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template += "{% if style %}{{ style }}: {% endif %}"
+    args = fake_worker(
+        distill={"generate_from_teacher": True}, reprompt={"template": "{prompt}{privileged_context}"},
+        data={"chat_template_kwargs": '{"style": "in short"}', "max_len": 512}, rollout={"max_new_tokens": 8},
+    ).args
+    record = {"prompt": "Q?", "privileged_context": " it is 4"}
+    ids = SDPO().openrlhf_generation_prompt("", record, tokenizer, args)
+    assert tokenizer.decode(ids) == "<|user|>Q? it is 4<|assistant|>in short: "
+
+
 def test_skipped_tokens_leave_the_loss():
     plugin = SDPO()
     plugin._read(fake_worker(distill={"skip_tokens": 2}).args)

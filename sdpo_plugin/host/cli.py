@@ -25,8 +25,8 @@ def main(command: Sequence[str] | None = None) -> None:
     try:
         train(command[1:])
     except ConfigError as error:
-        sys.exit(f"openrlhf-sdpo: error: {error}")
-    except StopTraining as reason:  # Ray's error is of the type of its cause, too
+        sys.exit(f"openrlhf-sdpo: error: {getattr(error, 'cause', error)}")  # Ray's error is of its cause's type, too
+    except StopTraining as reason:
         sys.exit(f"openrlhf-sdpo: stopped: {getattr(reason, 'cause', reason)}")
 
 
