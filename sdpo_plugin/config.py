@@ -7,6 +7,7 @@ docs/options.md. Values are checked on construction, so an instance is always us
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -74,6 +75,7 @@ class DistillConfig(Group):
     kl_clip: float | None = option(None, "upper bound of each vocabulary entry's share of a token's divergence (OPSD)")
     weight: float = option(1.0, "(1-w) x the host's policy loss + w x distillation; 0 is the host alone")
     skip_tokens: int = option(0, "leading response tokens without a distillation loss")
+    mask_truncated: bool = option(False, "leave responses that were cut at the length limit out of the distillation")
     generate_from_teacher: bool = option(False, "sample from the teacher's prompt, train on the student's")
 
     def check(self) -> None:
@@ -106,10 +108,15 @@ class TeacherConfig(Group):
     sync_steps: int = option(1, "optimizer steps between updates of the ema teacher")
     offload: bool = option(False, "keep the teacher's weights in host memory between its forward passes")
     backend: str = option("local", "where the teacher is scored: local, in the policy workers", ("local",))
+    max_tokens_per_gpu: int = option(
+        32768, "tokens of the teacher's forward pass, padding included; a micro-batch of the student with more is read "
+        "in several passes (a longer sample alone)"
+    )
     save: bool = option(False, "also export the teacher as a Hugging Face model")
 
     def check(self) -> None:
         self.positive("sync_steps", integer=True)
+        self.positive("max_tokens_per_gpu", integer=True)
         if self.kind in ("ema", "trust_region"):
             self.in_unit_interval("update_rate")
             if self.update_rate == 0.0:
@@ -129,7 +136,9 @@ class RepromptConfig(Group):
     demonstration: str = option(
         "first", "which of the successes is shown", ("first", "random", "best", "shortest")
     )
-    remove_thinking: bool = option(True, "cut closed <think> blocks from demonstrations")
+    remove_thinking: bool = option(
+        True, "cut closed <think> blocks from demonstrations, those that the prompt opened included"
+    )
     use_feedback: bool = option(True, "show the environment's feedback on the rollout")
     feedback_only_without_solution: bool = option(True, "show feedback only where no demonstration exists")
     template: str = option(
@@ -147,7 +156,7 @@ class RepromptConfig(Group):
     max_len: int = option(10240, "longest teacher prompt, in tokens")
     truncation: str = option(
         "right", "which side of the shown sections is cut when the prompt is too long; the question and the "
-        "closing instruction never are", ("right", "left", "middle"),
+        "closing instruction never are; error: stop instead", ("right", "left", "middle", "error"),
     )
     seed: int = option(42, "of --reprompt.demonstration random")
 
@@ -184,6 +193,30 @@ def from_namespace(group: type[Group], args: Any) -> Any:
     """The group's instance from the host's nested arguments (`args.distill.alpha`)."""
     section = vars(getattr(args, group.prefix))
     return group(**{f.name: section[f.name] for f in dataclasses.fields(group)})
+
+
+def chat_template_kwargs(args: Any) -> dict[str, Any]:
+    """`--data.chat_template_kwargs` (`host/cli.py`) of OpenRLHF's nested arguments, which carry it as JSON text.
+
+    Raises `ConfigError` for what is no JSON object, and where it would change nothing.
+    """
+    text = args.data.chat_template_kwargs
+    try:
+        kwargs = json.loads(text)
+    except json.JSONDecodeError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ConfigError(
+            f"--data.chat_template_kwargs {text}: not a JSON object; give one, as '{{\"enable_thinking\": false}}'"
+        )
+    if taken := [name for name in ("conversation", "tokenize", "add_generation_prompt") if name in kwargs]:
+        raise ConfigError(f"--data.chat_template_kwargs {text}: OpenRLHF sets {taken[0]} itself; leave it out")
+    if kwargs and not args.data.apply_chat_template:
+        raise ConfigError(
+            f"--data.chat_template_kwargs {text}: no chat template renders these prompts; "
+            "give --data.apply_chat_template, or leave it out"
+        )
+    return kwargs
 
 
 def options_page() -> str:

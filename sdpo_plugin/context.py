@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from sdpo_plugin.config import RepromptConfig
+from sdpo_plugin.config import ConfigError, RepromptConfig
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,14 @@ SECTIONS = ("solution", "feedback", "privileged_context")
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response, and all that is known about it. Rollouts of one prompt share `group`."""
+    """One sampled response, and all that is known about it. Rollouts of one prompt share `group`.
+
+    response: None where nothing was sampled; such a rollout neither teaches nor is taught.
+    """
 
     group: Hashable
     messages: Messages
-    response: str
+    response: str | None
     reward: float | None
     feedback: Any = None
     privileged_context: str | None = None
@@ -78,6 +81,9 @@ def build_teacher_contexts(rollouts: Sequence[Rollout], config: RepromptConfig) 
     contexts = []
     for i, rollout in enumerate(rollouts):
         _user_text(rollout.messages)  # a prompt that cannot be rewritten is an error before its first success, too
+        if rollout.response is None:
+            contexts.append(TeacherContext(rollout.messages, False))
+            continue
         teachers = [j for j in successes[rollout.group] if j != i or not config.exclude_self]
         found: dict[str, str | None] = {}
         if teachers and "{solution}" in config.template:
@@ -97,20 +103,25 @@ def build_teacher_contexts(rollouts: Sequence[Rollout], config: RepromptConfig) 
 def context_metrics(
     rollouts: Sequence[Rollout], contexts: Sequence[TeacherContext], config: RepromptConfig
 ) -> dict[str, float]:
-    """Fractions of the batch, under the published names; `success_group` counts groups, all others samples.
+    """Fractions of the batch, under the published names; those named after groups count groups, all others samples.
 
-    `unclosed_thought` is ours: demonstrations that never get past their thoughts, and show no answer to the student.
+    Ours are `unclosed_thought`, demonstrations that never get past their thoughts and show no answer to the student,
+    and `single_success_group`, groups whose one success has no other to learn from.
     """
     groups = {rollout.group for rollout in rollouts}
+    successes = _successes_by_group(rollouts, config)
     taught = [context.sections["solution"] for context in contexts if "solution" in context.sections]
     counts = {
         "success_sample": len(taught),
         "feedback_available": sum(_feedback(rollout, config) is not None for rollout in rollouts),
         "feedback_used": sum("feedback" in context.sections for context in contexts),
         "reprompt_sample": sum(context.active for context in contexts),
-        "unclosed_thought": sum(CLOSED_THOUGHT.sub("", text).lstrip().startswith("<think>") for text in taught),
+        "unclosed_thought": sum(_without_thoughts(text).lstrip().startswith("<think>") for text in taught),
     }
-    metrics = {"success_group": len(_successes_by_group(rollouts, config)) / max(len(groups), 1)}
+    of_groups = {
+        "success_group": len(successes), "single_success_group": sum(len(won) == 1 for won in successes.values())
+    }
+    metrics = {name: count / max(len(groups), 1) for name, count in of_groups.items()}
     metrics |= {name: count / max(len(contexts), 1) for name, count in counts.items()}
     return {f"self_distillation/{name}_fraction": value for name, value in metrics.items()}
 
@@ -175,7 +186,8 @@ def teacher_prompt_ids(
     Everything else is kept, even if it alone is longer than `max_len`. Where a chat template strips the user turn, a
     section at its very border keeps its white space.
 
-    Raises ValueError for chat messages and a tokenizer without a chat template.
+    Raises ValueError for chat messages and a tokenizer without a chat template; ConfigError where something would
+    have to be cut and `config.truncation` is `error`.
     """
 
     def render(messages: Messages) -> str:
@@ -196,7 +208,9 @@ def teacher_prompt_ids(
 
     # Environments hand over what they read: half of a surrogate pair has no UTF-8 form, and tokenizers raise on it.
     texts = [context.sections[name].encode("utf-8", "replace").decode() for name in order]
-    bounded = ["".join(ends) for ends in _cut(texts, config.max_len * MAX_CHARS_PER_TOKEN, config.truncation)]
+    bounded = texts
+    if config.truncation != "error":
+        bounded = ["".join(ends) for ends in _cut(texts, config.max_len * MAX_CHARS_PER_TOKEN, config.truncation)]
     is_cut = bounded != texts
     markup, markup_pattern = _markup(tokenizer, len(tokenizer))
     trusted = encode(pieces[0::2])
@@ -208,6 +222,13 @@ def teacher_prompt_ids(
         return plain, is_cut
     if len(ids) <= config.max_len:
         return ids, is_cut
+    if config.truncation == "error":
+        parts = ", ".join(f"{name} {len(part)}" for name, part in zip(order, shown, strict=True))
+        raise ConfigError(
+            f"--reprompt.truncation error: a teacher's prompt of {len(ids)} tokens ({parts}) is longer than the "
+            f"{config.max_len} of --reprompt.max_len, or that its response leaves of the model's positions; give a "
+            f"--reprompt.max_len of at least {len(ids)}, shorter responses, or --reprompt.truncation right"
+        )
     budget = max(config.max_len - sum(map(len, trusted)), 0)
     kept = [
         _whole_characters(before, tokenizer, -1) + _whole_characters(after, tokenizer, 0)
@@ -226,7 +247,8 @@ def _successes_by_group(rollouts: Sequence[Rollout], config: RepromptConfig) -> 
     """The indices of each group's successes. A missing reward (None or nan: the reward function failed) is none."""
     successes: defaultdict[Hashable, list[int]] = defaultdict(list)
     for i, rollout in enumerate(rollouts):
-        if rollout.reward is not None and rollout.reward >= config.success_threshold:
+        rewarded = rollout.reward is not None and rollout.reward >= config.success_threshold
+        if rewarded and rollout.response is not None:
             successes[rollout.group].append(i)
     return successes
 
@@ -242,7 +264,18 @@ def _demonstration(successes: list[Rollout], index: int, config: RepromptConfig)
         chosen = random.Random(seed).choice(successes)
     else:
         chosen = successes[0]
-    return CLOSED_THOUGHT.sub("", chosen.response) if config.remove_thinking else chosen.response
+    return _without_thoughts(chosen.response) if config.remove_thinking else chosen.response
+
+
+def _without_thoughts(text: str) -> str:
+    """`text` without closed thoughts, and without everything before a closing tag that is left.
+
+    Its opening tag is in the prompt (DeepSeek-R1, Qwen3's thinking models), or was that of a thought with another in
+    it. These models' chat templates, too, keep what follows the last closing tag of an answer.
+    """
+    text = CLOSED_THOUGHT.sub("", text)
+    _, closing, answer = text.rpartition("</think>")
+    return answer.lstrip() if closing else text
 
 
 def _feedback(rollout: Rollout, config: RepromptConfig) -> str | None:

@@ -79,13 +79,22 @@ class Watch:
         self.steps += 1
         return self.config.guard != "off" and self.steps % self.config.interval == 0
 
-    def at_contexts(self, rollouts: Sequence[Rollout], contexts: Sequence[TeacherContext]) -> list[str]:
-        """The warnings due about a batch; each symptom speaks once per `tolerance` looks."""
+    def at_contexts(
+        self, rollouts: Sequence[Rollout], contexts: Sequence[TeacherContext], left_out: int = 0
+    ) -> list[str]:
+        """The warnings due about a batch; each symptom speaks once per `tolerance` looks.
+
+        left_out: how many responses `mask_truncated` left out.
+        """
         threshold = self.reprompt.success_threshold
         rewards = [r.reward for r in rollouts if r.reward is not None]
         told = sum(isinstance(r.feedback, str) and bool(r.feedback.strip()) for r in rollouts)
         evidence = f"{sum(r >= threshold for r in rewards)} of {len(rewards)} rewards reach"
         evidence += f" --reprompt.success_threshold {threshold}, {told} samples have feedback"
+        if left_out:
+            evidence += f", --distill.mask_truncated leaves out {left_out} responses that were cut at the length limit"
+        flat = len(set(rewards)) == 1
+        flat_successes = flat and any("solution" in c.sections for c in contexts)
         inactive = not any(c.active for c in contexts)
         return [
             *self._counted(
@@ -96,9 +105,16 @@ class Watch:
                 f"{told} samples have feedback, but --no-reprompt.use_feedback ignores it",
             ),
             *self._counted(
-                "flat rewards", self.distill.weight < 1.0 and len(set(rewards)) == 1,
-                f"all rewards are {rewards[0] if rewards else None}, so the host's share of the loss "
+                "flat rewards", self.distill.weight < 1.0 and flat,
+                f"all rewards are {rewards[0] if rewards else None}, so OpenRLHF's share of the loss "
                 f"(--distill.weight {self.distill.weight}) teaches nothing",
+            ),
+            # Without a success among them, flat rewards teach nothing (inactive), or feedback alone teaches.
+            *self._counted(
+                "flat successes", self.distill.weight == 1.0 and flat_successes,
+                f"all rewards are {rewards[0] if rewards else None}, so every response counts as a success and "
+                "demonstrations do not tell right from wrong; if not all of them are right, raise "
+                "--reprompt.success_threshold or look at the reward function, else give harder prompts",
             ),
         ]
 

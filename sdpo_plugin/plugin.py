@@ -10,6 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from sdpo_plugin.config import (
     RepromptConfig,
     StopTraining,
     TeacherConfig,
+    chat_template_kwargs,
     from_namespace,
 )
 from sdpo_plugin.context import (
@@ -113,7 +117,7 @@ class SelfDistillation:
         shown = record.get(self.reprompt.privileged_key)
         rollout = Rollout(0, prompt_messages(record, args), "", None, privileged_context=shown)
         (context,) = build_teacher_contexts([rollout], self.reprompt)
-        ids, _ = teacher_prompt_ids(context, tokenizer, self.reprompt)
+        ids, _ = teacher_prompt_ids(context, tokenizer, self.reprompt, chat_template_kwargs(args))
         room = args.data.max_len - (args.rollout.max_new_tokens or 1)
         if len(ids) > room:
             raise ConfigError(
@@ -129,12 +133,19 @@ class SelfDistillation:
             return
         rollouts = [self.rollout(batch, i) for i in range(len(batch.samples))]
         contexts = build_teacher_contexts(rollouts, self.reprompt)
-        prompts, truncated = [], 0
-        for context in contexts:
-            ids, cut = teacher_prompt_ids(context, batch.tokenizer, self.reprompt) if context.active else ([], False)
+        masks = [self.loss_mask(sample, c.active) for sample, c in zip(batch.samples, contexts, strict=True)]
+        prompts, truncated, too_long = [], 0, 0
+        for i, mask in enumerate(masks):
+            ids, cut = self.teacher_prompt(batch, i, contexts[i]) if mask.any() else ([], False)
             prompts.append(torch.tensor(ids, dtype=torch.long))
             truncated += cut
-        masks = [self.loss_mask(sample, c.active) for sample, c in zip(batch.samples, contexts, strict=True)]
+            too_long += bool(mask.any()) and not ids
+        # Without a token in the loss, or a prompt that leaves room for the response, a sample has no teacher.
+        contexts = [
+            context if len(prompt) else TeacherContext(rollout.messages, False)
+            for rollout, context, prompt in zip(rollouts, contexts, prompts, strict=True)
+        ]
+        masks = [mask & context.active for mask, context in zip(masks, contexts, strict=True)]
         batch.attach("teacher_prompt", prompts)
         batch.attach("loss_mask", masks)
         batch.metrics.update(context_metrics(rollouts, contexts, self.reprompt))
@@ -142,6 +153,8 @@ class SelfDistillation:
         taught = {rollout.group for rollout, context in zip(rollouts, contexts, strict=True) if context.active}
         batch.metrics[PREFIX + "inactive_group_fraction"] = 1.0 - len(taught) / len(groups)
         batch.metrics[PREFIX + "truncated_fraction"] = truncated / len(contexts)
+        batch.metrics[PREFIX + "too_long_fraction"] = too_long / len(contexts)
+        batch.metrics.update(length_metrics(batch.samples))
         self._watch(batch, rollouts, contexts)
 
     def _watch(self, batch: Any, rollouts: list[Rollout], contexts: list[TeacherContext]) -> None:
@@ -156,7 +169,8 @@ class SelfDistillation:
             batch.attach("update_rate", [rate] * len(rollouts))
         lengths = [int(sample.action_mask.sum()) for sample in batch.samples]
         batch.metrics[PREFIX + "response_length_drift"] = watch.drift(sum(lengths) / len(lengths))
-        for warning in watch.at_contexts(rollouts, contexts):
+        left_out = sum(bool(sample.truncated) for sample in batch.samples) if self.distill.mask_truncated else 0
+        for warning in watch.at_contexts(rollouts, contexts, left_out):
             logger.warning(warning)
 
     def _watcher(self) -> Watch:
@@ -176,18 +190,34 @@ class SelfDistillation:
 
     def rollout(self, batch: Any, i: int) -> Rollout:
         """What sample i can teach and be taught with."""
-        sample, args = batch.samples[i], batch.args
+        sample, args, ids = batch.samples[i], batch.args, batch.response_ids(i)
         return Rollout(
             group=i // args.rollout.n_samples_per_prompt,
-            messages=prompt_as_read(prompt_messages(sample.record, args), batch.prompt_ids(i), batch.tokenizer),
-            response=batch.tokenizer.decode(batch.response_ids(i), skip_special_tokens=True),
+            messages=prompt_as_read(
+                prompt_messages(sample.record, args), batch.prompt_ids(i), batch.tokenizer, chat_template_kwargs(args)
+            ),
+            response=batch.tokenizer.decode(ids, skip_special_tokens=True) if ids else None,
             reward=batch.rewards[i],
             feedback=sample.feedback,
             privileged_context=sample.record.get(self.reprompt.privileged_key),
         )
 
+    def teacher_prompt(self, batch: Any, i: int, context: TeacherContext) -> tuple[list[int], bool]:
+        """Token ids for the teacher to read before sample i's response, and whether what they show had to be cut.
+
+        Prompt and response together fit the model's positions. Where nothing that can be cut makes them fit: no ids.
+        """
+        room = batch.max_positions - len(batch.response_ids(i))
+        config = replace(self.reprompt, max_len=max(min(self.reprompt.max_len, room), 1))
+        ids, cut = teacher_prompt_ids(context, batch.tokenizer, config, chat_template_kwargs(batch.args))
+        return (ids, cut) if len(ids) <= room else ([], False)
+
     def loss_mask(self, sample: Any, active: bool) -> torch.Tensor:
-        """Bool [A]: response tokens of a sample with a teacher context, but for the first `skip_tokens`."""
+        """Bool [A]: response tokens of a sample with a teacher context, but for the first `skip_tokens`.
+
+        With `mask_truncated` none of a response that OpenRLHF counts as truncated.
+        """
+        active = active and not (self.distill.mask_truncated and bool(sample.truncated))
         response = sample.action_mask[0].bool()
         return response & (response.cumsum(0) > self.distill.skip_tokens) & active
 
@@ -200,8 +230,16 @@ class SelfDistillation:
             actor.add_teacher_adapter()
 
     @hookimpl
-    def openrlhf_needs_old_log_probs(self, args: Any) -> bool | None:
-        return None if args.distill.weight == 0.0 or reads_old_log_probs(args) else False
+    def openrlhf_needs(self, args: Any) -> dict[str, bool] | None:
+        if args.distill.weight == 0.0:
+            return None
+        log_probs = host_needs_log_probs(args, args.distill.weight)
+        return {
+            "old_log_probs": reads_old_log_probs(args),
+            "log_probs": log_probs,
+            # Else the student need not read what it learns nothing from.
+            "samples": log_probs or args.actor.entropy_coef is not None or args.actor.aux_loss_coef > 0.0,
+        }
 
     @hookimpl
     def openrlhf_worker_setup(self, worker: Any) -> None:
@@ -217,10 +255,10 @@ class SelfDistillation:
         batch, actor, args = step.experience, step.worker.actor, step.worker.args
         if "update_rate" in step.data:
             self.teacher.rate = float(step.data["update_rate"][0])
-        log_probs_too = host_needs_log_probs(args, self.distill.weight)
-        with_entropy = args.actor.entropy_coef is not None
-        if not (log_probs_too or with_entropy or args.actor.aux_loss_coef > 0.0):
-            step.samples = step.loss_mask.any(dim=1)  # the student need not read what it learns nothing from
+        differentiable = step.needs["log_probs"] or step.needs["entropy"]
+        with_entropy = step.needs["entropy"] or args.actor.entropy_coef is not None
+        if not step.needs["samples"]:
+            step.samples = step.loss_mask.any(dim=1)
         teacher_hidden = self._teacher_hidden(step)
         look = self._look(step)
         weights = (step.loss_weights * step.loss_mask)[step.response]
@@ -242,7 +280,7 @@ class SelfDistillation:
                     )
                 return linear_distillation(
                     hidden, student, teacher_hidden, teacher, token_ids, weights, self.distill, old_log_probs,
-                    actor.temperature, differentiable_log_probs=log_probs_too, with_entropy=with_entropy,
+                    actor.temperature, differentiable_log_probs=differentiable, with_entropy=with_entropy,
                 )
 
         step.head = head
@@ -253,7 +291,7 @@ class SelfDistillation:
         sequences, attention_mask, rows, taught = teacher_inputs(
             batch.sequences, batch.attention_mask, batch.action_mask, step.data["teacher_prompt"]
         )
-        hidden = self.teacher.hidden_states(sequences, attention_mask, rows)
+        hidden = self.teacher.hidden_states(sequences, attention_mask, rows, self.teacher_config.max_tokens_per_gpu)
         full = hidden.new_zeros(*batch.action_mask.shape, hidden.shape[1])
         full[taught] = hidden
         return full[step.response]
@@ -280,7 +318,7 @@ class SelfDistillation:
         sequences, attention_mask, rows, read = teacher_inputs(
             batch.sequences, batch.attention_mask, batch.action_mask, own
         )
-        hidden = self.teacher.hidden_states(sequences, attention_mask, rows)
+        hidden = self.teacher.hidden_states(sequences, attention_mask, rows, self.teacher_config.max_tokens_per_gpu)
         tokens = watched[step.response]
         return tokens, hidden[watched[read]], failed[:, None].expand_as(watched)[watched]
 
@@ -290,7 +328,7 @@ class SelfDistillation:
         if w == 0.0:
             return
         step.loss = step.scores.loss if w == 1.0 else (1.0 - w) * step.loss + w * step.scores.loss
-        tokens = step.experience.action_mask.sum()
+        tokens = step.experience.action_mask.sum().clamp(min=1)
         in_loss = step.loss_mask[step.response]
         # Sums over the micro-batch per response token: both averages have the same denominator (see metrics).
         step.metrics[PREFIX + "loss"] = torch.where(in_loss, step.scores.token_loss, 0.0).sum() / tokens
@@ -348,6 +386,22 @@ def prompt_messages(record: dict[str, Any], args: Any) -> Messages:
         return prompt
     before, after = args.data.input_template.format("\0").split("\0")
     return FramedText(before, prompt, after)
+
+
+def length_metrics(samples: Sequence[Any]) -> dict[str, float]:
+    """Numbers of sampled tokens, and of those responses that ended before the length limit; their mean OpenRLHF logs.
+
+    Names and meaning as TRL's `completions/min_length` and `completions/mean_terminated_length`.
+    """
+    lengths = [int(sample.action_mask.sum()) for sample in samples]
+    metrics = {"response_length_min": min(lengths), "response_length_max": max(lengths)}
+    ended = [n for n, sample in zip(lengths, samples, strict=True) if n and not sample.truncated]
+    if ended:
+        metrics |= {
+            "terminated_length_mean": statistics.mean(ended), "terminated_length_min": min(ended),
+            "terminated_length_max": max(ended),
+        }  # fmt: skip
+    return {PREFIX + name: float(value) for name, value in metrics.items()}
 
 
 def teacher_inputs(
@@ -436,6 +490,7 @@ def refuse(args: Any) -> None:
         ("--ds.ring_attn_size", args.ds.ring_attn_size > 1, "give --ds.ring_attn_size 1"),
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),
         ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),
+        ("--ds.deepcompile", args.ds.deepcompile, "leave it out"),
         ("--ds.enable_sleep", args.ds.enable_sleep, "leave it out"),
     ):
         if asked:

@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
+from sdpo_plugin.config import ConfigError
 from sdpo_plugin.fused import Head, Scores
 
 # Entries of the host's `Experience.info`, the only field that carries new tensors to the policy workers.
 ATTACHED = "plugin/"
 LOSS_MASK = "loss_mask"
 
+# What a step can provide, with what it does if no plugin has a say (`openrlhf_needs`).
+NEEDS = {"old_log_probs": True, "log_probs": True, "samples": True, "entropy": False}
+
 HeadFunction = Callable[[torch.Tensor, Head, torch.Tensor], Scores]
+
+
+def combined_needs(said: Iterable[Mapping[str, bool] | None]) -> dict[str, bool]:
+    """What the step provides: everything that anyone needs, and what nobody has let go of.
+
+    Raises ConfigError for a name that is not in `NEEDS`.
+    """
+    answers = [answer for answer in said if answer is not None]
+    if unknown := {name for answer in answers for name in answer}.difference(NEEDS):
+        raise ConfigError(f"openrlhf_needs: a plugin names {min(unknown)}; choose from {', '.join(NEEDS)}")
+    needs = {}
+    for name, default in NEEDS.items():
+        asked = [answer[name] for answer in answers if name in answer]
+        needs[name] = any(asked) if asked else default
+    return needs
+
+
+class Undifferentiable(torch.autograd.Function):
+    """Values whose gradient is an error rather than a silent zero: `apply(values, name)`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, anchor: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        raise ConfigError(
+            f"a plugin differentiates step.{ctx.name}, which has no gradient in this run because nobody said that it "
+            f'is needed; let the plugin return {{"{ctx.name}": True}} from openrlhf_needs'
+        )
+
+
+def undifferentiable(values: torch.Tensor, name: str) -> torch.Tensor:
+    return Undifferentiable.apply(values.detach(), torch.zeros((), requires_grad=True), name)
 
 
 class PolicyStep:
@@ -23,17 +62,22 @@ class PolicyStep:
         worker: this rank's `host.worker.PolicyWorker`.
         experience: the host's batch: `sequences`, `attention_mask` [B, S], `action_mask`, `advantages` [B, A], ...
         data: what plugins attached on the controller, a list of B tensors per name.
+        needs: what the step provides, by the names of `NEEDS`.
         head: set it to a function `(hidden [N, H], Head, token_ids [N]) -> Scores` to run in place of the LM head.
         samples: set it to a bool [B] to have only those samples read; None: all. The head then gets their tokens, and
             the others keep the log-probabilities of the rollout.
         scores: what that function returned.
-        loss, log_probs: from the host, while the policy loss is computed.
+        loss: the host's policy loss, a scalar, from there on.
+        log_probs: [B, A], of the student; to differentiate them, need `log_probs`.
+        entropy: [B, A], differentiable, if someone needs it.
         metrics: scalars to log, averaged over the step's response tokens.
         sums: the algorithm's, (sum, number) of tokens by name, from `head` to the loss.
     """
 
-    def __init__(self, worker: Any, experience: Any, aggregate: Callable[..., torch.Tensor]) -> None:
-        self.worker, self.experience = worker, experience
+    def __init__(
+        self, worker: Any, experience: Any, needs: Mapping[str, bool], aggregate: Callable[..., torch.Tensor]
+    ) -> None:
+        self.worker, self.experience, self.needs = worker, experience, needs
         info = experience.info  # the host logs every entry that stays
         self.data = {k.removeprefix(ATTACHED): info.pop(k) for k in list(info) if k.startswith(ATTACHED)}
         self.head: HeadFunction | None = None
@@ -41,6 +85,7 @@ class PolicyStep:
         self.scores: Scores | None = None
         self.loss: torch.Tensor | None = None
         self.log_probs: torch.Tensor | None = None
+        self.entropy: torch.Tensor | None = None
         self.metrics: dict[str, float | torch.Tensor] = {}
         self.sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._aggregate = aggregate

@@ -30,8 +30,10 @@ class Fragment:
 class Model(Protocol):
     """What a teacher needs of a model (`host.actor.PolicyActor`; of `testing.fake_worker` for units)."""
 
-    def hidden_states(self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[N, H] at the N positions of `rows` (bool [B, S])."""
+    def hidden_states(
+        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor, max_tokens: int
+    ) -> torch.Tensor:
+        """[N, H] at the N positions of `rows` (bool [B, S]), in passes of at most `max_tokens`."""
 
     def whole_head(self) -> Any:
         """A context manager that yields the model's `fused.Head`."""
@@ -55,8 +57,9 @@ class Teacher:
     def __init__(self, model: Model) -> None:
         self.model = model
 
-    def hidden_states(self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return self.model.hidden_states(sequences, attention_mask, rows)
+    def hidden_states(self, *inputs: Any) -> torch.Tensor:
+        """As the model's."""
+        return self.model.hidden_states(*inputs)
 
     @contextmanager
     def head(self) -> Iterator[Any]:
@@ -93,9 +96,8 @@ class TrustRegionTeacher(Teacher):
                     "before that; use ema, base or live"
                 )
 
-    def hidden_states(self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        initial = self.model.hidden_states(sequences, attention_mask, rows)
-        student = self.student.hidden_states(sequences, attention_mask, rows)
+    def hidden_states(self, *inputs: Any) -> torch.Tensor:
+        initial, student = self.model.hidden_states(*inputs), self.student.hidden_states(*inputs)
         return torch.cat([initial.float() * (1.0 - self.rate), student.float() * self.rate], dim=-1)
 
     @contextmanager

@@ -261,7 +261,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
 
     from sdpo_plugin.config import GROUPS
     from sdpo_plugin.fused import Head, linear_log_probs
-    from sdpo_plugin.step import ATTACHED, PolicyStep, response_rows
+    from sdpo_plugin.step import ATTACHED, PolicyStep, combined_needs, response_rows, undifferentiable
     from sdpo_plugin.teacher import Fragment
 
     class Actor(torch.nn.Module):
@@ -278,7 +278,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             return torch.tanh(self.mix(self.embedding(sequences).cumsum(1) / positions.sqrt()))
 
         @torch.no_grad()
-        def hidden_states(self, sequences: Any, attention_mask: Any, rows: torch.Tensor) -> torch.Tensor:
+        def hidden_states(self, sequences: Any, attention_mask: Any, rows: torch.Tensor, max_tokens: int) -> Any:
             return self.states(sequences)[rows]
 
         @contextlib.contextmanager
@@ -297,7 +297,8 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                 "algo": {"name": "sdpo", "kl": SimpleNamespace(use_loss=False, init_coef=0.0)},
                 "rollout": {"batch_size": 2, "n_samples_per_prompt": 2},
                 "train": {"batch_size": 4, "max_epochs": 1, "async_enable": False},
-                "data": {"apply_chat_template": True, "input_key": "prompt"}, "reward": {"remote_url": ["reward.py"]},
+                "data": {"apply_chat_template": True, "input_key": "prompt", "chat_template_kwargs": "{}"},
+                "reward": {"remote_url": ["reward.py"]},
             }  # fmt: skip
             self.args = SimpleNamespace(
                 **{name: SimpleNamespace(**{**values, **groups.get(name, {})}) for name, values in defaults.items()}
@@ -325,7 +326,8 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                 sequences=sequences, attention_mask=attention_mask, action_mask=action_mask, action_log_probs=None,
                 rollout_log_probs=None, info=info,
             )  # fmt: skip
-            step = PolicyStep(self, experience, lambda loss, mask: (loss * mask).sum() / mask.sum().clamp(min=1))
+            needs = combined_needs([plugin.openrlhf_needs(self.args)])
+            step = PolicyStep(self, experience, needs, lambda loss, mask: (loss * mask).sum() / mask.sum().clamp(min=1))
             plugin.openrlhf_before_forward(step)
             rows = response_rows(step.response, sequences)
             states, targets = self.actor.states(sequences)[rows], torch.roll(sequences, -1, dims=1)[rows]
@@ -335,7 +337,8 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                     log_probs = step.scores.log_probs
                 else:
                     log_probs, _ = linear_log_probs(states, head, targets)
-            step.log_probs = torch.zeros(action_mask.shape).masked_scatter(step.response, log_probs)
+            values = torch.zeros(action_mask.shape).masked_scatter(step.response, log_probs)
+            step.log_probs = values if needs["log_probs"] else undifferentiable(values, "log_probs")
             step.loss = -log_probs.mean()
             plugin.openrlhf_policy_loss(step)
             return step

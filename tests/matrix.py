@@ -1,8 +1,8 @@
 """Every teacher with all weights and with LoRA, at every ZeRO stage, in step and asynchronously: `make matrix`.
 
 Each cell is two steps of SDPO on the real host with two policy ranks, and is written to docs/matrix.md as it went: it
-trained (the weights moved, something was distilled), or it was refused, with the message. Not part of `make test`: 64
-cells take half an hour.
+trained (the weights moved, something was distilled), or it was refused, with the message. Besides, every way in which
+DeepSpeed accumulates and reduces gradients has one gradient. Not part of `make test`: 100 cells take half an hour.
 """
 
 import itertools
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from common import ROWS, SDPO, TWO_RANKS, adapter, motion
+from test_gradients import active, gradient, probed  # noqa: F401
+from test_gradients import test_every_micro_batch_is_in_the_gradient as one_gradient
 from test_lora import LORA
 
 from sdpo_plugin.testing import RunFailed
@@ -54,3 +56,12 @@ def test_cell(openrlhf, model, reward, recorded, initial, page, teacher, weights
     else:
         assert motion(run, initial) > 0
     page[teacher, weights, stage, mode] = "yes"
+
+
+GRADIENTS = itertools.product((1, 2, 3), ("offload", "none"), ("full", "lora"), ("once", "recomputed", "reentrant"))
+
+
+@pytest.mark.parametrize(("stage", "optimizer", "weights", "layers"), GRADIENTS)
+def test_gradient_cell(gradient, stage, optimizer, weights, layers):  # noqa: F811
+    """The combinations that are not in the suite, too."""
+    one_gradient(gradient, stage, optimizer, weights, layers)

@@ -11,6 +11,7 @@ from wrapt import when_imported
 import sdpo_plugin.fused
 import sdpo_plugin.plugin
 from sdpo_plugin.fused import Scores
+from sdpo_plugin.host import manager
 from sdpo_plugin.host.hookspecs import hookimpl
 from sdpo_plugin.loss import per_token_loss
 
@@ -21,6 +22,7 @@ CHUNK_ROWS = 16
 def openrlhf_add_arguments(parser):
     parser.add_argument("--probe.out", required=True)
     parser.add_argument("--probe.fp32", action="store_true", help="train in float32, which the host does not offer")
+    parser.add_argument("--probe.bucket", type=int, help="elements of a gradient bucket of DeepSpeed")
 
 
 @hookimpl
@@ -29,16 +31,27 @@ def openrlhf_configure(args):
         args.ds.param_dtype = "fp32"
 
 
-@hookimpl
-def openrlhf_model(actor, args):
-    if args.probe.fp32:
-        assert next(actor.model.parameters()).dtype == torch.float32
-
-
 @when_imported("openrlhf.utils.utils")
 def know_fp32(module):
     convert = module.convert_to_torch_dtype
     module.convert_to_torch_dtype = lambda name: torch.float32 if name == "fp32" else convert(name)
+
+
+@hookimpl
+def openrlhf_model(actor, args):
+    if args.probe.fp32:
+        assert next(actor.model.parameters()).dtype == torch.float32
+    if args.probe.bucket is not None:
+        from openrlhf.utils.deepspeed import deepspeed
+
+        configure = deepspeed.get_train_ds_config
+
+        def with_bucket(*settings, **named):
+            config = configure(*settings, **named)
+            config["zero_optimization"]["reduce_bucket_size"] = args.probe.bucket
+            return config
+
+        deepspeed.get_train_ds_config = with_bucket
 
 
 @hookimpl(trylast=True)
@@ -47,7 +60,16 @@ def openrlhf_worker_setup(worker):
     engine, trainer = worker.actor.model, worker.trainer
     worker.logits, worker.gradients = LogitRows(engine.module.config), []
     worker.read = []  # samples per micro-batch of the student
-    engine.module.register_forward_pre_hook(lambda module, args: module.training and worker.read.append(len(args[0])))
+
+    def count_samples(module, args):
+        if module.training:  # a teacher may be the same module
+            worker.read.append(len(args[0]))
+
+    engine.module.register_forward_pre_hook(count_samples)
+    worker.teacher_read = []  # tokens per pass, padding included
+    teacher = manager.of(worker.args).get_plugin("algorithm sdpo").teacher.model
+    if worker.args.ds.lora.rank == 0:  # else it is the student's module
+        teacher.model.module.register_forward_pre_hook(lambda module, args: worker.teacher_read.append(args[0].numel()))
     step, training_step, ppo_train = engine.step, trainer.training_step, trainer.ppo_train
     worker.actor.forward = worker.logits.traced(worker.actor.forward)  # the pass for old log-probabilities too
 
@@ -55,8 +77,8 @@ def openrlhf_worker_setup(worker):
         if engine.is_gradient_accumulation_boundary():
             from deepspeed.utils import safe_get_full_grad
 
-            names = engine.module.named_parameters()
-            worker.gradients.append({name: safe_get_full_grad(p).float().cpu().clone() for name, p in names})
+            trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+            worker.gradients.append({name: safe_get_full_grad(p).float().cpu().clone() for name, p in trained})
         return step()
 
     def training_step_with_logits(*args, **kwargs):
@@ -80,6 +102,7 @@ def openrlhf_worker_setup(worker):
 def openrlhf_optimizer_step(worker):
     sdpo_plugin.plugin.linear_distillation = dense
     torch.save(worker.read, f"{worker.args.probe.out}.read{worker.rank}")
+    torch.save(worker.teacher_read, f"{worker.args.probe.out}.teacher{worker.rank}")
     if worker.rank == 0:
         torch.save(worker.gradients, worker.args.probe.out)
 

@@ -31,7 +31,7 @@ def host_parser() -> argparse.ArgumentParser:
         "ds.lora.target_modules": "", "algo.advantage.is_correction_level": "off",
     }.items():  # fmt: skip
         parser.add_argument(f"--{flag}", default=value, type=type(value))
-    for flag in ("train.async_enable", "algo.kl.use_loss"):
+    for flag in ("train.async_enable", "algo.kl.use_loss", "ds.deepcompile", "data.apply_chat_template"):
         parser.add_argument(f"--{flag}", action="store_true")
     return parser
 
@@ -55,6 +55,7 @@ def parse(*arguments: str) -> argparse.Namespace:
         (DistillConfig, {"skip_tokens": -1}, r"--distill.skip_tokens -1"),
         (TeacherConfig, {"update_rate": 0.0}, r"--teacher.update_rate 0.0: .* give --teacher.kind base"),
         (TeacherConfig, {"update_rate": 1.0}, r"--teacher.update_rate 1.0: .* give --teacher.kind live"),
+        (TeacherConfig, {"max_tokens_per_gpu": 0}, r"--teacher.max_tokens_per_gpu 0: give a positive integer"),
         (TeacherConfig, {"kind": "frozen"}, r"--teacher.kind frozen: choose one of live, base, ema"),
         (RepromptConfig, {"max_len": 0}, r"--reprompt.max_len 0: give a positive integer"),
         (RepromptConfig, {"template": "{solution}"}, r"--reprompt.template .*must contain \{prompt\}"),
@@ -71,10 +72,15 @@ def test_out_of_range(group, values, message):
     [
         (["--algo", "spdo"], r"--algo spdo: unknown algorithm; choose one of .*sdpo"),
         (["--algo", "sdpo", "--distill.weight", "2"], r"--distill.weight 2.0: give a number in \[0, 1\]"),
+        (["--algo", "sdpo", "--ds.deepcompile"], r"--ds.deepcompile is not supported .*leave it out"),
         (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .*size 1"),
         (["--algo", "sdpo", "--teacher.kind", "base", "--teacher.save"], r"--teacher.save True: .* --teacher.kind ema"),
         (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),
         (["--algo", "sdpo", "--train.async_enable", "--distill.weight", "0.5"], r"--distill.is_clip 2.0: .*level"),
+        (["--data.chat_template_kwargs", "enable_thinking=false"], r"kwargs enable_thinking=false: not a JSON object"),
+        (["--data.chat_template_kwargs", "[1]"], r"--data.chat_template_kwargs \[1\]: not a JSON object"),
+        (["--data.chat_template_kwargs", '{"tokenize": true}'], r"OpenRLHF sets tokenize itself; leave it out"),
+        (["--data.chat_template_kwargs", '{"x": 1}'], r'kwargs {"x": 1}: .* give --data.apply_chat_template'),
         (["--plugins", "no_such_module"], r"--plugins no_such_module: No module named"),
         (["--config", "/no/such/recipe.yaml"], r"--config /no/such/recipe.yaml: .*No such file"),
     ],
@@ -119,9 +125,16 @@ def test_recipe_is_a_command_line_that_comes_first(tmp_path):
     assert args["distill.alpha"] == 0.75 and args["reprompt.template"] == "{prompt} -- {feedback}"
 
 
+def test_chat_template_arguments_are_json_in_a_recipe_too(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: {apply_chat_template: true, chat_template_kwargs: '{\"enable_thinking\": false}'}\n")
+    assert vars(parse("--config", str(path)))["data.chat_template_kwargs"] == '{"enable_thinking": false}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("data: {chat_template_kwargs: {enable_thinking: false}}", "did you mean data.chat_template_kwargs?"),
         ("distil: {alpha: 1}", "unknown key distil.alpha; did you mean distill.alpha?"),
         ("actor: {adam: {rl: 1}}", "unknown key actor.adam.rl; did you mean actor.adam.lr?"),
         ("vllm: {enforce_eager: 3}", "vllm.enforce_eager: 3 is not true or false"),

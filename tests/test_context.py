@@ -27,7 +27,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sdpo_plugin.config import RepromptConfig
+from sdpo_plugin.config import ConfigError, RepromptConfig
 from sdpo_plugin.context import (
     FramedText,
     Rollout,
@@ -95,7 +95,8 @@ def test_golden_batches(case):
     assert [c.messages for c in contexts] == case["expected_messages"]
     assert [int(c.active) for c in contexts] == case["expected_mask"]
     assert {k: metrics[k] for k in case["expected_metrics"]} == pytest.approx(case["expected_metrics"], rel=1e-6)
-    assert set(metrics) == {*case["expected_metrics"], "self_distillation/unclosed_thought_fraction"}
+    ours = {f"self_distillation/{name}_fraction" for name in ("unclosed_thought", "single_success_group")}
+    assert set(metrics) == {*case["expected_metrics"], *ours}
     assert rollouts == before
 
 
@@ -188,8 +189,16 @@ def test_random_demonstration_does_not_depend_on_the_process():
         ("<think>never ends", "<think>never ends", True),
         ("<think>a</think>\n<think>again", "<think>again", True),
         ("answer <think>late", "answer <think>late", False),
-        ("no thought</think> four", "no thought</think> four", False),
         ("<think>only</think>", "", False),
+        # Templates of DeepSeek-R1 and Qwen3's thinking models open the thought in the prompt.
+        ("a\n{b}</think>\n\n four", "four", False),
+        ("</think> four", "four", False),
+        ("a <think>b</think> c</think> four", "four", False),
+        ("<think>a <think>b</think> c</think> four", "four", False),
+        ("a</think>\n<think>b</think> two", "two", False),
+        ("a</think> answer <think>late", "answer <think>late", False),
+        ("a</think><think>again", "<think>again", True),
+        ("only</think>", "", False),
     ],
 )
 def test_thinking(response, expected, unclosed):
@@ -199,6 +208,15 @@ def test_thinking(response, expected, unclosed):
     assert contexts[1].active  # as published, even if nothing but thoughts was there
     assert context_metrics(batch, contexts, SDPO)["self_distillation/unclosed_thought_fraction"] == unclosed / 2
     assert response in shown(batch, RepromptConfig(remove_thinking=False), 1)
+
+
+def test_a_rollout_without_a_response_neither_teaches_nor_is_taught():
+    batch = [rollout(None, 1.0, feedback="boom"), rollout("lost")]
+    contexts = build_teacher_contexts(batch, SDPO)
+    assert not any(c.active for c in contexts)
+    assert context_metrics(batch, contexts, SDPO)["self_distillation/success_group_fraction"] == 0.0
+    batch = [rollout(None), rollout("won", 1.0), rollout("", 1.0)]  # a response of special tokens only is one
+    assert [c.active for c in build_teacher_contexts(batch, SDPO)] == [False, True, True]
 
 
 @pytest.mark.parametrize("nothing", [None, "", " \n\t"])
@@ -235,6 +253,14 @@ def test_metrics_by_hand():
     metrics = context_metrics(batch, contexts, SDPO)
     expected = dict(zip(FRACTIONS, [1 / 3, 1 / 5, 3 / 5, 2 / 5, 3 / 5], strict=True))
     assert {k: metrics[f"self_distillation/{k}_fraction"] for k in FRACTIONS} == expected
+
+
+def test_groups_with_one_success_are_counted():
+    rewards = {"x": (1.0, 0.0, 0.0), "y": (1.0, 1.0, 0.0), "z": (0.0, 0.0, 0.0), "w": (0.0, None, 1.0)}
+    batch = [rollout(reward=reward, group=group) for group, some in rewards.items() for reward in some]
+    metrics = context_metrics(batch, build_teacher_contexts(batch, SDPO), SDPO)
+    assert metrics["self_distillation/single_success_group_fraction"] == 2 / 4
+    assert metrics["self_distillation/success_group_fraction"] == 3 / 4
 
 
 # ── templates and prompts ──
@@ -581,6 +607,18 @@ def test_which_side_is_cut(tokenizers, truncation, start, end):
     kept = text[text.index(before) + len(before) : -len(after)]
     assert kept.startswith(start) and kept.endswith(end)
     assert kept in WORDY if truncation != "middle" else kept not in WORDY
+
+
+def test_a_prompt_that_is_too_long_may_be_an_error(tokenizers):
+    config, context = RepromptConfig(max_len=200, truncation="error"), teacher(feedback=WORDY)
+    whole, _ = teacher_prompt_ids(context, tokenizers["qwen3"], SDPO)
+    with pytest.raises(ConfigError) as error:
+        teacher_prompt_ids(context, tokenizers["qwen3"], config)
+    message = str(error.value)
+    assert message.startswith(f"--reprompt.truncation error: a teacher's prompt of {len(whole)} tokens")
+    assert "the 200 of --reprompt.max_len" in message and f"of at least {len(whole)}" in message
+    enough = replace(config, max_len=len(whole))
+    assert teacher_prompt_ids(context, tokenizers["qwen3"], enough) == (whole, False)
 
 
 def test_sections_are_cut_together_and_go_with_their_frames(tokenizers):

@@ -5,7 +5,7 @@ import torch
 from common import ROWS, SDPO
 
 from sdpo_plugin.config import DiagnosticsConfig, DistillConfig, RepromptConfig
-from sdpo_plugin.context import Rollout, build_teacher_contexts
+from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts
 from sdpo_plugin.diagnostics import GAIN, Watch, measure
 from sdpo_plugin.fused import Head
 from sdpo_plugin.testing import RunFailed
@@ -30,8 +30,9 @@ def said(watch, batch, looks=3):
     ("watch", "batch", "message"),
     [
         (watch(), rollouts([0.0, 0.0]), r"nothing is distilled: 0 of 2 rewards reach --reprompt.success_threshold 0.5"),
-        (watch(reprompt=RepromptConfig(use_feedback=False)), rollouts([1.0, 1.0], "no"), r"--no-reprompt.use_feedback"),
+        (watch(reprompt=RepromptConfig(use_feedback=False)), rollouts([1.0, 0.0], "no"), r"--no-reprompt.use_feedback"),
         (watch(distill=DistillConfig(weight=0.5)), rollouts([1.0, 1.0]), r"all rewards are 1.0, .*distill.weight 0.5"),
+        (watch(), rollouts([1.0, 1.0]), r"all rewards are 1.0, so every response counts as a success"),
     ],
 )
 def test_a_degenerate_batch_is_named_after_so_many_looks(watch, batch, message):
@@ -42,9 +43,34 @@ def test_a_degenerate_batch_is_named_after_so_many_looks(watch, batch, message):
     assert re.search(message, warning) and "3 looks in a row" in warning
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        rollouts([0.0, 0.0], "no"), rollouts([1.0, 0.0]),
+        [Rollout(group, "question", "answer", 1.0, "well done") for group in range(2)],  # nobody to learn from
+        [Rollout(0, "question", "answer", 0.0, privileged_context="reference")],
+    ],
+)  # fmt: skip
+def test_flat_rewards_are_not_mentioned_where_no_success_teaches(batch):
+    template = "{prompt}{solution}{feedback}{privileged_context}"
+    assert not said(watch(reprompt=RepromptConfig(template=template)), batch)
+
+
+def test_flat_rewards_are_not_mentioned_where_the_data_set_teaches():
+    batch = [Rollout(0, "question", "answer", 1.0, privileged_context="reference") for _ in range(2)]
+    assert not said(watch(reprompt=RepromptConfig(template="{prompt}{privileged_context}")), batch)
+
+
+def test_responses_left_out_are_named_where_nothing_is_distilled():
+    batch = rollouts([1.0, 1.0])
+    contexts = [TeacherContext(rollout.messages, False) for rollout in batch]
+    (warning,) = watch(tolerance=1).at_contexts(batch, contexts, left_out=2)
+    assert "2 of 2 rewards reach" in warning and "--distill.mask_truncated leaves out 2 responses" in warning
+
+
 def test_a_healthy_batch_is_not_mentioned_and_starts_the_count_again():
     w = watch()
-    assert not said(w, rollouts([0.0, 0.0]), looks=2) and not said(w, rollouts([1.0, 1.0]), looks=5)
+    assert not said(w, rollouts([0.0, 0.0]), looks=2) and not said(w, rollouts([1.0, 0.0]), looks=5)
     assert not said(w, rollouts([0.0, 0.0]), looks=2)
 
 

@@ -1,5 +1,6 @@
 """The policy worker's gradient is the dense definition's, at every ZeRO stage, and no large logits exist in it."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from common import ROWS, SDPO, ZERO
 from probe import CHUNK_ROWS
+from test_lora import LORA
 
 from sdpo_plugin.testing import tiny_model
 
@@ -51,26 +53,34 @@ def distance(a, b) -> float:
 
 
 @pytest.fixture(scope="session")
-def one_sided(recorded, tmp_path_factory):
-    """The first recorded step, where only the first half of the samples, one rank's of two, have a context."""
-    samples = recorded.samples[0]
-    for sample in samples[len(samples) // 2 :]:
-        sample.feedback, sample.rewards = None, torch.zeros_like(sample.rewards)
-    directory = tmp_path_factory.mktemp("one_sided")
-    torch.save(samples, directory / "00000.pt")
-    return directory
+def active(recorded, tmp_path_factory):
+    """`active(n)`: the first recorded step, where only the first n of its 16 samples have a context."""
+
+    @functools.cache
+    def samples(n):
+        step = recorded.samples[0]
+        for sample in step[n:]:
+            sample.feedback, sample.rewards = None, torch.zeros_like(sample.rewards)
+        directory = tmp_path_factory.mktemp(f"active{n}")
+        torch.save(step, directory / "00000.pt")
+        return directory
+
+    return samples
 
 
 @pytest.fixture(scope="session")
-def probed(openrlhf, model, reward, recorded, one_sided, tmp_path_factory):
-    """`probed(*flags)`: what the probe wrote of one step in float32: another split of a sum changes bf16 by 1e-3."""
+def probed(openrlhf, model, reward, recorded, active, tmp_path_factory):
+    """`probed(*flags)`: what the probe wrote of one step in float32: another split of a sum changes bf16 by 1e-3.
 
-    def run(*flags):
+    Half of the samples, one rank's of two, have a context.
+    """
+
+    def run(*flags, n=8):
         out = tmp_path_factory.mktemp("gradient") / "gradients.pt"
         probe = ["--probe.out", str(out), "--probe.fp32", "--plugins", "sdpo_plugin.testing", "probe"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-            openrlhf(model, ROWS, reward, *SDPO, *flags, "--testing.replay", str(one_sided), *probe, replay=recorded)
+            openrlhf(model, ROWS, reward, *SDPO, *flags, "--testing.replay", str(active(n)), *probe, replay=recorded)
         return out
 
     return run
@@ -78,7 +88,7 @@ def probed(openrlhf, model, reward, recorded, one_sided, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gradient(probed):
-    return lambda *flags: torch.load(probed(*flags))[0]
+    return functools.cache(lambda *flags: torch.load(probed(*flags))[0])
 
 
 @pytest.fixture(scope="session")
@@ -109,3 +119,36 @@ def test_samples_without_a_context_are_not_read_and_the_others_dealt_evenly(prob
     out = probed(*ZERO[2], "--rollout.micro_batch_size", "2")
     assert [torch.load(f"{out}.read{rank}") for rank in (0, 1)] == [[2, 2], [2, 2]]
     assert distance(torch.load(out)[0], of_one_rank) <= 1e-5
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_teacher_reads_in_passes_of_so_many_tokens(probed, stage):
+    """Three samples with a context on two ranks: at ZeRO-3 one waits for the other's second pass."""
+    whole, parts = probed(*ZERO[2], n=3), probed(*ZERO[stage], "--teacher.max_tokens_per_gpu", "1", n=3)
+    passes = [[torch.load(f"{out}.teacher{rank}") for rank in (0, 1)] for out in (whole, parts)]
+    print(passes)
+    assert len(passes[1][0]) > len(passes[0][0]) and max(passes[1][0]) < max(passes[0][0])
+    assert distance(torch.load(parts)[0], torch.load(whole)[0]) <= 1e-5
+
+
+SWITCHES = {
+    "offload": ("--ds.adam_offload",), "none": (), "full": (), "lora": LORA, "once": (),
+    "recomputed": ("--actor.gradient_checkpointing_enable",),
+    "reentrant": ("--actor.gradient_checkpointing_enable", "--actor.gradient_checkpointing_reentrant"),
+}  # fmt: skip
+# What decides when and how DeepSpeed reduces gradients; all combinations are in matrix.py.
+CELLS = [
+    (1, "offload", "full", "reentrant"), (1, "none", "lora", "once"), (2, "offload", "full", "once"),
+    (2, "offload", "lora", "recomputed"), (2, "none", "full", "reentrant"), (3, "offload", "full", "recomputed"),
+    (3, "offload", "lora", "reentrant"), (3, "none", "full", "once"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "optimizer", "weights", "layers"), CELLS)
+def test_every_micro_batch_is_in_the_gradient(gradient, stage, optimizer, weights, layers):
+    """Four micro-batches on two ranks have the gradient of one on one, in buckets that overflow within a backward."""
+    switches = [flag for name in (optimizer, weights, layers) for flag in SWITCHES[name]]
+    flags = [*ZERO[stage], "--train.micro_batch_size", "2", "--probe.bucket", "2000", *switches]
+    difference = distance(gradient(*flags), gradient("--train.micro_batch_size", "16", *SWITCHES[weights]))
+    print(f"relative difference {difference:.1e}")
+    assert difference <= 1e-5

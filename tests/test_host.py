@@ -1,9 +1,9 @@
 """The real host on CPU: Ray, vLLM, DeepSpeed, weight sync. What is asserted are weights, tokens and metrics."""
 
-import textwrap
-
 import pytest
 from common import ROWS, SDPO, ZERO, motion, same
+
+from sdpo_plugin.testing import RunFailed
 
 PUBLISHED_METRICS = (
     "success_group_fraction", "success_sample_fraction", "feedback_available_fraction", "feedback_used_fraction",
@@ -51,32 +51,53 @@ def test_hybrid_is_neither_of_its_parts(replay, recorded):
     assert not same(half, recorded) and not same(half, replay(*ZERO[2], plain=True))
 
 
-def test_a_foreign_plugin_adds_a_flag_a_metric_and_a_term(replay, monkeypatch, tmp_path):
-    """A throw-away distribution with an entry point, next to the algorithm."""
-    (tmp_path / "toy.py").write_text(
-        textwrap.dedent('''
-        """Pull the log-probabilities of what was sampled down, by a flag."""
-        from sdpo_plugin.host.hookspecs import hookimpl
+TOY = '''
+"""Pull the log-probabilities of what was sampled down, by a flag."""
+from sdpo_plugin.host.hookspecs import hookimpl
 
-        @hookimpl
-        def openrlhf_add_arguments(parser):
-            parser.add_argument("--toy.pull", type=float, default=0.0)
+@hookimpl
+def openrlhf_add_arguments(parser):
+    parser.add_argument("--toy.pull", type=float, default=0.0)
+    parser.add_argument("--toy.bonus", type=float, default=0.0)
 
-        @hookimpl(trylast=True)
-        def openrlhf_policy_loss(step):
-            pull = step.worker.args.toy.pull
-            mean = (step.loss_weights * step.log_probs).sum()
-            step.loss = step.loss + pull * mean
-            step.metrics["toy/log_prob"] = mean.detach()
-        ''')
-    )
+@hookimpl(trylast=True)
+def openrlhf_policy_loss(step):
+    toy = step.worker.args.toy
+    mean = (step.loss_weights * step.log_probs).sum()
+    step.loss = step.loss + toy.pull * mean
+    if toy.bonus:
+        step.loss = step.loss - toy.bonus * (step.loss_weights * step.entropy).sum()
+    step.metrics["toy/log_prob"] = mean.detach()
+'''
+NEEDS = """
+@hookimpl
+def openrlhf_needs(args):
+    return {"log_probs": True, "entropy": True}
+"""
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """`toy(source)`: a throw-away distribution with an entry point, next to the algorithm."""
     metadata = tmp_path / "toy-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[openrlhf.plugins]\ntoy = toy\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    half = (*SDPO, "--distill.weight", "0.5", *ZERO[2])
-    pulled = replay(*half, "--toy.pull", "0.3")
+    return (tmp_path / "toy.py").write_text
+
+
+@pytest.mark.parametrize("weight", ["0.5", "1"])
+def test_a_foreign_plugin_adds_a_flag_a_metric_and_a_term(replay, recorded, toy, weight):
+    """Also where the algorithm itself has no use for log-probabilities or entropy."""
+    toy(TOY + NEEDS)
+    flags = (*SDPO, "--distill.weight", weight, *ZERO[2])
+    alone, pulled, spread = (replay(*flags, *more) for more in ((), ("--toy.pull", "0.3"), ("--toy.bonus", "0.3")))
     assert pulled.metrics["train/toy/log_prob"][0][1] < 0.0
-    monkeypatch.delenv("PYTHONPATH")
-    assert not same(pulled, replay(*half))
+    assert not same(pulled, alone) and not same(spread, alone) and not same(spread, pulled)
+
+
+def test_a_term_without_a_gradient_is_an_error_that_says_what_to_do(replay, toy):
+    toy(TOY)
+    with pytest.raises(RunFailed, match='return {"log_probs": True} from openrlhf_needs'):
+        replay(*SDPO, *ZERO[2], "--toy.pull", "0.31")

@@ -79,3 +79,43 @@ def test_one_sample_a_prompt_partly_rolled_out_learns_from_feedback(openrlhf, mo
     assert values(run, "self_distillation/feedback_used_fraction")[0] == 1.0
     assert all(sample.rollout_log_probs is not None for step in run.samples for sample in step)
     assert motion(run, initial) > 0
+
+
+AGENT = """
+import torch
+from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
+
+
+class Instance(AgentInstanceBase):
+    async def step(self, states, **kwargs):
+        return {
+            "rewards": torch.tensor(1.0), "scores": torch.tensor(1.0), "environment_feedback": "", "done": True,
+            "extra_logs": {"feedback": "again"},
+        }
+
+
+class AgentExecutor(MultiTurnAgentExecutor):
+    def __init__(self):
+        super().__init__(Instance)
+
+    async def execute(self, prompt, label, *args, **kwargs):
+        response = await super().execute(prompt, label, *args, **kwargs)
+        # What there was no room to answer earns a reward all the same: it must not become a demonstration.
+        return response if response["action_ranges"] else response | {"reward": 1.0, "scores": 1.0}
+"""
+
+
+def test_samples_without_an_action_teach_nothing_and_are_taught_nothing(openrlhf, model, initial, tmp_path):
+    """Where a response may be as long as the context, OpenRLHF lets a longer prompt leave its agent no room."""
+    (tmp_path / "agent.py").write_text(AGENT)
+    rows = [*ROWS[:-1], {"prompt": [{"role": "user", "content": "say " * 20}], "label": "7", "note": ""}]
+    run = openrlhf(
+        model, rows, "", *SDPO, "--train.agent_func_path", str(tmp_path / "agent.py"), "--data.max_len", "24",
+        "--rollout.max_new_tokens", "24", "--train.micro_batch_size", "2", "--rollout.micro_batch_size", "2",
+    )  # fmt: skip
+    without = [sample for sample in run.samples[0] if not sample.action_mask.any()]
+    assert len(without) == 2 and len(run.samples[0]) == 16
+    assert values(run, "self_distillation/reprompt_sample_fraction") == [14 / 16]
+    assert values(run, "self_distillation/success_group_fraction") == [7 / 8]
+    assert values(run, "self_distillation/token_fraction") == [1.0]
+    assert motion(run, initial) > 0

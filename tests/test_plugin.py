@@ -1,5 +1,7 @@
 """The algorithm on a fake worker: what the teacher reads, which tokens count, and who follows whom."""
 
+import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from sdpo_plugin.config import ConfigError, DistillConfig, TeacherConfig
 from sdpo_plugin.loss import per_token_loss
 from sdpo_plugin.plugin import teacher_inputs
 from sdpo_plugin.sdpo import SDPO
+from sdpo_plugin.step import NEEDS, combined_needs
 from sdpo_plugin.teacher import EmaTeacher, Fragment
 from sdpo_plugin.testing import fake_worker
 
@@ -79,13 +82,31 @@ def test_samples_without_a_context_are_read_only_where_something_else_wants_them
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({}, False), ({"distill": {"weight": 0.5}}, None), ({"train": {"max_epochs": 2}}, None),
-        ({"train": {"batch_size": 2}}, None), ({"train": {"batch_size": 2, "async_enable": True}}, False),
-        ({"algo": {"kl": SimpleNamespace(use_loss=False, init_coef=0.1)}}, None), ({"distill": {"weight": 0.0}}, None),
+        ({}, False), ({"distill": {"weight": 0.5}}, True), ({"train": {"max_epochs": 2}}, True),
+        ({"train": {"batch_size": 2}}, True), ({"train": {"batch_size": 2, "async_enable": True}}, False),
+        ({"algo": {"kl": SimpleNamespace(use_loss=False, init_coef=0.1)}}, True), ({"distill": {"weight": 0.0}}, True),
     ],
 )  # fmt: skip
 def test_old_log_probabilities_are_made_only_where_something_reads_them(options, wanted):
-    assert SDPO().openrlhf_needs_old_log_probs(fake_worker(**options).args) is wanted
+    assert combined_needs([SDPO().openrlhf_needs(fake_worker(**options).args)])["old_log_probs"] is wanted
+
+
+def test_what_one_plugin_needs_is_there_whoever_else_has_no_use_for_it():
+    algorithm = SDPO().openrlhf_needs(fake_worker().args)
+    assert combined_needs([]) == {"old_log_probs": True, "log_probs": True, "samples": True, "entropy": False}
+    assert combined_needs([algorithm, None]) == dict.fromkeys(NEEDS, False)
+    for order in ([algorithm, dict.fromkeys(NEEDS, True)], [dict.fromkeys(NEEDS, True), algorithm]):
+        assert combined_needs(order) == dict.fromkeys(NEEDS, True)
+    with pytest.raises(ConfigError, match="openrlhf_needs: a plugin names logits; choose from old_log_probs, log_"):
+        combined_needs([{"logits": True}])
+
+
+def test_log_probabilities_that_nobody_needs_can_be_read_but_not_differentiated():
+    worker = fake_worker()
+    got = step(worker, algorithm(worker))
+    assert got.log_probs.sum() < 0
+    with pytest.raises(ConfigError, match='return {"log_probs": True} from openrlhf_needs'):
+        got.log_probs.sum().backward()
 
 
 def gradient(worker, loss) -> torch.Tensor:
@@ -108,6 +129,99 @@ def test_a_batch_without_context_has_a_zero_loss_that_backpropagates():
     got = step(worker, algorithm(worker), empty, [torch.zeros(7, dtype=torch.bool)] * 3)
     assert got.loss.item() == 0.0 and not gradient(worker, got.loss).any()
     assert got.metrics["self_distillation/empty_target_batch"] == 1.0
+
+
+def test_a_micro_batch_without_any_response_token_has_metrics():
+    worker = fake_worker()
+    nothing = torch.zeros_like(ACTION)
+    none, masks = [torch.tensor([], dtype=torch.long)] * 3, [torch.zeros(7, dtype=torch.bool)] * 3
+    got = worker.step(algorithm(worker), SEQUENCES, ATTENTION, nothing, teacher_prompt=none, loss_mask=masks)
+    assert got.loss.item() == 0.0
+    assert all(math.isfinite(value) for value in got.metrics.values())
+
+
+@pytest.fixture(scope="module")
+def rollout_batch(model):
+    """`rollout_batch(responses, rewards, truncated, **options)`: a batch on the controller, two samples a prompt."""
+    from transformers import AutoTokenizer
+
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from sdpo_plugin.host.controller import RolloutBatch
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def batch(responses, rewards, truncated=None, **options):
+        samples = []
+        for response, cut in zip(responses, truncated or [False] * len(responses), strict=True):
+            prompt, ids = ([tokenizer(text)["input_ids"] for text in ("<|user|>Q?<|assistant|>", response or "")])
+            samples.append(
+                SimpleNamespace(
+                    sequences=torch.tensor([prompt + ids]), truncated=torch.tensor([cut]), feedback=None,
+                    action_mask=torch.tensor([[0] * (len(prompt) - 1) + [1] * len(ids)]),
+                    prompts=["<|user|>Q?<|assistant|>"], record={"prompt": [{"role": "user", "content": "Q?"}]},
+                )  # fmt: skip
+            )
+        experience = SimpleNamespace(index=list(range(len(samples))), rewards=torch.tensor(rewards), info={})
+        args = fake_worker(**options).args
+        args.actor.model_name_or_path = str(model)
+        batch = RolloutBatch(samples, [experience], args, tokenizer)
+        SDPO().openrlhf_batch(batch)
+        read = [tokenizer.decode(ids) for ids in experience.info["plugin/teacher_prompt"]]
+        masks = [mask.sum().item() for mask in experience.info["plugin/loss_mask"]]
+        return read, masks, {name.removeprefix("self_distillation/"): value for name, value in batch.metrics.items()}
+
+    return batch
+
+
+def test_a_sample_without_an_action_neither_teaches_nor_is_taught(rollout_batch):
+    read, masks, metrics = rollout_batch([None, "four", "five", None], [1.0, 0.0, 1.0, 0.0])
+    assert read == ["", "", "", ""] and masks == [0, 0, 0, 0]
+    assert metrics["reprompt_sample_fraction"] == 0.0 and metrics["success_group_fraction"] == 0.5
+    read, masks, metrics = rollout_batch([None, "four", "five", "six"], [1.0, 0.0, 1.0, 0.0])
+    assert read[:3] == ["", "", ""] and "five" in read[3] and masks == [0, 0, 0, 3]
+    assert metrics["inactive_group_fraction"] == 0.5 and metrics["response_length_min"] == 0.0
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_truncated_responses_teach_and_may_be_left_out(rollout_batch, mask_truncated):
+    read, masks, metrics = rollout_batch(
+        ["right", "wrong", "righteous", "no"], [1.0, 0.0, 1.0, 0.0], [True, False, False, True],
+        distill={"mask_truncated": mask_truncated},
+    )  # fmt: skip
+    assert "right" in read[1] and masks[1] == 5
+    assert masks[3] == 0 if mask_truncated else masks[3] == 2
+    assert read[3] == "" if mask_truncated else "righteous" in read[3]
+    assert metrics["reprompt_sample_fraction"] == (0.25 if mask_truncated else 0.5)
+
+
+def test_samples_whose_tokens_are_all_skipped_need_no_teacher(rollout_batch):
+    read, masks, metrics = rollout_batch(["right", "no"], [1.0, 0.0], distill={"skip_tokens": 2})
+    assert read == ["", ""] and masks == [0, 0] and metrics["reprompt_sample_fraction"] == 0.0
+
+
+def test_a_teacher_s_prompt_and_its_response_fit_the_model_s_positions(rollout_batch):
+    """A model of 512 positions, a token a character: a success of 300, and failures that leave more or less room."""
+    success, failures = "s" * 300, {"short": "f" * 50, "long": "f" * 200, "too long": "f" * 480}
+    found = {name: rollout_batch([success, failure], [1.0, 0.0]) for name, failure in failures.items()}
+    for name, (read, masks, metrics) in found.items():
+        fits = name != "too long"
+        assert masks == [0, len(failures[name]) * fits] and metrics["too_long_fraction"] == 0.5 * (not fits)
+        assert metrics["reprompt_sample_fraction"] == 0.5 * fits
+        assert metrics["truncated_fraction"] == 0.5 * (name == "long")
+        assert read[1].count("s" * 100) == {"short": 3, "long": 2, "too long": 0}[name]
+        tokens = len(re.sub(r"<\|\w+\|>", ".", read[1]))
+        assert tokens + len(failures[name]) == 512 if name == "long" else tokens < 400
+
+
+def test_lengths_of_responses_and_of_those_that_ended(rollout_batch):
+    _, _, metrics = rollout_batch(["a", "abcd", "abc", "abcdefgh"], [0.0] * 4, [False, False, True, True])
+    expected = {"response_length": (1, 8), "terminated_length": (1, 4)}
+    for name, (least, most) in expected.items():
+        assert (metrics[f"{name}_min"], metrics[f"{name}_max"]) == (least, most)
+    assert metrics["terminated_length_mean"] == 2.5
+    assert "terminated_length_mean" not in rollout_batch(["a", "b"], [0.0, 0.0], [True, True])[2]
 
 
 def test_skipped_tokens_leave_the_loss():

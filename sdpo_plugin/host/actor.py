@@ -2,63 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
 from openrlhf.trainer.ray import ppo_actor
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.fused import Head, Scores, linear_log_probs
+from sdpo_plugin.fused import Head, linear_log_probs
 from sdpo_plugin.host import lora
-from sdpo_plugin.host.zero import gathered
-from sdpo_plugin.step import HeadFunction, response_rows
+from sdpo_plugin.host.zero import gathered, is_partitioned
+from sdpo_plugin.step import PolicyStep, response_rows
 
 
 class HeadTap:
     """Puts a function in the place of a causal LM's head, inside the model's own forward pass.
 
     There the head's weights are whole at every ZeRO stage, and DeepSpeed's hooks, which surround the module, hold
-    for whatever the function computes. What the model does with logits afterwards gets a dummy.
+    for whatever the function computes. What the model does with logits afterwards gets a dummy. The function's result
+    then takes the logits' place in the model's output: DeepSpeed learns from a gradient that arrives at an output that
+    a backward pass has begun, and with it whether this one ends an accumulation (`DeepSpeedEngine.forward`).
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._module = model.get_output_embeddings()
+        """Call after DeepSpeed wrapped the model: its hooks on the head are to run before ours."""
+        self.module = model.get_output_embeddings()
         self._function: Callable[[torch.Tensor], Any] | None = None
         self._result: Any = None
-        self._forward = self._module.forward
-        self._module.forward = self._call
-        self._module.register_forward_hook(self._take)  # runs after DeepSpeed's, so the result carries its hooks
+        self._forward = self.module.forward
+        self.module.forward = self._call
+        self.module.register_forward_hook(self._keep)
+        # Before DeepSpeed's, and inside of PEFT's wrappers: all that look at the model's output see the result.
+        causal_lm = model.get_base_model() if isinstance(model, lora.PeftModel) else model
+        causal_lm.register_forward_hook(self._hand_over, prepend=True)
 
     @contextmanager
-    def replaced_by(self, function: Callable[[torch.Tensor], Any]) -> Iterator[SimpleNamespace]:
-        """While active, `function(hidden [B, S, H])` (a tensor or a tuple of them) runs as the head; `.result` it."""
-        self._function, box = function, SimpleNamespace(result=None)
+    def replaced_by(self, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+        """While active, `function(hidden [B, S, H])` (a tensor or a tuple of them) runs as the head: the `logits`."""
+        self._function = function
         try:
-            yield box
-            box.result = self._result
+            yield
         finally:
             self._function = self._result = None
 
     def _call(self, hidden: torch.Tensor) -> Any:
         return self._forward(hidden) if self._function is None else self._function(hidden)
 
-    def _take(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+    def _keep(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
         if self._function is None:
             return None
         self._result = output
         return inputs[0].new_zeros(1, 1, 1)
 
+    def _hand_over(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+        if self._function is not None:
+            output["logits"] = self._result
+        return output
+
 
 class PolicyActor(ppo_actor.Actor):
-    """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called."""
+    """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called.
+
+    Attributes:
+        step: the micro-batch that the student is trained on, while it is: says what to compute, and gets the results.
+    """
 
     tap: HeadTap | None = None
-    head_function: HeadFunction | None = None
-    samples: torch.Tensor | None = None
+    step: PolicyStep | None = None
 
     def __init__(self, pretrain: str, on_built: Callable[..., Any] | None = None, **built_with: Any) -> None:
         super().__init__(pretrain, **built_with)
@@ -77,7 +91,14 @@ class PolicyActor(ppo_actor.Actor):
         Raises:
             ConfigError: the model's logits are not those of the head as we read it from its configuration.
         """
-        if isinstance(self.model.module.get_output_embeddings(), lora.LoraLayer):
+        head = self.model.module.get_output_embeddings()
+        if head is None:
+            raise ConfigError(
+                f"--actor.model_name_or_path {self.model.module.config.name_or_path}: a "
+                f"{type(self.model.module).__name__} names no LM head (get_output_embeddings() is None), which is "
+                "where the loss is computed; give a causal language model"
+            )
+        if isinstance(head, lora.LoraLayer):
             raise ConfigError(
                 "--ds.lora.target_modules: an adapter on the LM head is not supported; leave the head out"
             )
@@ -111,7 +132,7 @@ class PolicyActor(ppo_actor.Actor):
     ) -> Any:
         """As the host's, but logits exist at response positions only, and a chunk at a time.
 
-        Where `samples` (bool [B]) is set, the model reads those samples only; the others' results are zero.
+        In a step with `samples` (bool [B]) the model reads those samples only; the others' results are zero.
 
         Args:
             sequences, attention_mask: int64 [B, S]. action_mask: [B, A].
@@ -120,34 +141,42 @@ class PolicyActor(ppo_actor.Actor):
             Log-probabilities float32 [B, A], zero where the mask is, and with `return_output` the model's output
             with `entropy` [B, A] where asked.
         """
-        if self.tap is None or action_mask is None:
-            return super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
+        step = self.step
+        if step is not None and step.needs["entropy"]:
+            kwargs["return_entropy"] = True
         with_entropy = kwargs.get("return_entropy", False)
+        if self.tap is None or action_mask is None:
+            result = super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
+            if step is not None and step.needs["entropy"]:
+                step.entropy = result[1].entropy[:, -action_mask.shape[1] :]
+            return result
         mask = action_mask.bool()
-        if self.samples is not None:
-            mask = mask & self.samples[:, None]
-            sequences, attention_mask, action_mask = only(self.samples, sequences, attention_mask, action_mask)
+        if step is not None and step.samples is not None:
+            mask = mask & step.samples[:, None]
+            sequences, attention_mask, action_mask = only(step.samples, sequences, attention_mask, action_mask)
         rows = response_rows(action_mask, sequences)
         targets = torch.roll(sequences, -1, dims=1)[rows]
 
         def run_head(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            if self.head_function is None:
+            if step is None or step.head is None:
                 log_probs, entropy = linear_log_probs(
                     hidden, self.head(), targets, self.temperature, with_entropy=with_entropy
                 )
                 scores = (log_probs, entropy)
             else:
-                self.scores = self.head_function(hidden, self.head(), targets)
-                scores = (self.scores.log_probs, self.scores.entropy, self.scores.loss)
+                step.scores = step.head(hidden, self.head(), targets)
+                scores = (step.scores.log_probs, step.scores.entropy, step.scores.loss)
             return tuple(s for s in scores if s is not None)
 
         scores, output = self.at_rows(run_head, sequences, attention_mask, rows)
         log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores[0].float())
         if with_entropy:
             output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, scores[1].float())
-        if self.head_function is not None:
-            output.loss = scores[-1]
-            self.scores = Scores(scores[-1], self.scores.token_loss, scores[0], self.scores.entropy)
+        if step is not None:
+            step.entropy = output.entropy if step.needs["entropy"] else None
+            if step.head is not None:  # the results as they left the model, with the hooks of all that is around it
+                entropy = scores[1] if with_entropy else None
+                step.scores = replace(step.scores, loss=scores[-1], log_probs=scores[0], entropy=entropy)
         return (log_probs, output) if return_output else log_probs
 
     def at_rows(
@@ -160,39 +189,64 @@ class PolicyActor(ppo_actor.Actor):
         """Run the model with `function(hidden [N, H])` for a head, on the N positions of `rows` (bool [B, S]).
 
         Returns:
-            The function's result and the model's output (whose logits mean nothing).
+            The function's result and the model's output.
         """
         if self.packing_samples:
             sequences, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, None)
             rows, attention_mask = rows.reshape(1, -1)[:, kept], None
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
-        with self.tap.replaced_by(lambda hidden: function(hidden[rows])) as head:
+        with self.tap.replaced_by(lambda hidden: function(hidden[rows])):
             output = self.model(sequences, attention_mask=attention_mask, position_ids=position_ids)
-        return head.result, output
+        return output["logits"], output
 
     @torch.no_grad()
     def hidden_states(
-        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor
+        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor, max_tokens: int
     ) -> torch.Tensor:
-        """Final hidden states [N, H] at `rows` (bool [B, S]), without dropout and without a graph."""
+        """Final hidden states [N, H] at the N positions of `rows`, without dropout and without a graph.
+
+        In as many passes as it takes to read at most `max_tokens` (padding included) in one.
+
+        Args:
+            sequences, attention_mask: int64 [B, S], right-padded. rows: bool [B, S].
+        """
+        lengths = attention_mask.sum(dim=1).tolist()
+        batches = batches_within(lengths, max_tokens)
+        found: dict[int, torch.Tensor] = {}
         training = self.model.training
         self.model.eval()
         try:
-            return self.at_rows(torch.clone, sequences, attention_mask, rows)[0]
+            for batch in batches:
+                width = lengths[batch[0]]
+                read = (tensor[batch, :width] for tensor in (sequences, attention_mask, rows))
+                hidden, _ = self.at_rows(torch.clone, *read)
+                parts = hidden.split(rows[batch].sum(dim=1).tolist())
+                found.update(zip(batch, parts, strict=True))
+            for _ in range(self._most_of_any_rank(len(batches)) - len(batches)):
+                self.at_rows(torch.clone, sequences[:1, :2], attention_mask[:1, :2], rows[:1, :2])
         finally:
             self.model.train(training)
+        return torch.cat([found[i] for i in range(len(lengths))])
+
+    def _most_of_any_rank(self, passes: int) -> int:
+        """At ZeRO-3 the ranks gather weights together, so all of them must make as many passes."""
+        if not any(map(is_partitioned, self.model.module.parameters())):
+            return passes
+        most = torch.tensor(passes, device=self.model.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
 
     def head(self) -> Head:
         """The LM head with what the model's configuration adds to it. Under ZeRO-3 use inside `whole_head`."""
-        module, config = self.tap._module, self.model.module.config
+        module, config = self.tap.module, self.model.module.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
 
     @contextmanager
     def whole_head(self) -> Iterator[Head]:
         """The head with its weights gathered from all ranks where ZeRO-3 keeps them apart."""
-        with gathered(list(self.tap._module.parameters())):
+        with gathered(list(self.tap.module.parameters())):
             yield self.head()
 
 
@@ -207,3 +261,14 @@ def only(
         return sequences[:1, :2], torch.ones_like(attention_mask[:1, :2]), torch.zeros_like(action_mask[:1, :1])
     width = int(attention_mask[samples].any(dim=0).nonzero()[-1]) + 1
     return sequences[samples, :width], attention_mask[samples, :width], action_mask[samples, : width - 1]
+
+
+def batches_within(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of sequences, the longest first, in batches of at most `max_tokens` with their padding, or of one."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from sdpo_plugin.config import ConfigError, Group, StopTraining
+from sdpo_plugin.config import ConfigError, Group, StopTraining, chat_template_kwargs
 from sdpo_plugin.host import manager, recipe
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
@@ -85,6 +85,11 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
         help="the same samples in every run, whatever was resumed and however many engines there are: each request "
         "has a seed of its own, from --train.seed, step, prompt and sample, and the engine to itself (slow)",
     )
+    group.add_argument(
+        "--data.chat_template_kwargs", default="{}", metavar="JSON",
+        help="what the chat template is given besides the messages, for student and teacher, in training and "
+        "evaluation, as a JSON object: '{\"enable_thinking\": false}'",
+    )
 
     # Plugins add flags and algorithms set defaults, so these must be known before the rest can be parsed.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -111,6 +116,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
 
     nested = hierarchize(flat)
     plugins.hook.openrlhf_configure(args=nested)
+    chat_template_kwargs(nested)
     if nested.rollout.deterministic and nested.train.async_enable:
         raise ConfigError(
             "--rollout.deterministic True: --train.async_enable samples while the weights change, which no seed "

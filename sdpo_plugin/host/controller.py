@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 import torch
-import transformers
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
+from transformers import AutoConfig, set_seed
 
-from sdpo_plugin.config import StopTraining
+from sdpo_plugin.config import StopTraining, chat_template_kwargs
 from sdpo_plugin.host import manager
 from sdpo_plugin.host.engine import FAILURE, FEEDBACK, REQUEST, Prompt, Request
 from sdpo_plugin.host.seams import plain_class
@@ -22,15 +25,19 @@ class RewardError(RuntimeError):
 
 
 class Records(ppo_trainer.PromptDataset):
-    """datasets/prompts_dataset.py: keeps the rows whose other columns the host drops."""
+    """datasets/prompts_dataset.py: keeps the rows whose other columns the host drops.
+
+    The host gives the chat template no arguments, so they are bound to it (`--data.chat_template_kwargs`).
+    """
 
     def __init__(
         self, dataset: Any, tokenizer: Any, strategy: Any, *args: Any, evaluation: bool = False, **kwargs: Any
     ) -> None:
         hook = manager.of(strategy.args).hook
         hook.openrlhf_dataset(dataset=dataset, evaluation=evaluation, args=strategy.args)
-        super().__init__(dataset, tokenizer, strategy, *args, **kwargs)
-        self.rows = dataset
+        render = partial(tokenizer.apply_chat_template, **chat_template_kwargs(strategy.args))
+        super().__init__(dataset, SimpleNamespace(apply_chat_template=render), strategy, *args, **kwargs)
+        self.tokenizer, self.rows = tokenizer, dataset
 
     def __getitem__(self, idx: int) -> tuple[Any, ...]:
         source, text, *rest = super().__getitem__(idx)
@@ -98,6 +105,13 @@ class Samples(ppo_trainer.SamplesGenerator):
         return dataset.rows[request.row]
 
 
+@cache
+def max_positions(model: str) -> float:
+    """Of a checkpoint's configuration; infinite where it names no limit."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=True).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
 class RolloutBatch:
     """All samples of one step, rewarded, in data order: `args.rollout.n_samples_per_prompt` per prompt.
 
@@ -105,11 +119,13 @@ class RolloutBatch:
         samples: the host's `Experience`, one row each, with `record` and `feedback`.
         rewards: float per sample, before length penalties and baselines.
         args, tokenizer: the host's.
+        max_positions: the longest sequence that the policy model is made for, in tokens.
         metrics: scalars a plugin wants logged for this step.
     """
 
     def __init__(self, samples: Sequence[Any], experiences: Sequence[Any], args: Any, tokenizer: Any) -> None:
         self.samples, self.args, self.tokenizer = samples, args, tokenizer
+        self.max_positions = max_positions(args.actor.model_name_or_path)
         self.metrics: dict[str, float] = {}
         self._experiences = experiences
         self.rewards = [0.0] * len(samples)
@@ -119,13 +135,17 @@ class RolloutBatch:
 
     def prompt_ids(self, i: int) -> list[int]:
         """What sample i's student read before its first action: the row's prompt, or what an agent made of it."""
-        sample = self.samples[i]
-        return sample.sequences[0, : int(sample.action_mask[0].nonzero()[0]) + 1].tolist()
+        ids = self.samples[i].sequences[0].tolist()
+        return ids[: len(ids) - len(self.response_ids(i))]
 
     def response_ids(self, i: int) -> list[int]:
-        """Everything after sample i's prompt: its actions and, of an agent, the observations between them."""
+        """Everything after sample i's prompt: its actions and, of an agent, the observations between them.
+
+        Empty where an agent ended before its first action.
+        """
         sample = self.samples[i]
-        return sample.sequences[0, int(sample.action_mask[0].nonzero()[0]) + 1 :].tolist()
+        actions = sample.action_mask[0].nonzero()[:, 0].tolist()
+        return sample.sequences[0, actions[0] + 1 :].tolist() if actions else []
 
     def attach(self, name: str, values: Sequence[torch.Tensor]) -> None:
         """Send one tensor per sample (any shape) to the worker that trains on it: `step.data[name]`.
@@ -144,8 +164,7 @@ class Experiences(ppo_trainer.RemoteExperienceMaker):
         return dealt(super().make_experience_batch(rollout_samples), self._ranks())
 
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> list[Any]:
-        unread = manager.of(self.args).hook.openrlhf_needs_old_log_probs(args=self.args) is False
-        if group is self.actor_model_group and unread:
+        if group is self.actor_model_group and not manager.needs(self.args)["old_log_probs"]:
             zeros = [torch.zeros(mask.shape) for mask in kwargs["action_mask"]]
             return [ray.put(zeros)]
         return super()._dispatch_forward(group, sync_condition, **kwargs)
@@ -188,7 +207,7 @@ def bind(args: Any) -> None:
     ppo_trainer.PromptDataset = splits()
     ppo_trainer.SamplesGenerator = ppo_trainer_async.SamplesGenerator = Samples
     ppo_trainer.RemoteExperienceMaker = Experiences
-    transformers.set_seed(args.train.seed)
+    set_seed(args.train.seed)
 
 
 class _Metrics:

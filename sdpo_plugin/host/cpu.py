@@ -159,13 +159,15 @@ def _plain_collectives(module: Any) -> None:
 def _plain_adam(module: Any) -> None:
     import torch
 
-    class FusedAdam(torch.optim.AdamW):
+    class Adam(torch.optim.AdamW):
         """The same update without a kernel: DeepSpeed builds one per machine, and a killed build blocks the next."""
 
-        def __init__(self, params: Any, adam_w_mode: bool = True, **settings: Any) -> None:
+        def __init__(self, params: Any, **settings: Any) -> None:
+            for of_the_kernels in ("adam_w_mode", "adamw_mode", "fp32_optimizer_states"):
+                settings.pop(of_the_kernels, None)
             super().__init__(params, **settings)
 
-    module.FusedAdam = FusedAdam
+    module.FusedAdam = module.DeepSpeedCPUAdam = Adam
 
 
 def _mesh_on_cpu(module: Any) -> None:

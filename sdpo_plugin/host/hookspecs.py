@@ -6,6 +6,7 @@ action positions, aligned from the right), N response tokens of the micro-batch,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -69,9 +70,14 @@ def openrlhf_sample(sample: Any, response: dict[str, Any], args: Any) -> None:
     """
 
 
-@hookspec(firstresult=True)
-def openrlhf_needs_old_log_probs(args: Any) -> bool | None:
-    """False if nothing reads the policy's log-probabilities from before the update; the pass for them is skipped."""
+@hookspec
+def openrlhf_needs(args: Any) -> Mapping[str, bool] | None:
+    """What a step must provide: True for what this plugin reads, False for what it keeps anyone else from reading.
+
+    `old_log_probs`: the policy's log-probabilities from before the update; `log_probs`: a gradient through
+    `step.log_probs`; `entropy`: `step.entropy`; `samples`: the student reads all of them. What one plugin needs is
+    there for all. Without an answer from anyone it is as in OpenRLHF: everything but entropy.
+    """
 
 
 @hookspec

@@ -51,7 +51,7 @@ class AdapterView:
     def __init__(self, actor: Any, adapter: str | None) -> None:
         self.actor, self.adapter = actor, adapter
 
-    def hidden_states(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, *inputs: Any) -> torch.Tensor:
         with under(self.actor.model.module, self.adapter):
             return self.actor.hidden_states(*inputs)
 

@@ -13,6 +13,7 @@ import pluggy
 
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.host import hookspecs
+from sdpo_plugin.step import combined_needs
 
 ENTRY_POINTS = "openrlhf.plugins"
 logger = logging.getLogger(__name__)
@@ -47,6 +48,11 @@ def plugin_manager(modules: tuple[str, ...] = (), algorithm: str | None = None) 
 def of(args: Any) -> pluggy.PluginManager:
     """The manager for the host's nested arguments."""
     return plugin_manager(tuple(args.plugins), args.algo.name)
+
+
+def needs(args: Any) -> dict[str, bool]:
+    """What the run's plugins need of a step (`openrlhf_needs`)."""
+    return combined_needs(of(args).hook.openrlhf_needs(args=args))
 
 
 def algorithms(manager: pluggy.PluginManager) -> dict[str, type]:

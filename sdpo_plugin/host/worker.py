@@ -18,7 +18,7 @@ from sdpo_plugin.host import checkpoint, lora, manager
 from sdpo_plugin.host.actor import PolicyActor
 from sdpo_plugin.host.seams import plain_class
 from sdpo_plugin.host.zero import MasterWeights, images, publish
-from sdpo_plugin.step import ATTACHED, LOSS_MASK, PolicyStep, loss_mask
+from sdpo_plugin.step import ATTACHED, LOSS_MASK, PolicyStep, loss_mask, undifferentiable
 from sdpo_plugin.teacher import Fragment
 
 
@@ -77,21 +77,22 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
         super().__init__(*args, **kwargs)
         self.hook = manager.of(self.args).hook
         self.host_loss_fn, self.actor_loss_fn = self.actor_loss_fn, self._loss
-        self.has_old_log_probs = self.hook.openrlhf_needs_old_log_probs(args=self.args) is not False
+        self.needs = manager.needs(self.args)
 
     def training_step(
         self, experience: Any, kl_ctl: float, step: int, loss_batch_info: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        self.step = PolicyStep(self.worker, experience, self._aggregate(self._loss_mask_info(experience, step)))
+        aggregate = self._aggregate(self._loss_mask_info(experience, step))
+        self.step = PolicyStep(self.worker, experience, self.needs, aggregate)
         self.hook.openrlhf_before_forward(step=self.step)
         if self.args.train.dynamic_batch_enable:
             # The host makes DeepSpeed think that every micro-batch is a step: ZeRO 1 and 2 then drop all but the last.
             self.actor.model.set_gradient_accumulation_boundary(self._ends_optimizer_step(step))
-        self.actor.head_function, self.actor.samples = self.step.head, self.step.samples
+        self.actor.step = self.step
         try:
             status = super().training_step(experience, kl_ctl, step, loss_batch_info)
         finally:
-            self.actor.head_function = self.actor.samples = None
+            self.actor.step = None
         if self._ends_optimizer_step(step) and self.actor.model.was_step_applied():
             self.hook.openrlhf_optimizer_step(worker=self.worker)
         status["metrics"].update(self.step.metrics)
@@ -145,12 +146,12 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
         if step.samples is not None:  # nothing is known to have changed about samples that were not read
             known = kwargs.get("rollout_log_probs")
             log_probs = torch.where(step.samples[:, None], log_probs, old_log_probs if known is None else known)
-        if not self.has_old_log_probs:
+        if not step.needs["old_log_probs"]:
             old_log_probs = log_probs.detach()
+        if not step.needs["log_probs"]:
+            log_probs = undifferentiable(log_probs, "log_probs")
         step.loss, *rest = self.host_loss_fn(log_probs, old_log_probs, *args, **kwargs)
         step.log_probs = log_probs
-        if step.head is not None:
-            step.scores = self.actor.scores
         self.hook.openrlhf_policy_loss(step=step)
         return step.loss, *rest
 
