@@ -1,12 +1,13 @@
-"""Agents on the real host: the teacher reads what the agent's `reset` gave the student, plus the context."""
+"""The teacher reads what the student read plus the context: an agent's `reset` on the real host, plain prompts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from common import ROWS, SDPO
 
 from sdpo_plugin.config import RepromptConfig
-from sdpo_plugin.context import Rollout, build_teacher_contexts
+from sdpo_plugin.context import Rollout, build_teacher_contexts, prompt_as_read, teacher_prompt_ids
 
 AGENT = """
 import torch
@@ -62,3 +63,32 @@ def test_the_teacher_reads_what_reset_gave_the_student(openrlhf, model, monkeypa
         (context,) = build_teacher_contexts([rollout], RepromptConfig())
         assert tokenizer.decode(teacher) == start + context.messages + end
         assert teacher.tolist().count(tokenizer.convert_tokens_to_ids("<|assistant|>")) == end.count("<|assistant|>")
+
+
+def test_the_context_of_a_plain_prompt_is_inside_the_input_template(model):
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from sdpo_plugin.host.controller import Records
+    from sdpo_plugin.plugin import prompt_messages
+
+    data = SimpleNamespace(
+        input_key="question", label_key=None, apply_chat_template=False, input_template="User: {}\nAssistant:",
+        chat_template_kwargs="{}",
+    )  # fmt: skip
+    args = SimpleNamespace(data=data, plugins=[], algo=SimpleNamespace(name="sdpo"))
+    strategy, tokenizer = SimpleNamespace(args=args, is_rank_0=lambda: False), AutoTokenizer.from_pretrained(model)
+    rows = Dataset.from_list([{"question": "What is {x} in {}?"}])
+    records = Records(rows, tokenizer, strategy, input_template=data.input_template)
+    _, prompt, _, _ = records[0]
+    assert prompt == "User: What is {x} in {}?\nAssistant:"
+
+    own = tokenizer(str(prompt))["input_ids"]
+    read = prompt_as_read(prompt_messages(records.rows[0], args), own, tokenizer)
+    (context,) = build_teacher_contexts([Rollout(0, read, "", 0.0, "{y}")], RepromptConfig())
+    shown = tokenizer.decode(teacher_prompt_ids(context, tokenizer, RepromptConfig())[0])
+    assert shown.startswith("User: What is {x} in {}?\n") and shown.endswith("original question.\nAssistant:")
+    assert "earlier attempt:\n\n{y}\n" in shown and shown.count("Assistant:") == 1
