@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -158,3 +159,37 @@ def test_reward_functions_and_agents_are_given_plain_text():
             assert text == "say 1, say 2" and text[4:5] == "1" and text < "say 2" and f"{text}" == text
             assert json.loads(json.dumps(text)) == text and type(pickle.loads(pickle.dumps(text))) is str
         assert len(given) == 2
+
+
+def test_an_agent_that_changes_the_prompt_is_told_that_nothing_can_stand_for_it(tmp_path):
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
+    from transformers import AutoTokenizer
+
+    from sdpo_plugin.config import ConfigError
+    from sdpo_plugin.host.engine import Engine, Prompt, Request
+    from sdpo_plugin.testing import tiny_model
+
+    class Room(AgentInstanceBase):
+        def __init__(self):
+            pass
+
+        async def reset(self, states, **kwargs):
+            return {"observation": states["observation"] + " I see a door."}
+
+        async def step(self, states, **kwargs):
+            raise AssertionError("nothing was to be sampled")
+
+    async def serve():
+        prompt = Prompt("say 1")
+        prompt.request = Request(dataset=1, row=7, shown=[5, 6])
+        engine = object.__new__(Engine)  # without a model
+        engine.executor = MultiTurnAgentExecutor(Room)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model(tmp_path))
+        others = {"sampling_params": SimpleNamespace(max_tokens=8, logprobs=None), "max_length": 64}
+        await engine.generate_responses(prompt, label="", hf_tokenizer=tokenizer, **others)
+
+    with pytest.raises(ConfigError, match="generate_from_teacher True: the agent's reset"):
+        asyncio.run(serve())

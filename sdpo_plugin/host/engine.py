@@ -13,6 +13,7 @@ from typing import Any
 from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 
+from sdpo_plugin.config import ConfigError
 from sdpo_plugin.host.seams import plain_class
 
 # Keys of a response's `extra_logs`, the one dictionary that the host passes on as it is.
@@ -23,8 +24,10 @@ REQUEST = "request"  # key of a response: the `Request` it answers
 Fetch = Callable[..., Awaitable[list[dict[str, Any]]]]
 
 
-# Of the request being served, per asyncio task: what to sample behind, and the length of the prompt it stands for.
+# Of the request being served, per asyncio task: what to sample behind, the prompt it stands for, and the length of what
+# OpenRLHF left of that.
 _shown: ContextVar[list[int] | None] = ContextVar("shown", default=None)
+_own: ContextVar[list[int]] = ContextVar("own")
 _replaced: ContextVar[int | None] = ContextVar("replaced", default=None)
 _seed: ContextVar[tuple[int, ...] | None] = ContextVar("seed", default=None)
 
@@ -77,6 +80,8 @@ class Engine(RolloutRayActor):
     async def generate_responses(self, prompt: Prompt, num_samples: int = 1, **kwargs: Any) -> list[dict[str, Any]]:
         text, request = str(prompt), prompt.request
         _shown.set(request.shown)
+        if request.shown is not None:
+            _own.set(kwargs["hf_tokenizer"](text, add_special_tokens=False)["input_ids"])
 
         async def one(sample: int) -> dict[str, Any]:
             _seed.set((*request.seed, sample))
@@ -92,6 +97,11 @@ class Engine(RolloutRayActor):
     async def generate(self, prompt_token_ids: list[int], sampling_params: Any, **kwargs: Any) -> Any:
         if (shown := _shown.get()) is not None:
             if _replaced.get() is None:
+                if prompt_token_ids != _own.get()[-len(prompt_token_ids) :]:
+                    raise ConfigError(
+                        "--distill.generate_from_teacher True: the agent's reset() returned another observation than "
+                        "the prompt, which the teacher's prompt stands for; leave out one of the two"
+                    )
                 _replaced.set(len(prompt_token_ids))  # an agent's later turns come behind the same prompt
             prompt_token_ids = [*shown, *prompt_token_ids[_replaced.get() :]]
         if (seed := _seed.get()) is None:
