@@ -12,7 +12,8 @@ from common import ROWS, SDPO, TWO_RANKS, same
 from sdpo_plugin.testing import RunFailed
 
 FLAGS = (
-    *SDPO, *TWO_RANKS, "--rollout.deterministic", "--train.num_episodes", "12", "--ckpt.save_steps", "1",
+    *SDPO, *TWO_RANKS, "--rollout.deterministic", "--train.num_episodes", "6", "--ckpt.save_steps", "1",
+    "--rollout.batch_size", "4", "--rollout.micro_batch_size", "4", "--train.batch_size", "8",  # two steps an episode
     "--plugins", "sdpo_plugin.testing", "killer",
 )  # fmt: skip
 

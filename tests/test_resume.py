@@ -11,7 +11,8 @@ from sdpo_plugin.host.checkpoint import mend_latest, name_latest
 from sdpo_plugin.testing import RunFailed
 
 FLAGS = (
-    *SDPO, *TWO_RANKS, "--rollout.deterministic", "--train.num_episodes", "3", "--ckpt.save_steps", "1",
+    *SDPO, *TWO_RANKS, "--rollout.deterministic", "--train.num_episodes", "2", "--ckpt.save_steps", "1",
+    "--rollout.batch_size", "4", "--rollout.micro_batch_size", "4", "--train.batch_size", "8",  # two steps an episode
     "--plugins", "sdpo_plugin.testing", "killer",
 )  # fmt: skip
 

@@ -83,7 +83,7 @@ class Engine(RolloutRayActor):
         if request.shown is not None:
             _own.set(kwargs["hf_tokenizer"](text, add_special_tokens=False)["input_ids"])
 
-        async def one(sample: int) -> dict[str, Any]:
+        async def seeded(sample: int) -> dict[str, Any]:
             _seed.set((*request.seed, sample))
             (response,) = await RolloutRayActor.generate_responses(self, prompt=text, num_samples=1, **kwargs)
             return response
@@ -91,7 +91,7 @@ class Engine(RolloutRayActor):
         if request.seed is None:
             responses = await super().generate_responses(prompt=text, num_samples=num_samples, **kwargs)
         else:
-            responses = await asyncio.gather(*map(one, range(num_samples)))
+            responses = await asyncio.gather(*map(seeded, range(num_samples)))
         return [{**response, REQUEST: request} for response in responses]
 
     async def generate(self, prompt_token_ids: list[int], sampling_params: Any, **kwargs: Any) -> Any:
