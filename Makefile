@@ -20,7 +20,7 @@ bench: .venv/installed
 matrix: .venv/installed
 	$(PY) -m pytest tests/matrix.py
 
-# Kills twenty runs at random moments and continues them: ten minutes.
+# Kills twenty runs at random moments and continues them: most of an hour.
 kills: .venv/installed
 	$(PY) -m pytest -s tests/kills.py
 

@@ -21,7 +21,17 @@ from typing import Any
 
 from sdpo_plugin.config import ConfigError, RepromptConfig
 
-Messages = list[dict[str, Any]] | str  # chat messages, or a prompt that was never a chat
+
+@dataclass(frozen=True)
+class FramedText:
+    """A prompt that is text, of which only a part is the user's: `--data.input_template` puts a frame around it."""
+
+    before: str
+    user: str
+    after: str
+
+
+Messages = list[dict[str, Any]] | FramedText | str  # chat messages, or a prompt that was never a chat
 
 CLOSED_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 # Only so much of the sections is tokenized at all: a megabyte of log output must not stall the controller. Text has
@@ -116,6 +126,48 @@ def context_metrics(
     return {f"self_distillation/{name}_fraction": value for name, value in metrics.items()}
 
 
+def rendered(prompt: Messages, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """The text of a prompt, a chat as the tokenizer's chat template renders it. Raises ValueError if it has none."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, FramedText):
+        return prompt.before + prompt.user + prompt.after
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the prompt is a chat, but the tokenizer has no chat template: give one to the tokenizer, or train on "
+            "plain text prompts without --data.apply_chat_template"
+        )
+    kwargs = {**(chat_template_kwargs or {}), "tokenize": False, "add_generation_prompt": True}
+    return tokenizer.apply_chat_template(prompt, **kwargs)
+
+
+def prompt_as_read(
+    prompt: Messages, ids: list[int], tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Messages:
+    """What the student read: `prompt`, or the text that an agent's `reset` put in its place.
+
+    Of such a text, the user's part is the one that takes the place of the user's in `prompt`: what stands in the frame
+    that chat template or `--data.input_template` put around it. An end of the frame that is not there is nowhere.
+
+    ids: the tokens before the first response token. All of the prompt's or, where OpenRLHF cut it on the left to make
+    room for the response, the last of them mean that the prompt was left alone.
+    """
+    original = rendered(prompt, tokenizer, chat_template_kwargs)
+    if ids == tokenizer(original, add_special_tokens=False, verbose=False)["input_ids"][-len(ids) :]:
+        return prompt
+    read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    sentinel = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in original)
+    bare = rendered(_with_user_text(prompt, sentinel), tokenizer, chat_template_kwargs)
+    before, after = bare.split(sentinel)[0], bare.split(sentinel)[-1]
+    ends, starts = read.endswith(after), read.removesuffix(after).startswith(before)
+    if original in read and not (starts and ends):
+        start, end = read.split(original, 1)
+        before, after = start + before, after + end
+    else:
+        before, after = before if starts else "", after if ends else ""
+    return FramedText(before, read[len(before) : len(read) - len(after)], after)
+
+
 def teacher_prompt_ids(
     context: TeacherContext,
     tokenizer: Any,
@@ -139,15 +191,7 @@ def teacher_prompt_ids(
     """
 
     def render(messages: Messages) -> str:
-        if isinstance(messages, str):
-            return messages
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                "the prompt is a chat, but the tokenizer has no chat template: give one to the tokenizer, or train on "
-                "plain text prompts without --data.apply_chat_template"
-            )
-        kwargs = {**(chat_template_kwargs or {}), "tokenize": False, "add_generation_prompt": True}
-        return tokenizer.apply_chat_template(messages, **kwargs)
+        return rendered(messages, tokenizer, chat_template_kwargs)
 
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -263,9 +307,15 @@ def _fill(prompt: Messages, sections: Mapping[str, str], config: RepromptConfig)
         )
     if "feedback" in sections:
         values["feedback"] = _substitute(config.feedback_template, {"feedback_raw": sections["feedback"]})
-    turn = _substitute(config.template, values)
+    return _with_user_text(prompt, _substitute(config.template, values))
+
+
+def _with_user_text(prompt: Messages, turn: str) -> Messages:
+    """`prompt` with `turn` in the place of what `_user_text` gives."""
     if isinstance(prompt, str):
         return turn
+    if isinstance(prompt, FramedText):
+        return replace(prompt, user=turn)
     content = prompt[-1]["content"]
     if isinstance(content, list):
         i = _last_text(content)
@@ -284,6 +334,8 @@ def _user_text(prompt: Messages) -> str:
     """The text of the turn the teacher's replaces. Raises ValueError where there is none."""
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, FramedText):
+        return prompt.user
     if not prompt or prompt[-1].get("role") != "user":
         role = f"its last turn is of role {prompt[-1].get('role')!r}" if prompt else "it has no turns"
         raise ValueError(f"prompt without a user turn at its end, where the teacher's context goes: {role}")

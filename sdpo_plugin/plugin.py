@@ -29,7 +29,16 @@ from sdpo_plugin.config import (
     chat_template_kwargs,
     from_namespace,
 )
-from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts, context_metrics, teacher_prompt_ids
+from sdpo_plugin.context import (
+    FramedText,
+    Messages,
+    Rollout,
+    TeacherContext,
+    build_teacher_contexts,
+    context_metrics,
+    prompt_as_read,
+    teacher_prompt_ids,
+)
 from sdpo_plugin.diagnostics import GAIN, WATCHED_SAMPLES, Watch, measure
 from sdpo_plugin.fused import Head, Scores, linear_distillation
 from sdpo_plugin.host.hookspecs import hookimpl
@@ -87,7 +96,9 @@ class SelfDistillation:
     # ── the controller: contexts for the whole batch ──
 
     @hookimpl
-    def openrlhf_dataset(self, dataset: Any, args: Any) -> None:
+    def openrlhf_dataset(self, dataset: Any, evaluation: bool, args: Any) -> None:
+        if evaluation:  # only students answer there
+            return
         for row, record in enumerate(dataset):
             messages = record[args.data.input_key]
             if isinstance(messages, list) and (not messages or messages[-1].get("role") != "user"):
@@ -104,7 +115,7 @@ class SelfDistillation:
         if not self.distill.generate_from_teacher or self.distill.weight == 0.0:
             return None
         shown = record.get(self.reprompt.privileged_key)
-        rollout = Rollout(0, prompt_messages(prompt, record, args), "", None, privileged_context=shown)
+        rollout = Rollout(0, prompt_messages(record, args), "", None, privileged_context=shown)
         (context,) = build_teacher_contexts([rollout], self.reprompt)
         ids, _ = teacher_prompt_ids(context, tokenizer, self.reprompt, chat_template_kwargs(args))
         room = args.data.max_len - (args.rollout.max_new_tokens or 1)
@@ -182,7 +193,9 @@ class SelfDistillation:
         sample, args, ids = batch.samples[i], batch.args, batch.response_ids(i)
         return Rollout(
             group=i // args.rollout.n_samples_per_prompt,
-            messages=prompt_messages(sample.prompts[0], sample.record, args),
+            messages=prompt_as_read(
+                prompt_messages(sample.record, args), batch.prompt_ids(i), batch.tokenizer, chat_template_kwargs(args)
+            ),
             response=batch.tokenizer.decode(ids, skip_special_tokens=True) if ids else None,
             reward=batch.rewards[i],
             feedback=sample.feedback,
@@ -364,12 +377,15 @@ class SelfDistillation:
                 logger.warning(warning)
 
 
-def prompt_messages(prompt: str, record: dict[str, Any], args: Any) -> list[dict[str, Any]] | str:
-    """The data-set row's chat, or the rendered prompt of data that never was one."""
-    if not args.data.apply_chat_template:
-        return str(prompt)
-    messages = record[args.data.input_key]
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+def prompt_messages(record: dict[str, Any], args: Any) -> Messages:
+    """The data-set row's chat, or its text in the frame of `--data.input_template`."""
+    prompt = record[args.data.input_key]
+    if args.data.apply_chat_template:
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not args.data.input_template:
+        return prompt
+    before, after = args.data.input_template.format("\0").split("\0")
+    return FramedText(before, prompt, after)
 
 
 def length_metrics(samples: Sequence[Any]) -> dict[str, float]:

@@ -34,9 +34,9 @@ class SDFT(SelfDistillation):
             args.reward.remote_url = os.path.abspath(no_reward.__file__)
 
     @hookimpl
-    def openrlhf_dataset(self, dataset: Any, args: Any) -> None:
-        super().openrlhf_dataset(dataset, args)
-        if args.reprompt.privileged_key not in dataset.column_names:
+    def openrlhf_dataset(self, dataset: Any, evaluation: bool, args: Any) -> None:
+        super().openrlhf_dataset(dataset, evaluation, args)
+        if not evaluation and args.reprompt.privileged_key not in dataset.column_names:
             raise ConfigError(
                 f"--reprompt.privileged_key {args.reprompt.privileged_key}: the data set has no such column; it has "
                 f"{', '.join(dataset.column_names)}"

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -113,6 +114,7 @@ class OpenRLHF:
         *flags: str,
         replay: Run | None = None,
         plain: bool = False,
+        fresh: bool = False,
         timeout: float = 300.0,
     ) -> Run:
         """Train `model` on `rows` (columns `prompt` and `label`) with the reward function in file `reward`.
@@ -123,6 +125,8 @@ class OpenRLHF:
         Args:
             replay: train on that run's recorded samples; no engine is started.
             plain: the host's own policy worker, without plugins; needs `replay`.
+            fresh: start the run as a user does, every process an interpreter of its own. Other runs are forks of one
+                process and inherit its random state and modules. Takes a minute; not with `plain`.
 
         Raises:
             RunFailed: the launcher ended with an error, or outlasted `timeout` seconds.
@@ -149,13 +153,22 @@ class OpenRLHF:
             arguments += [f"--testing.replay={replay.directory}/samples"] if replay else []
             flags += () if "--plugins" in flags else ("--plugins", "sdpo_plugin.testing")
         began, output = time.monotonic(), directory / "output.txt"
-        process = self.launchers.Process(
-            target=_launch,
-            args=([*arguments, *flags], f"{replay.directory}/samples" if plain else None, dict(os.environ), output),
-        )
-        process.start()
-        process.join(timeout)
-        status = "no end in time" if process.exitcode is None else process.exitcode
+        if fresh:
+            command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", *arguments, *flags]
+            with open(output, "w") as log:
+                process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout)
+            code = process.returncode
+        else:
+            process = self.launchers.Process(
+                target=_launch,
+                args=([*arguments, *flags], f"{replay.directory}/samples" if plain else None, dict(os.environ), output),
+            )
+            process.start()
+            process.join(timeout)
+            code = process.exitcode
+        status = "no end in time" if code is None else code
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # whatever Ray started ends with the run
         if status != 0:

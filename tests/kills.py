@@ -1,33 +1,48 @@
-"""Twenty runs, each killed at a random moment and started again: `make kills`.
+"""Twenty runs, each killed at a random moment and started again, all from fresh interpreters: `make kills`.
 
-Not part of `make test`, where runs are killed at chosen moments (test_resume.py); this takes ten minutes.
+Not part of `make test`, where runs are killed at chosen moments (test_resume.py); this takes most of an hour.
 """
 
-import contextlib
 import random
+from pathlib import Path
 
 import pytest
 from common import ROWS, SDPO, TWO_RANKS, same
 
 from sdpo_plugin.testing import RunFailed
 
-FLAGS = (*SDPO, *TWO_RANKS, "--rollout.deterministic", "--train.num_episodes", "12", "--ckpt.save_steps", "1")
+FLAGS = (
+    *SDPO, *TWO_RANKS, "--rollout.deterministic", "--train.num_episodes", "6", "--ckpt.save_steps", "1",
+    "--rollout.batch_size", "4", "--rollout.micro_batch_size", "4", "--train.batch_size", "8",  # two steps an episode
+    "--plugins", "sdpo_plugin.testing", "killer",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plugins():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        yield
 
 
 @pytest.fixture(scope="session")
 def unkilled(openrlhf, model, reward):
-    return openrlhf(model, ROWS, reward, *FLAGS)
+    return openrlhf(model, ROWS, reward, *FLAGS, fresh=True)
 
 
 @pytest.mark.parametrize("number", range(20))
 def test_a_run_killed_at_any_moment_continues(openrlhf, model, reward, unkilled, tmp_path, number):
-    moment = random.Random(number).uniform(0.35, 0.75) * unkilled.seconds  # later runs start faster than the first
-    flags = [*FLAGS, "--ckpt.path", str(tmp_path / "ckpt")]
-    with contextlib.suppress(RunFailed):  # it may have been faster
-        openrlhf(model, ROWS, reward, *flags, timeout=moment)
+    steps = sum(seconds for _, seconds in unkilled.metrics["train/timing/step_total"])
+    flags, delay = [*FLAGS, "--ckpt.path", str(tmp_path / "ckpt")], random.Random(number).uniform(0.0, steps)
+    marker = tmp_path / "killed"
+    killing = ["--killer.delay", str(delay), "--killer.marker", str(marker)]
+    try:
+        openrlhf(model, ROWS, reward, *flags, *killing, fresh=True)
+    except RunFailed:
+        assert marker.exists()  # else it was faster
     checkpoints = tmp_path / "ckpt" / "_actor"
     latest = (checkpoints / "latest").read_text() if (checkpoints / "latest").exists() else "none"
     found = sorted(path.name for path in checkpoints.glob("global_step*"))
-    resumed = openrlhf(model, ROWS, reward, *flags, "--ckpt.load_enable")
-    print(f"{number}: killed after {moment:.1f} s, latest {latest} of {found}")
+    resumed = openrlhf(model, ROWS, reward, *flags, "--ckpt.load_enable", fresh=True)
+    print(f"{number}: killed {marker.exists()}, {delay:.1f} s after the first rollout, latest {latest} of {found}")
     assert same(resumed, unkilled)

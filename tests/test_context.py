@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +28,16 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sdpo_plugin.config import ConfigError, RepromptConfig
-from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts, context_metrics, teacher_prompt_ids
+from sdpo_plugin.context import (
+    FramedText,
+    Rollout,
+    TeacherContext,
+    build_teacher_contexts,
+    context_metrics,
+    prompt_as_read,
+    rendered,
+    teacher_prompt_ids,
+)
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "teacher_context.json").read_text())
@@ -297,6 +307,20 @@ def test_content_parts_stay_parts():
     assert parts == before
 
 
+@pytest.mark.parametrize("template", ["User: {}\nAssistant:", "{{json}} {}", "A {} A", None])
+def test_the_context_goes_into_the_frame_of_the_input_template(template):
+    from sdpo_plugin.plugin import prompt_messages
+
+    for question in ("2 + 2?", "{x} {} A {prompt} {{", "\\1", ""):
+        data = SimpleNamespace(apply_chat_template=False, input_key="q", input_template=template)
+        prompt = prompt_messages({"q": question}, SimpleNamespace(data=data))
+        (context,) = build_teacher_contexts([rollout(messages=prompt, feedback="it is {4}")], SDPO)
+        turn = build_teacher_contexts([rollout(messages=question, feedback="it is {4}")], SDPO)[0].messages
+        frame = template or "{}"
+        assert rendered(prompt, None) == frame.format(question)
+        assert rendered(context.messages, None) == frame.format(turn)
+
+
 def test_a_prompt_that_was_never_a_chat():
     batch = [rollout("won", 1.0, messages="Q: {x}?\nA:"), rollout(messages="Q: {x}?\nA:")]
     contexts = build_teacher_contexts(batch, SDPO)
@@ -447,6 +471,33 @@ def test_an_inactive_context_is_the_students_prompt(tokenizers, family, messages
     context = teacher(messages=messages)
     assert not context.active
     assert teacher_prompt_ids(context, tokenizers[family], SDPO) == (plain_ids(messages, tokenizers[family]), False)
+
+
+@by_family
+def test_what_an_agent_made_of_the_prompt_is_read_with_the_context_in_the_users_part(tokenizers, family):
+    tokenizer, question = tokenizers[family], [{"role": "assistant", "content": "hi"}, *user("the answer?")]
+    chat = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    framed = FramedText("Question: ", "the answer?", "\nAnswer:")
+    for prompt, whole in ((question, chat), (framed, "Question: the answer?\nAnswer:"), ("the answer?", "the answer?")):
+        before, after = whole.split("the answer?")
+        plain = plain_ids(whole, tokenizer)
+        for left_alone in (plain, plain[2:]):  # OpenRLHF cuts what leaves no room
+            assert prompt_as_read(prompt, left_alone, tokenizer) is prompt
+        for start, text, end in (
+            (before, "the answer?", after + "the error is on line 3"),
+            ("the error is on line 3" + before, "the answer?", after),
+            (before, "the answer? the error is on line 3", after),
+            (before, "the error", after),
+            ("", "the error is on line 3", after),
+            (before, "the error is on line 3", ""),
+            ("", "the error is on line 3", ""),
+        ):
+            if whole == "the answer?":  # no frame: all of it is the user's
+                start, text, end = "", start + text + end, ""
+            read = prompt_as_read(prompt, plain_ids(start + text + end, tokenizer), tokenizer)
+            context = build_teacher_contexts([rollout(messages=read, privileged_context="42")], SDFT)[0]
+            expected = start + f"{text}\n\nA reference:\n42\n\nNow answer yourself." + end
+            assert teacher_prompt_ids(context, tokenizer, SDFT)[0] == plain_ids(expected, tokenizer)
 
 
 def test_private_use_characters_of_the_question_are_kept(tokenizers):

@@ -1,9 +1,12 @@
-"""The start-up file, the seam check and the words of reward functions, without Ray."""
+"""The start-up file, the seam check, and what reward functions and agents get and give, without Ray."""
 
 import asyncio
+import json
+import pickle
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,3 +124,72 @@ def test_no_feedback_changes_nothing(keep_words):
 
 def test_a_failure_is_kept_as_data(keep_words):
     assert "ZeroDivisionError: by zero" in keep_words(ZeroDivisionError("by zero"))["extra_logs"]["reward_failure"]
+
+
+def test_reward_functions_and_agents_are_given_plain_text():
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from openrlhf.utils.agent import AgentExecutorBase
+
+    from sdpo_plugin.host.engine import REQUEST, Engine, Prompt, Request
+
+    class Environment(AgentExecutorBase):
+        async def execute(self, prompt, label, **kwargs):
+            given.append(prompt)
+            return {"prompt": prompt.upper(), "label": label}
+
+    async def serve(**changes):
+        prompt = Prompt("say 1, say 2")
+        prompt.request = Request(dataset=1, row=7, **changes)
+        engine = object.__new__(Engine)  # without a model
+        engine.executor = Environment()
+        others = dict.fromkeys(("sampling_params", "max_length", "hf_tokenizer"))
+        return await engine.generate_responses(pickle.loads(pickle.dumps(prompt)), num_samples=2, label="l", **others)
+
+    for changes in ({}, {"seed": (1, 2)}):
+        given = []
+        responses = asyncio.run(serve(**changes))
+        # What an agent makes of its prompt is its own business; the row is known all the same.
+        assert [(r["prompt"], r["label"], r[REQUEST].row) for r in responses] == [("SAY 1, SAY 2", "l", 7)] * 2
+        for text in given:
+            for name in [name for name in dir(str) if not name.startswith("_")]:
+                assert callable(getattr(text, name)), name
+            assert type(text) is str
+            assert text == "say 1, say 2" and text[4:5] == "1" and text < "say 2" and f"{text}" == text
+            assert json.loads(json.dumps(text)) == text and type(pickle.loads(pickle.dumps(text))) is str
+        assert len(given) == 2
+
+
+def test_an_agent_that_changes_the_prompt_is_told_that_nothing_can_stand_for_it(tmp_path):
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
+    from transformers import AutoTokenizer
+
+    from sdpo_plugin.config import ConfigError
+    from sdpo_plugin.host.engine import Engine, Prompt, Request
+    from sdpo_plugin.testing import tiny_model
+
+    class Room(AgentInstanceBase):
+        def __init__(self):
+            pass
+
+        async def reset(self, states, **kwargs):
+            return {"observation": states["observation"] + " I see a door."}
+
+        async def step(self, states, **kwargs):
+            raise AssertionError("nothing was to be sampled")
+
+    async def serve():
+        prompt = Prompt("say 1")
+        prompt.request = Request(dataset=1, row=7, shown=[5, 6])
+        engine = object.__new__(Engine)  # without a model
+        engine.executor = MultiTurnAgentExecutor(Room)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model(tmp_path))
+        others = {"sampling_params": SimpleNamespace(max_tokens=8, logprobs=None), "max_length": 64}
+        await engine.generate_responses(prompt, label="", hf_tokenizer=tokenizer, **others)
+
+    with pytest.raises(ConfigError, match="generate_from_teacher True: the agent's reset"):
+        asyncio.run(serve())

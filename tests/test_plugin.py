@@ -301,4 +301,5 @@ def test_a_checkpoint_without_a_teacher_is_named(tmp_path):
 def test_prompts_without_a_user_turn_are_refused_before_training():
     rows = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": "assistant", "content": "b"}]}]
     with pytest.raises(ConfigError, match="--data.input_key prompt: row 1 has no user turn at its end"):
-        SDPO().openrlhf_dataset(rows, fake_worker().args)
+        SDPO().openrlhf_dataset(rows, False, fake_worker().args)
+    SDPO().openrlhf_dataset(rows, True, fake_worker().args)  # where no teacher reads them

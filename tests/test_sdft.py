@@ -48,9 +48,14 @@ def accuracy(model, rows) -> float:
 
 
 @pytest.mark.parametrize("prompt", ["student", "teacher"])
-def test_a_demonstrated_skill_is_learned_without_a_reward_function(openrlhf, vault, prompt):
+def test_a_demonstrated_skill_is_learned_without_a_reward_function(openrlhf, vault, prompt, tmp_path):
     model, rows = vault
-    run = openrlhf(model, rows, "", *FLAGS, *(["--distill.generate_from_teacher"] if prompt == "teacher" else []))
+    evaluation = tmp_path / "eval.jsonl"  # where nothing is demonstrated
+    evaluation.write_text("".join(json.dumps({k: row[k] for k in ("prompt", "label")}) + "\n" for row in rows))
+    flags = [*FLAGS, "--eval.dataset", str(evaluation), "--eval.steps", "70"]
+    flags += ["--distill.generate_from_teacher"] if prompt == "teacher" else []
+    run = openrlhf(model, rows, "", *flags)
+    assert "eval/eval_default_pass1" in run.metrics
     assert accuracy(model, rows) <= 0.1 and accuracy(run.directory / "model", rows) >= 0.9
     assert {reward for _, reward in run.metrics["train/reward"]} == {0.0}
 
@@ -77,4 +82,4 @@ def test_a_missing_column_is_named():
 
     rows = Rows([{"prompt": [{"role": "user", "content": "a"}]}])
     with pytest.raises(ConfigError, match="privileged_key privileged_context: the data set has no such column; it has"):
-        SDFT().openrlhf_dataset(rows, fake_worker().args)
+        SDFT().openrlhf_dataset(rows, False, fake_worker().args)

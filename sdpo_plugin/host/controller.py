@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import ray
 import torch
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
-from transformers import AutoConfig
+from transformers import AutoConfig, set_seed
 
 from sdpo_plugin.config import StopTraining, chat_template_kwargs
 from sdpo_plugin.host import manager
-from sdpo_plugin.host.engine import FAILURE, FEEDBACK, Prompt
+from sdpo_plugin.host.engine import FAILURE, FEEDBACK, REQUEST, Prompt, Request
 from sdpo_plugin.host.seams import plain_class
 from sdpo_plugin.step import ATTACHED, LOSS_MASK
 
@@ -30,8 +30,11 @@ class Records(ppo_trainer.PromptDataset):
     The host gives the chat template no arguments, so they are bound to it (`--data.chat_template_kwargs`).
     """
 
-    def __init__(self, dataset: Any, tokenizer: Any, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        manager.of(strategy.args).hook.openrlhf_dataset(dataset=dataset, args=strategy.args)
+    def __init__(
+        self, dataset: Any, tokenizer: Any, strategy: Any, *args: Any, evaluation: bool = False, **kwargs: Any
+    ) -> None:
+        hook = manager.of(strategy.args).hook
+        hook.openrlhf_dataset(dataset=dataset, evaluation=evaluation, args=strategy.args)
         render = partial(tokenizer.apply_chat_template, **chat_template_kwargs(strategy.args))
         super().__init__(dataset, SimpleNamespace(apply_chat_template=render), strategy, *args, **kwargs)
         self.tokenizer, self.rows = tokenizer, dataset
@@ -39,8 +42,14 @@ class Records(ppo_trainer.PromptDataset):
     def __getitem__(self, idx: int) -> tuple[Any, ...]:
         source, text, *rest = super().__getitem__(idx)
         prompt = Prompt(text)
-        prompt.split, prompt.row = id(self), idx
+        prompt.request = Request(id(self), idx)
         return source, prompt, *rest
+
+
+def splits() -> Callable[..., Records]:
+    """ppo_trainer.py: `PromptDataset` as `prepare_datasets` calls it, for training and then for evaluation."""
+    evaluation = iter((False, True))
+    return lambda *args, **kwargs: Records(*args, evaluation=next(evaluation), **kwargs)
 
 
 class Samples(ppo_trainer.SamplesGenerator):
@@ -60,19 +69,20 @@ class Samples(ppo_trainer.SamplesGenerator):
     def _generate_vllm(self, *args: Any, **kwargs: Any) -> tuple[list[Any], int, bool]:
         samples, consumed, exhausted = super()._generate_vllm(*args, **kwargs)
         if self.args.rollout.deterministic:  # the host keeps the order in which the engines finish
-            samples.sort(key=lambda sample: sample.prompts[0].order)
+            samples.sort(key=lambda sample: sample.order)
         return samples, consumed, exhausted
 
     def _dispatch_prompts_to_vllm(self, prompts: list[Prompt], labels: list[Any], **kwargs: Any) -> list[Any]:
         if self.args.rollout.deterministic:
-            for prompt in prompts:
+            for request in (prompt.request for prompt in prompts):
                 self.sent += 1
-                prompt.order, prompt.seed = self.sent, (self.args.train.seed, self.step, prompt.row)
+                request.order, request.seed = self.sent, (self.args.train.seed, self.step, request.row)
         if not self.evaluating:
             hook = manager.of(self.args).hook
             for prompt in prompts:
-                prompt.shown = hook.openrlhf_generation_prompt(
-                    prompt=str(prompt), record=self._record(prompt), tokenizer=self.tokenizer, args=self.args
+                record = self._record(prompt.request)
+                prompt.request.shown = hook.openrlhf_generation_prompt(
+                    prompt=str(prompt), record=record, tokenizer=self.tokenizer, args=self.args
                 )
         return super()._dispatch_prompts_to_vllm(prompts, labels, **kwargs)
 
@@ -84,15 +94,15 @@ class Samples(ppo_trainer.SamplesGenerator):
         feedback = extra_logs.pop(FEEDBACK, None)
         sample = super()._process_response_into_experience({**response, "extra_logs": extra_logs}, **kwargs)
         sample.feedback = feedback
-        sample.record = self._record(response["prompt"])
+        request = response[REQUEST]
+        sample.order, sample.record = request.order, self._record(request)
         manager.of(self.args).hook.openrlhf_sample(sample=sample, response=response, args=self.args)
         return sample
 
-    def _record(self, prompt: str) -> dict[str, Any]:
-        for loader in (self.prompts_dataloader, self.eval_dataloader):
-            if loader is not None and id(loader.dataset) == getattr(prompt, "split", None):
-                return loader.dataset.rows[prompt.row]
-        raise RuntimeError("the rollout's prompt lost its data-set row: an agent must return the prompt it was given")
+    def _record(self, request: Request) -> dict[str, Any]:
+        loaders = (loader for loader in (self.prompts_dataloader, self.eval_dataloader) if loader is not None)
+        (dataset,) = (loader.dataset for loader in loaders if id(loader.dataset) == request.dataset)
+        return dataset.rows[request.row]
 
 
 @cache
@@ -122,6 +132,11 @@ class RolloutBatch:
         for experience in experiences:
             for index, reward in zip(experience.index, experience.rewards.tolist(), strict=True):
                 self.rewards[index] = reward
+
+    def prompt_ids(self, i: int) -> list[int]:
+        """What sample i's student read before its first action: the row's prompt, or what an agent made of it."""
+        ids = self.samples[i].sequences[0].tolist()
+        return ids[: len(ids) - len(self.response_ids(i))]
 
     def response_ids(self, i: int) -> list[int]:
         """Everything after sample i's prompt: its actions and, of an agent, the observations between them.
@@ -184,11 +199,15 @@ def dealt(experiences: list[Any], ranks: int) -> list[Any]:
     return [experiences[i] for hand in hands for i in hand]
 
 
-def bind() -> None:
-    """Let the host's controllers in this process build our classes."""
-    ppo_trainer.PromptDataset = Records
+def bind(args: Any) -> None:
+    """Let the host's controllers in this process build our classes, and draw the order of prompts from `--train.seed`.
+
+    OpenRLHF seeds its policy workers in this way, but not the controller, whose data loader asks torch for a seed.
+    """
+    ppo_trainer.PromptDataset = splits()
     ppo_trainer.SamplesGenerator = ppo_trainer_async.SamplesGenerator = Samples
     ppo_trainer.RemoteExperienceMaker = Experiences
+    set_seed(args.train.seed)
 
 
 class _Metrics:
@@ -196,9 +215,9 @@ class _Metrics:
 
     stopped: StopTraining | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bind()
-        super().__init__(*args, **kwargs)
+    def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        bind(strategy.args)
+        super().__init__(pretrain, strategy, *args, **kwargs)
 
     def train_step(self, rollout_samples: Sequence[Any], global_step: int) -> tuple[dict[str, Any], int]:
         status, global_step = super().train_step(rollout_samples, global_step)
@@ -212,6 +231,8 @@ class _Metrics:
 
     def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
         client_states = {} if client_states is None else client_states
+        if client_states.get("data_loader_state_dict", {}).get("_iterator_finished"):
+            client_states["episode"] += 1  # the data loader starts a new one when it is restored
         manager.of(self.args).hook.openrlhf_save_states(states=client_states, args=self.args)
         if self.stopped is not None:
             self.args.ckpt.save_steps = 1
@@ -249,6 +270,6 @@ class AsyncController(_Metrics, plain_class(ppo_trainer_async.TrainingActor)):
 class AsyncGenerator(plain_class(ppo_trainer_async.GenerateSamplesActor)):
     """ppo_trainer_async.py: `GenerateSamplesActor`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bind()
-        super().__init__(*args, **kwargs)
+    def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        bind(strategy.args)
+        super().__init__(pretrain, strategy, *args, **kwargs)

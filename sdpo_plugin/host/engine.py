@@ -1,4 +1,4 @@
-"""The rollout engine's side: a reward function's words and failures survive the way back to the controller."""
+"""The rollout engine's side: where a sample came from and its reward function's words find the way back."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ import hashlib
 import traceback
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 
+from sdpo_plugin.config import ConfigError
 from sdpo_plugin.host.seams import plain_class
 
 # Keys of a response's `extra_logs`, the one dictionary that the host passes on as it is.
 FEEDBACK = "feedback"
 FAILURE = "reward_failure"
+REQUEST = "request"  # key of a response: the `Request` it answers
 
 Fetch = Callable[..., Awaitable[list[dict[str, Any]]]]
 
 
-# Of the request being served, per asyncio task: what to sample behind, and the length of the prompt it stands for.
+# Of the request being served, per asyncio task: what to sample behind, the prompt it stands for, and the length of what
+# OpenRLHF left of that.
 _shown: ContextVar[list[int] | None] = ContextVar("shown", default=None)
+_own: ContextVar[list[int]] = ContextVar("own")
 _replaced: ContextVar[int | None] = ContextVar("replaced", default=None)
 _seed: ContextVar[tuple[int, ...] | None] = ContextVar("seed", default=None)
 
@@ -32,21 +37,31 @@ def number_of(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-class Prompt(str):
-    """A prompt's text that remembers its data-set row. The engines pass prompts through and echo them.
+@dataclass
+class Request:
+    """What the controller must know of a sample again, and how an engine is to sample it.
 
     Attributes:
-        split, row: where the row is.
-        shown: token ids to sample behind in place of this prompt's own, or None.
+        dataset, row: `id` of the data set in the controller's process, and the row of the prompt in it.
+        shown: token ids to sample behind in place of the prompt's own, or None.
         seed: numbers that a sample's own seed is made of, or None (`--rollout.deterministic`).
         order: position among the prompts sent out so far.
     """
 
-    split: int
+    dataset: int
     row: int
     shown: list[int] | None = None
     seed: tuple[int, ...] | None = None
     order: int = 0
+
+
+class Prompt(str):
+    """A prompt's text on its way to an engine, with its `Request`: OpenRLHF passes nothing else on from a data set.
+
+    Reward functions and agents are given the text alone, a plain `str`.
+    """
+
+    request: Request
 
 
 RolloutRayActor = plain_class(vllm_engine.RolloutRayActor)
@@ -62,22 +77,31 @@ class Engine(RolloutRayActor):
                 setattr(self.executor, name, keep_words(getattr(self.executor, name)))
         self.alone = asyncio.Lock()
 
-    async def generate_responses(self, prompt: str, num_samples: int = 1, **kwargs: Any) -> list[dict[str, Any]]:
-        _shown.set(getattr(prompt, "shown", None))
-        seed = getattr(prompt, "seed", None)
-        if seed is None:
-            return await super().generate_responses(prompt=prompt, num_samples=num_samples, **kwargs)
+    async def generate_responses(self, prompt: Prompt, num_samples: int = 1, **kwargs: Any) -> list[dict[str, Any]]:
+        text, request = str(prompt), prompt.request
+        _shown.set(request.shown)
+        if request.shown is not None:
+            _own.set(kwargs["hf_tokenizer"](text, add_special_tokens=False)["input_ids"])
 
-        async def one(sample: int) -> dict[str, Any]:
-            _seed.set((*seed, sample))
-            (response,) = await RolloutRayActor.generate_responses(self, prompt=prompt, num_samples=1, **kwargs)
+        async def seeded(sample: int) -> dict[str, Any]:
+            _seed.set((*request.seed, sample))
+            (response,) = await RolloutRayActor.generate_responses(self, prompt=text, num_samples=1, **kwargs)
             return response
 
-        return await asyncio.gather(*map(one, range(num_samples)))
+        if request.seed is None:
+            responses = await super().generate_responses(prompt=text, num_samples=num_samples, **kwargs)
+        else:
+            responses = await asyncio.gather(*map(seeded, range(num_samples)))
+        return [{**response, REQUEST: request} for response in responses]
 
     async def generate(self, prompt_token_ids: list[int], sampling_params: Any, **kwargs: Any) -> Any:
         if (shown := _shown.get()) is not None:
             if _replaced.get() is None:
+                if prompt_token_ids != _own.get()[-len(prompt_token_ids) :]:
+                    raise ConfigError(
+                        "--distill.generate_from_teacher True: the agent's reset() returned another observation than "
+                        "the prompt, which the teacher's prompt stands for; leave out one of the two"
+                    )
                 _replaced.set(len(prompt_token_ids))  # an agent's later turns come behind the same prompt
             prompt_token_ids = [*shown, *prompt_token_ids[_replaced.get() :]]
         if (seed := _seed.get()) is None:

@@ -46,8 +46,11 @@ def openrlhf_configure(args: Any) -> None:
 
 
 @hookspec
-def openrlhf_dataset(dataset: Any, args: Any) -> None:
-    """A split was loaded (`datasets.Dataset`, every column there). Raise `ConfigError` if it cannot serve."""
+def openrlhf_dataset(dataset: Any, evaluation: bool, args: Any) -> None:
+    """A split was loaded (`datasets.Dataset`, every column there). Raise `ConfigError` if it cannot serve.
+
+    `evaluation`: it is the one of `--eval.dataset`, which nothing is trained on.
+    """
 
 
 @hookspec(firstresult=True)
