@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -41,6 +43,37 @@ def latest_withheld(engine: Any) -> Iterator[None]:
         del engine.save_checkpoint
 
 
+@contextmanager
+def all_kept(args: Any) -> Iterator[int]:
+    """While the host saves a checkpoint it deletes none; yields `--ckpt.max_num`, for `prune` afterwards.
+
+    The host makes room before it saves: killed in that save, a run with `--ckpt.max_num 1` has nothing left.
+    """
+    max_num = args.ckpt.max_num
+    args.ckpt.max_num = sys.maxsize
+    try:
+        yield max_num
+    finally:
+        args.ckpt.max_num = max_num
+
+
+def prune(directory: str, max_num: int, tag: str, metric_of: Callable[[str], float | None]) -> None:
+    """Delete all but `max_num` checkpoints, `tag` being the newest of them, in the host's order.
+
+    Those without a metric go first, then those with the worst, then the oldest. Best ones stay and do not count.
+    """
+
+    def order(path: str) -> tuple[bool, float, float]:
+        metric = metric_of(path)
+        return metric is not None, metric or 0.0, os.path.getmtime(path)
+
+    found = {path.rstrip(os.sep) for path in glob.glob(os.path.join(directory, "*", ""))}
+    regular = [path for path in found if not os.path.basename(path).startswith("best")]
+    others = sorted(set(regular) - {os.path.join(directory, tag)}, key=order)
+    for path in others[: max(len(regular) - max_num, 0)]:
+        shutil.rmtree(path)
+
+
 def name_latest(directory: str, tag: str) -> None:
     """Mark `directory/tag` as whole, and as the checkpoint to resume from."""
     open(os.path.join(directory, tag, WHOLE), "w").close()
@@ -55,8 +88,8 @@ def name_latest(directory: str, tag: str) -> None:
 def mend_latest(directory: str) -> None:
     """Let `latest` name the newest whole checkpoint where what it names is gone.
 
-    Before it saves, the host deletes the checkpoint with the worst metric, be it the one to resume from; a run killed
-    during that save has only older ones left.
+    The host deletes the checkpoint with the worst metric, be it the one to resume from, before it saves with too little
+    room (`--ckpt.max_mem`); a run killed during that save has only older ones left.
     """
     try:
         with open(os.path.join(directory, "latest")) as file:
