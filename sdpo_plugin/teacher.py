@@ -167,7 +167,7 @@ class EmaTeacher(Teacher):
         rest.add_(leading.sub_(image.to(device)))
         if rest is not kept:
             kept.copy_(rest)
-        return difference.norm().to(student.device)
+        return difference.norm()
 
     def metrics(self) -> dict[str, float]:
         """`ema_distance`: of student and teacher, relative to the student's norm, on this rank's part of both."""

@@ -55,7 +55,7 @@ def test_a_weight_that_the_engine_refuses_ends_the_run(openrlhf, model, reward, 
     with pytest.raises(RunFailed, match=rf"^(?!no end in time)[\s\S]*{said}"):
         openrlhf(
             model, ROWS, reward, *SDPO, "--refused.dtype", dtype, "--plugins", "sdpo_plugin.testing", "refused",
-            timeout=120,
+            timeout=90,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 RANDOM_STATE = "random_state_rank{rank}.pt"
+OPTIMIZER_SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # `--actor.adam.*`, `--actor.muon.momentum`
 WHOLE = "whole"  # an empty file in a checkpoint that was written to its end
 
 
@@ -30,6 +31,26 @@ def load_random_state(directory: str, rank: int) -> None:
         torch.set_rng_state(state["cpu"])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
+
+
+def flags_win(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The host's `load_ckpt`, after which the optimizer's settings are the flags', where DeepSpeed restores the old.
+
+    The schedule of the learning rate goes on where it was, towards and from the peak that is given now.
+    """
+
+    def call(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        scheduler = engine.lr_scheduler
+        given = [{name: g[name] for name in OPTIMIZER_SETTINGS if name in g} for g in engine.optimizer.param_groups]
+        peaks = list(scheduler.base_lrs)
+        result = load(engine, *args, **kwargs)
+        groups = engine.optimizer.param_groups
+        for group, settings, peak, share in zip(groups, given, peaks, scheduler.lr_lambdas, strict=True):
+            group.update(settings, initial_lr=peak, lr=peak * share(scheduler.last_epoch))
+        scheduler.base_lrs, scheduler._last_lr = peaks, [group["lr"] for group in groups]
+        return result
+
+    return call
 
 
 @contextmanager

@@ -174,6 +174,7 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
         _bind(partial(self.hook.openrlhf_model, args=self.args))
         if self.args.ckpt.load_enable:
             checkpoint.mend_latest(os.path.join(self.args.ckpt.path, "_actor"))
+            strategy.load_ckpt = checkpoint.flags_win(strategy.load_ckpt)
         super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
         self.trainer.worker = self
         self.masters = MasterWeights(self.actor.model)
