@@ -121,8 +121,9 @@ class TeacherConfig(Group):
             self.in_unit_interval("update_rate")
             if self.update_rate == 0.0:
                 self.fail("update_rate", "this teacher would never move; give --teacher.kind base")
-            if self.update_rate == 1.0:
-                self.fail("update_rate", "this teacher would be the student; give --teacher.kind live")
+            if self.update_rate == 1.0 and (self.kind == "trust_region" or self.sync_steps == 1):
+                copies = ", or --teacher.sync_steps above 1 for a copy every so many steps" * (self.kind == "ema")
+                self.fail("update_rate", f"this teacher would be the student; give --teacher.kind live{copies}")
 
 
 @dataclass(frozen=True)

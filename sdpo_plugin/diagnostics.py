@@ -63,12 +63,13 @@ class Watch:
         self.consecutive: dict[str, int] = {}
         self.first: list[float] = []  # context gains
         self.last: list[float] = []
-        self.rate: float | None = None
+        self.rate: float | None = None  # what `slowed` found
+        self.given: float | None = None  # --teacher.update_rate, when it did
         self.lengths: list[float] = []
 
     def state(self) -> dict[str, Any]:
         """What a restart must not begin anew, in plain values."""
-        kept = ("steps", "consecutive", "first", "last", "rate", "lengths")
+        kept = ("steps", "consecutive", "first", "last", "rate", "given", "lengths")
         return copy.deepcopy({name: getattr(self, name) for name in kept})
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -147,8 +148,12 @@ class Watch:
         """
         left = min(max((self.share(self.last[-1:]) - STANDSTILL) / (1.0 - STANDSTILL), 0.0), 1.0)
         floor = rate / 1000  # to come back from
-        self.rate = max(min(rate * left**2, RECOVERY * (self.rate or rate)), floor)
+        self.rate, self.given = max(min(rate * left**2, RECOVERY * self.in_use(rate)), floor), rate
         return self.rate
+
+    def in_use(self, rate: float) -> float:
+        """What `slowed` found, but where the flag says something else than it did then, the flag's."""
+        return rate if self.rate is None or rate != self.given else self.rate
 
     def _counted(self, name: str, present: bool, text: str) -> list[str]:
         looks = self.consecutive[name] = self.consecutive.get(name, 0) + 1 if present else 0

@@ -159,14 +159,16 @@ class SelfDistillation:
 
     def _watch(self, batch: Any, rollouts: list[Rollout], contexts: list[TeacherContext]) -> None:
         watch = self._watcher()
-        if not watch.due():
+        due = watch.due()
+        if self.diagnostics.guard == "slow" and self.teacher_config.kind == "ema":
+            given = self.teacher_config.update_rate
+            rate = torch.tensor(watch.slowed(given) if due else watch.in_use(given), dtype=torch.float64)
+            batch.attach("update_rate", [rate] * len(rollouts))
+        if not due:
             return
         threshold = self.reprompt.success_threshold
         failed = [rollout.reward is None or rollout.reward < threshold for rollout in rollouts]
         batch.attach("failed", [torch.tensor(f) for f in failed])
-        if self.diagnostics.guard == "slow" and self.teacher_config.kind == "ema":
-            rate = torch.tensor(watch.slowed(self.teacher_config.update_rate), dtype=torch.float64)
-            batch.attach("update_rate", [rate] * len(rollouts))
         lengths = [int(sample.action_mask.sum()) for sample in batch.samples]
         batch.metrics[PREFIX + "response_length_drift"] = watch.drift(sum(lengths) / len(lengths))
         left_out = sum(bool(sample.truncated) for sample in batch.samples) if self.distill.mask_truncated else 0

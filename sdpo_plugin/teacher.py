@@ -11,17 +11,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy
 import torch
 
 from sdpo_plugin.config import ConfigError, TeacherConfig
 from sdpo_plugin.fused import Head
 
-STATE = "teacher_rank{rank}.pt"
+STATE = "teacher_rank{rank}.pt"  # where each parameter's values are in the file beside it
+VALUES = ".float64"
+# The largest tensor that is made, beside what stays: for updates, checkpoints and the exchange of an average.
+PIECE_BYTES = 256 * 2**20
+
+
+def pieces(numel: int, element_bytes: int = 8) -> Iterator[slice]:
+    """`range(numel)` in slices whose elements (float64, if nothing else is said) fill at most `PIECE_BYTES`."""
+    length = max(PIECE_BYTES // element_bytes, 1)
+    return (slice(start, min(start + length, numel)) for start in range(0, numel, length))
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """This rank's part of one parameter's fp32 master weight: elements `start : start + values.numel()`."""
+    """This rank's part of one parameter's fp32 master weight: elements `start : start + len(values)`, no copy."""
 
     start: int
     values: torch.Tensor
@@ -113,6 +123,8 @@ class EmaTeacher(Teacher):
     A bf16 average loses most of the student's motion at the learning rates in use, and the last digits of an fp32 one
     are some 1e-4 of it (docs/design.md). Here the teacher's low-precision weights, which exist anyway, are the leading
     digits, and an fp32 remainder, sharded over the ranks like the weights it follows, holds the rest.
+
+    Everything is done in pieces of at most `PIECE_BYTES`.
     """
 
     def __init__(self, model: Model, worker: Any, config: TeacherConfig) -> None:
@@ -120,7 +132,14 @@ class EmaTeacher(Teacher):
         self.worker, self.config = worker, config
         self.steps, self.rate, self.distance = 0, config.update_rate, 0.0
         self.rest: dict[str, torch.Tensor] = {}
-        self._set({name: fragment.values for name, fragment in worker.masters.fragments().items()})
+        images = worker.images(model)
+        for name, fragment in worker.masters.fragments().items():
+            device = torch.device("cpu") if config.offload else fragment.values.device
+            pinned = config.offload and fragment.values.is_cuda
+            self.rest[name] = rest = torch.empty(len(fragment.values), device=device, pin_memory=pinned)
+            for piece in pieces(len(rest)):
+                self._write(images[name][piece], rest[piece], fragment.values[piece].double())
+        worker.publish(model)
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
@@ -129,62 +148,67 @@ class EmaTeacher(Teacher):
             return
         images = self.worker.images(self.model)
         ahead, norm = [], []
-        for name, student in self.worker.masters.fragments().items():
-            device = student.values.device
-            image, rest = images[name], self.rest[name].to(device)
-            # All differences are of numbers close to each other, so float32 has digits enough for them.
-            leading = image.to(device, torch.float32, copy=True)
-            difference = (student.values - leading).sub_(rest)
-            rest.add_(difference, alpha=self.rate)
-            image.copy_(leading + rest)
-            rest.add_(leading.sub_(image.to(device)))
-            if rest is not self.rest[name]:
-                self.rest[name].copy_(rest)
-            ahead.append(difference.norm())
-            norm.append(student.values.norm())
+        for name, fragment in self.worker.masters.fragments().items():
+            for piece in pieces(len(fragment.values)):
+                student = fragment.values[piece]
+                ahead.append(self._follow(images[name][piece], self.rest[name][piece], student))
+                norm.append(student.norm())
         self.worker.publish(self.model)
-        self.distance = float((1.0 - self.rate) * torch.stack(ahead).norm() / torch.stack(norm).norm())
+        # A rank may have nothing: DeepSpeed pads what it cannot divide.
+        self.distance = float((1.0 - self.rate) * torch.stack(ahead).norm() / torch.stack(norm).norm()) if norm else 0.0
+
+    def _follow(self, image: torch.Tensor, kept: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        """Move a piece of the average, its two parts given, by the rate; how far the student was ahead of it."""
+        device = image.device if student.device.type == "cpu" else student.device  # the fast one, if there are two
+        rest, student = kept.to(device), student.to(device)
+        # All differences are of numbers close to each other, so float32 has digits enough for them.
+        leading = image.to(device, torch.float32, copy=True)
+        difference = (student - leading).sub_(rest)
+        rest.add_(difference, alpha=self.rate)
+        image.copy_(leading + rest)
+        rest.add_(leading.sub_(image.to(device)))
+        if rest is not kept:
+            kept.copy_(rest)
+        return difference.norm()
 
     def metrics(self) -> dict[str, float]:
         """`ema_distance`: of student and teacher, relative to the student's norm, on this rank's part of both."""
         return {"teacher/ema_distance": self.distance, "teacher/update_rate": self.rate}
 
-    def average(self) -> dict[str, torch.Tensor]:
-        """This rank's part of the average in float64, laid out like `masters.fragments()`."""
+    def average(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's part of the average, laid out like `masters.fragments()`: name and float64 values, in pieces."""
         images = self.worker.images(self.model)
-        return {name: images[name].double() + rest.to(images[name].device).double() for name, rest in self.rest.items()}
+        for name, rest in self.rest.items():
+            for piece in pieces(len(rest)):
+                image = images[name][piece]
+                yield name, image.double() + rest[piece].to(image.device).double()
 
-    def _write(self, name: str, image: torch.Tensor, values: torch.Tensor) -> None:
+    def _write(self, image: torch.Tensor, rest: torch.Tensor, values: torch.Tensor) -> None:
+        """Set a piece of the average, its two parts given, to float64 values."""
         image.copy_(values)
-        rest = (values - image.to(values.device).double()).float()
-        if name in self.rest:
-            self.rest[name].copy_(rest)
-        else:
-            self.rest[name] = rest.cpu().pin_memory() if self.config.offload and rest.is_cuda else rest
-
-    @torch.no_grad()
-    def _set(self, average: dict[str, torch.Tensor]) -> None:
-        images = self.worker.images(self.model)
-        for name, values in average.items():
-            self._write(name, images[name], values.double())
-        self.worker.publish(self.model)
+        rest.copy_(values - image.to(values.device).double())
 
     def save(self, directory: str) -> None:
-        starts = {name: fragment.start for name, fragment in self.worker.masters.fragments().items()}
-        average = {name: (starts[name], values.cpu()) for name, values in self.average().items()}
+        places, position = {}, 0
+        for name, fragment in self.worker.masters.fragments().items():
+            places[name] = (fragment.start, len(fragment.values), position)
+            position += len(fragment.values)
         path = os.path.join(directory, STATE.format(rank=self.worker.rank))
-        state = {"steps": self.steps, "rate": self.rate, "ranks": self.worker.ranks, "average": average}
+        with open(path + VALUES, "wb") as file:
+            for _, values in self.average():
+                values.cpu().numpy().tofile(file)
+        state = {"steps": self.steps, "ranks": self.worker.ranks, "average": places}
         torch.save(state, path + ".tmp")
         os.replace(path + ".tmp", path)  # a killed run leaves either no file or a whole one
 
+    @torch.no_grad()
     def load(self, directory: str) -> None:
         """Fill this rank's part from the files of all ranks, however many there were.
 
         Raises:
             FileNotFoundError: the checkpoint holds no teacher; it was written without `--teacher.kind ema`.
         """
-        average = self.average()
-        starts = {name: fragment.start for name, fragment in self.worker.masters.fragments().items()}
+        images, fragments = self.worker.images(self.model), self.worker.masters.fragments()
         rank, ranks = 0, 1
         while rank < ranks:
             path = os.path.join(directory, STATE.format(rank=rank))
@@ -194,17 +218,17 @@ class EmaTeacher(Teacher):
                     "without --teacher.kind ema; resume with the teacher it was trained with"
                 )
             saved = torch.load(path, weights_only=True)
-            self.steps, self.rate, ranks = saved["steps"], saved["rate"], saved["ranks"]
-            for name, (start, values) in saved["average"].items():
-                if name in average:
-                    _copy_overlap(average[name], starts[name], values, start)
+            self.steps, ranks = saved["steps"], saved["ranks"]
+            for name in fragments.keys() & saved["average"].keys():
+                mine, (start, numel, position) = fragments[name], saved["average"][name]
+                begin = max(mine.start, start)
+                shared = min(mine.start + len(mine.values), start + numel) - begin
+                for piece in pieces(shared):
+                    values = numpy.fromfile(
+                        path + VALUES, numpy.float64, piece.stop - piece.start,
+                        offset=8 * (position + begin - start + piece.start),
+                    )  # fmt: skip
+                    here = slice(begin - mine.start + piece.start, begin - mine.start + piece.stop)
+                    self._write(images[name][here], self.rest[name][here], torch.from_numpy(values))
             rank += 1
-        self._set(average)
-
-
-def _copy_overlap(into: torch.Tensor, into_start: int, values: torch.Tensor, start: int) -> None:
-    """Copy what two parts of one parameter, each from its element `start` on, share."""
-    begin = max(into_start, start)
-    end = min(into_start + into.numel(), start + values.numel())
-    if begin < end:
-        into[begin - into_start : end - into_start] = values[begin - start : end - start]
+        self.worker.publish(self.model)

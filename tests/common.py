@@ -2,6 +2,8 @@
 
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 REWARD = '''
 import torch
@@ -33,3 +35,19 @@ def adapter(run) -> dict[str, torch.Tensor]:
     """A LoRA run's final adapter; the host saves it as a pickle under ZeRO-3."""
     file = run.directory / "model" / "adapter_model.bin"
     return torch.load(file) if file.exists() else load_file(file.with_suffix(".safetensors"))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor made while active; views of others are none."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def storages(tree):
+            leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+            return {leaf.untyped_storage().data_ptr(): leaf.nbytes for leaf in leaves}
+
+        result = function(*args, **(kwargs or {}))
+        known = storages((args, kwargs))
+        self.bytes = max([self.bytes, *(size for at, size in storages(result).items() if at not in known)])
+        return result

@@ -1,5 +1,7 @@
 """The real host on CPU: Ray, vLLM, DeepSpeed, weight sync. What is asserted are weights, tokens and metrics."""
 
+from pathlib import Path
+
 import pytest
 from common import ROWS, SDPO, ZERO, motion, same
 
@@ -44,6 +46,16 @@ def test_distillation_acts_on_the_weights_and_weight_0_is_the_host(replay, recor
     assert not same(distilled, host)
     assert motion(distilled, initial) > 0 and motion(host, initial) > 0
     assert not any(tag.startswith("train/self_distillation") for tag in without.metrics)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", "unheard_of"), ("float32", "mismatch dtype: src torch.fl")])
+def test_a_weight_that_the_engine_refuses_ends_the_run(openrlhf, model, reward, monkeypatch, dtype, said):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with pytest.raises(RunFailed, match=rf"^(?!no end in time)[\s\S]*{said}"):
+        openrlhf(
+            model, ROWS, reward, *SDPO, "--refused.dtype", dtype, "--plugins", "sdpo_plugin.testing", "refused",
+            timeout=90,
+        )  # fmt: skip
 
 
 def test_hybrid_is_neither_of_its_parts(replay, recorded):

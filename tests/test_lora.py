@@ -47,3 +47,9 @@ def test_teachers_are_adapters(replay, stage):
     losses = {kind: [v for _, v in run.metrics["train/self_distillation/loss"]] for kind, run in runs.items()}
     assert all(first == pytest.approx(losses["base"][0], rel=1e-3) for first, _ in losses.values())
     assert len({second for _, second in losses.values()}) == 4
+
+
+def test_openrlhf_s_own_average_beside_lora(replay):
+    """--train.enable_ema builds a second model, without adapters."""
+    run = replay(*SDPO, *LORA, "--train.enable_ema")
+    assert run

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdpo_plugin.config import ConfigError, DistillConfig, TeacherConfig
+from sdpo_plugin.config import ConfigError, DistillConfig
 from sdpo_plugin.loss import per_token_loss
 from sdpo_plugin.plugin import teacher_inputs
 from sdpo_plugin.sdpo import SDPO
 from sdpo_plugin.step import NEEDS, combined_needs
-from sdpo_plugin.teacher import EmaTeacher, Fragment
 from sdpo_plugin.testing import fake_worker
 
 # Prompts of 2, 3 and 1 tokens; the second sample is an agent's: two actions, an observation (9, 9), one action.
@@ -255,41 +254,6 @@ def test_teachers_follow_the_student(kind, follows):
         worker.actor.mix.weight += 1.0
     plugin.openrlhf_optimizer_step(worker)
     torch.testing.assert_close(plugin.teacher.model.mix.weight, start + follows)
-
-
-def test_ema_waits_for_sync_steps():
-    worker = fake_worker(teacher={"sync_steps": 3, "update_rate": 0.5})
-    plugin = algorithm(worker)
-    start = worker.actor.mix.weight.detach().clone()
-    worker.actor.mix.weight.data += 1.0
-    moved = []
-    for _ in range(6):
-        plugin.openrlhf_optimizer_step(worker)
-        moved.append((plugin.teacher.model.mix.weight - start).mean().item())
-    assert moved == pytest.approx([0.0, 0.0, 0.5, 0.5, 0.5, 0.75])
-
-
-def test_ema_state_survives_a_change_of_ranks(tmp_path):
-    """Saved by two ranks with half of every parameter each, read by one."""
-    config = TeacherConfig(update_rate=0.5)
-    expected = {}
-    for rank in (0, 1):
-        half = fake_worker()
-        half.rank, half.ranks = rank, 2
-        teacher = EmaTeacher(half.teacher_model(False, True), half, config)
-        whole, parts = teacher.average(), {}
-        for name, values in whole.items():
-            middle = values.numel() // 2
-            parts[name] = (middle, values[middle:] + 3.0) if rank else (0, values[:middle] + 3.0)
-            expected[name] = values + 3.0
-        teacher.average = lambda parts=parts: {name: values for name, (_, values) in parts.items()}
-        half.fragments = lambda parts=parts: {name: Fragment(*part) for name, part in parts.items()}
-        teacher.save(str(tmp_path))
-    worker = fake_worker()
-    teacher = EmaTeacher(worker.teacher_model(False, True), worker, config)
-    teacher.load(str(tmp_path))
-    for name, values in teacher.average().items():
-        torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-12)
 
 
 def test_a_checkpoint_without_a_teacher_is_named(tmp_path):

@@ -7,13 +7,13 @@ import torch
 from common import ROWS, SDPO, TWO_RANKS, same
 from killer import POINTS
 
-from sdpo_plugin.host.checkpoint import mend_latest, name_latest
+from sdpo_plugin.host.checkpoint import mend_latest, name_latest, prune
 from sdpo_plugin.testing import RunFailed
 
 FLAGS = (
     *SDPO, *TWO_RANKS, "--rollout.deterministic", "--train.num_episodes", "2", "--ckpt.save_steps", "1",
     "--rollout.batch_size", "4", "--rollout.micro_batch_size", "4", "--train.batch_size", "8",  # two steps an episode
-    "--plugins", "sdpo_plugin.testing", "killer",
+    "--ckpt.max_num", "1", "--plugins", "sdpo_plugin.testing", "killer",
 )  # fmt: skip
 
 
@@ -78,3 +78,13 @@ def test_latest_names_a_whole_checkpoint(tmp_path):
     mend_latest(str(tmp_path))
     assert (tmp_path / "latest").read_text() == "global_step1"
     mend_latest(str(tmp_path / "nothing there"))
+
+
+def test_the_newest_checkpoint_is_never_pruned_and_best_ones_do_not_count(tmp_path):
+    """In the host's order: without a metric first, then the worst."""
+    metrics = {"global_step1": 0.9, "global_step2": 0.1, "global_step3": None, "global_step4": 0.0, "best_step1": 0.9}
+    for tag in metrics:
+        (tmp_path / tag).mkdir()
+    for max_num, left in ((3, {"1", "2", "4"}), (2, {"1", "4"}), (1, {"4"})):
+        prune(str(tmp_path), max_num, "global_step4", lambda path: metrics[Path(path).name])
+        assert {path.name for path in tmp_path.iterdir()} == {f"global_step{i}" for i in left} | {"best_step1"}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 RANDOM_STATE = "random_state_rank{rank}.pt"
+OPTIMIZER_SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # `--actor.adam.*`, `--actor.muon.momentum`
 WHOLE = "whole"  # an empty file in a checkpoint that was written to its end
 
 
@@ -30,6 +33,26 @@ def load_random_state(directory: str, rank: int) -> None:
             torch.cuda.set_rng_state(state["cuda"])
 
 
+def flags_win(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The host's `load_ckpt`, after which the optimizer's settings are the flags', where DeepSpeed restores the old.
+
+    The schedule of the learning rate goes on where it was, towards and from the peak that is given now.
+    """
+
+    def call(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        scheduler = engine.lr_scheduler
+        given = [{name: g[name] for name in OPTIMIZER_SETTINGS if name in g} for g in engine.optimizer.param_groups]
+        peaks = list(scheduler.base_lrs)
+        result = load(engine, *args, **kwargs)
+        groups = engine.optimizer.param_groups
+        for group, settings, peak, share in zip(groups, given, peaks, scheduler.lr_lambdas, strict=True):
+            group.update(settings, initial_lr=peak, lr=peak * share(scheduler.last_epoch))
+        scheduler.base_lrs, scheduler._last_lr = peaks, [group["lr"] for group in groups]
+        return result
+
+    return call
+
+
 @contextmanager
 def latest_withheld(engine: Any) -> Iterator[None]:
     """DeepSpeed's `save_checkpoint` without the file that names it the latest."""
@@ -39,6 +62,37 @@ def latest_withheld(engine: Any) -> Iterator[None]:
         yield
     finally:
         del engine.save_checkpoint
+
+
+@contextmanager
+def all_kept(args: Any) -> Iterator[int]:
+    """While the host saves a checkpoint it deletes none; yields `--ckpt.max_num`, for `prune` afterwards.
+
+    The host makes room before it saves: killed in that save, a run with `--ckpt.max_num 1` has nothing left.
+    """
+    max_num = args.ckpt.max_num
+    args.ckpt.max_num = sys.maxsize
+    try:
+        yield max_num
+    finally:
+        args.ckpt.max_num = max_num
+
+
+def prune(directory: str, max_num: int, tag: str, metric_of: Callable[[str], float | None]) -> None:
+    """Delete all but `max_num` checkpoints, `tag` being the newest of them, in the host's order.
+
+    Those without a metric go first, then those with the worst, then the oldest. Best ones stay and do not count.
+    """
+
+    def order(path: str) -> tuple[bool, float, float]:
+        metric = metric_of(path)
+        return metric is not None, metric or 0.0, os.path.getmtime(path)
+
+    found = {path.rstrip(os.sep) for path in glob.glob(os.path.join(directory, "*", ""))}
+    regular = [path for path in found if not os.path.basename(path).startswith("best")]
+    others = sorted(set(regular) - {os.path.join(directory, tag)}, key=order)
+    for path in others[: max(len(regular) - max_num, 0)]:
+        shutil.rmtree(path)
 
 
 def name_latest(directory: str, tag: str) -> None:
@@ -55,8 +109,8 @@ def name_latest(directory: str, tag: str) -> None:
 def mend_latest(directory: str) -> None:
     """Let `latest` name the newest whole checkpoint where what it names is gone.
 
-    Before it saves, the host deletes the checkpoint with the worst metric, be it the one to resume from; a run killed
-    during that save has only older ones left.
+    The host deletes the checkpoint with the worst metric, be it the one to resume from, before it saves with too little
+    room (`--ckpt.max_mem`); a run killed during that save has only older ones left.
     """
     try:
         with open(os.path.join(directory, "latest")) as file:

@@ -183,8 +183,10 @@ class _GlooGroup:
 
         store = TCPStore(host, port, world_size, is_master=rank == 0)
         self.group = ProcessGroupGloo(store, rank, world_size)
+        self.broadcasts = 0
 
     def broadcast(self, tensor: Any, src: int, stream: Any = None) -> None:
+        self.broadcasts += 1
         self.group.broadcast(tensor, src).wait()
 
 
@@ -196,6 +198,7 @@ def _sync_weights_through_gloo(module: Any) -> None:
 
 
 def _receive_weights_on_cpu(module: Any) -> None:
+    import torch
     from torch.overrides import TorchFunctionMode
 
     class CudaMeansCpu(TorchFunctionMode):
@@ -207,9 +210,15 @@ def _receive_weights_on_cpu(module: Any) -> None:
 
     update_weight = module.WorkerWrap.update_weight
 
-    def update_weight_on_cpu(self, *args, **kwargs):
-        with CudaMeansCpu():
-            return update_weight(self, *args, **kwargs)
+    def update_weight_on_cpu(self, name, dtype, shape, *rest):
+        group = self._model_update_group
+        before = group.broadcasts
+        try:
+            with CudaMeansCpu():
+                return update_weight(self, name, dtype, shape, *rest)
+        finally:
+            if group.broadcasts == before:  # refused at once: the trainer waits here, and hears of it afterwards
+                group.broadcast(torch.empty(shape, dtype=dtype), src=0)
 
     module.WorkerWrap.update_weight = update_weight_on_cpu
 

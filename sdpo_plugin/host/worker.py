@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from sdpo_plugin.host import checkpoint, lora, manager
 from sdpo_plugin.host.actor import PolicyActor
+from sdpo_plugin.host.offload import OffloadedActor
 from sdpo_plugin.host.seams import plain_class
 from sdpo_plugin.host.zero import MasterWeights, images, publish
 from sdpo_plugin.step import ATTACHED, LOSS_MASK, PolicyStep, loss_mask, undifferentiable
-from sdpo_plugin.teacher import Fragment
 
 
 def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
@@ -101,6 +101,8 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
 
     def broadcast_to_vllm(self) -> None:
         """Of a LoRA model the engines get merged weights, under the names they know."""
+        if self.vllm_engines is None:
+            return  # the host asks for it on a restart, engines or not
         actor = self.actor
         if not isinstance(actor.model.module, lora.PeftModel):
             return super().broadcast_to_vllm()
@@ -173,6 +175,7 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
         _bind(partial(self.hook.openrlhf_model, args=self.args))
         if self.args.ckpt.load_enable:
             checkpoint.mend_latest(os.path.join(self.args.ckpt.path, "_actor"))
+            strategy.load_ckpt = checkpoint.flags_win(strategy.load_ckpt)
         super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
         self.trainer.worker = self
         self.masters = MasterWeights(self.actor.model)
@@ -192,7 +195,8 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
             return lora.AdapterView(self.actor, lora.TEACHER if follows else None)
         # As the host builds its reference model.
         ds_config = self.strategy.get_ds_eval_config(offload=offload)
-        actor = PolicyActor(self.pretrain, **{**self.actor.built_with, "ds_config": ds_config})
+        kind = OffloadedActor if offload and self.args.ds.zero_stage < 3 else PolicyActor
+        actor = kind(self.pretrain, **{**self.actor.built_with, "ds_config": ds_config})
         actor._offload = offload
         actor = self.strategy.prepare(actor)
         actor.eval()
@@ -209,26 +213,22 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
 
     def images(self, model: PolicyActor | lora.AdapterView) -> dict[str, torch.Tensor]:
         """This rank's part of a `teacher_model`'s weights, by the names of `masters` and laid out like them."""
-        fragments, _, module = self._followers(model)
-        return dict(zip(self.masters.fragments(), images(fragments, module).values(), strict=True))
+        fragments, module = self.masters.fragments(), self._follower(model)
+        named = {self._name_in(model, name): fragment for name, fragment in fragments.items()}
+        return dict(zip(fragments, images(named, module).values(), strict=True))
 
     def publish(self, model: PolicyActor | lora.AdapterView) -> None:
         """Let all ranks know what was written to `images`. Collective."""
-        publish(*self._followers(model))
+        layout = [[(self._name_in(model, name), *place) for name, *place in part] for part in self.masters.layout]
+        publish(layout, self._follower(model))
 
-    def _followers(
-        self, model: PolicyActor | lora.AdapterView
-    ) -> tuple[dict[str, Fragment], list[Any], torch.nn.Module]:
-        """Fragments and layout of `masters` under the names of the weights that follow them, and their module."""
-        fragments, layout = self.masters.fragments(), self.masters.layout
-        if not isinstance(model, lora.AdapterView):
-            return fragments, layout, model.model.module
+    def _follower(self, model: PolicyActor | lora.AdapterView) -> torch.nn.Module:
+        """The module that has a `teacher_model`'s weights."""
+        return (self.actor if isinstance(model, lora.AdapterView) else model).model.module
 
-        def of_teacher(name: str) -> str:
-            return name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}.")
-
-        layout = [[(of_teacher(name), *place) for name, *place in part] for part in layout]
-        return {of_teacher(name): f for name, f in fragments.items()}, layout, self.actor.model.module
+    def _name_in(self, model: PolicyActor | lora.AdapterView, name: str) -> str:
+        """The name in `_follower` of the weight that follows the one called `name` in `masters`."""
+        return name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}.") if isinstance(model, lora.AdapterView) else name
 
     def export(self, model: PolicyActor | lora.AdapterView, path: str) -> None:
         """Save a `teacher_model` in Hugging Face form. Collective."""
@@ -239,7 +239,10 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
 
     def save_checkpoint(self, tag: str, *args: Any, **kwargs: Any) -> None:
         """A kill at any moment leaves `latest` naming a checkpoint that is whole, plugins' files included."""
-        with checkpoint.latest_withheld(self.actor.model), lora.student_alone(self.actor.model.module):
+        with (
+            checkpoint.latest_withheld(self.actor.model), checkpoint.all_kept(self.args) as max_num,
+            lora.student_alone(self.actor.model.module),
+        ):  # fmt: skip
             super().save_checkpoint(tag, *args, **kwargs)
         if not self.disable_ds_ckpt:
             path = self._checkpoint(tag)
@@ -248,6 +251,7 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
             dist.barrier()  # every rank has written
             if self.rank == 0:
                 checkpoint.name_latest(os.path.dirname(path), tag)
+                checkpoint.prune(os.path.dirname(path), max_num, tag, self.strategy._read_ckpt_metric)
 
     def save_model(self) -> None:
         with lora.student_alone(self.actor.model.module):
@@ -259,8 +263,14 @@ class PolicyWorker(plain_class(ppo_actor.PolicyModelActor)):
 
 
 def _bind(on_built: Callable[..., Any]) -> None:
-    """Let the host's worker in this process build our classes."""
-    ppo_actor.Actor = partial(PolicyActor, on_built=on_built)
+    """Let the host's worker in this process build our classes; `on_built(actor=...)` hears of the policy's model."""
+    unheard = [on_built]
+
+    def build(*args: Any, **kwargs: Any) -> PolicyActor:
+        # The first one built is the policy's; a second one is the average of --train.enable_ema.
+        return PolicyActor(*args, on_built=unheard.pop() if unheard else None, **kwargs)
+
+    ppo_actor.Actor = build
     if ppo_actor.ActorPPOTrainer is not PolicyTrainer:
         ppo_actor.ActorPPOTrainer, ppo_actor.DataLoader = PolicyTrainer, data_loader
         ppo_actor.iter_grad_accum_global_norm = windows_with_loss_mask(ppo_actor.iter_grad_accum_global_norm)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,10 +11,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import safe_get_local_fp32_param
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.teacher import Fragment
+from sdpo_plugin.teacher import Fragment, pieces
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
@@ -40,7 +40,7 @@ class MasterWeights:
         """Raises ConfigError where DeepSpeed keeps a trained parameter's weights out of reach. Collective."""
         self.engine = engine
         self.layout: list[Any] = [None] * dist.get_world_size()
-        mine = [(name, fragment.start, fragment.values.numel()) for name, fragment in self.fragments().items()]
+        mine = [(name, fragment.start, len(fragment.values)) for name, fragment in self.fragments().items()]
         dist.all_gather_object(self.layout, mine)
         trained = {name for name, p in engine.module.named_parameters() if p.requires_grad}
         if missing := trained.difference(name for part in self.layout for name, _, _ in part):
@@ -54,12 +54,14 @@ class MasterWeights:
         found, whole = {}, self._whole()
         for name, parameter in self.engine.module.named_parameters():
             if is_partitioned(parameter):
-                values = safe_get_local_fp32_param(parameter)
-                if values is not None:
-                    # The last rank's part is padded up to an equal size; its end lies past the parameter's.
-                    found[name] = Fragment(dist.get_rank() * parameter.ds_tensor.ds_numel, values)
+                if parameter.requires_grad:
+                    # The public `safe_get_local_fp32_param` copies it to the device.
+                    values, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, True)
+                    start = dist.get_rank() * parameter.ds_tensor.ds_numel
+                    if start < parameter.ds_numel:  # parts are padded to an equal size
+                        found[name] = Fragment(start, values.detach()[: parameter.ds_numel - start])
             elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
-                found[name] = Fragment(mapping.lp_fragment_address.start, mapping.hp_fragment)
+                found[name] = Fragment(mapping.lp_fragment_address.start, mapping.hp_fragment.detach())
             elif parameter in whole:
                 found[name] = Fragment(0, whole[parameter])
             elif parameter.requires_grad and parameter.dtype == torch.float32:
@@ -82,32 +84,47 @@ def images(fragments: Mapping[str, Fragment], module: torch.nn.Module) -> dict[s
     for name, fragment in fragments.items():
         parameter = parameters[name]
         if is_partitioned(parameter):
-            found[name] = parameter.ds_tensor.data
+            found[name] = parameter.ds_tensor.data[: len(fragment.values)]
         else:
-            found[name] = parameter.data.view(-1)[fragment.start : fragment.start + fragment.values.numel()]
+            found[name] = parameter.data.view(-1)[fragment.start : fragment.start + len(fragment.values)]
     return found
 
 
-def publish(fragments: Mapping[str, Fragment], layout: Sequence[Any], module: torch.nn.Module) -> None:
+def publish(layout: Sequence[Any], module: torch.nn.Module) -> None:
     """Make what this rank wrote to its `images` known to all ranks, whose fragments are as in `layout`. Collective.
 
-    ZeRO-3 modules are sharded alike, so nothing is communicated; others need one all-gather of low-precision values.
+    ZeRO-3 modules are sharded alike, so nothing is communicated; others need all-gathers of low-precision values, each
+    of at most `PIECE_BYTES` over all ranks.
     """
     parameters = dict(module.named_parameters())
     if any(map(is_partitioned, parameters.values())):
-        for name in fragments:
+        for name in dict.fromkeys(name for part in layout for name, _, _ in part):
             if parameters[name].ds_persist:
                 parameters[name].partition(has_been_updated=False)  # the next use gathers it anew
         return
     if all(part == layout[0] for part in layout):
         return  # ZeRO 0, or a single rank: everyone has written everything
-    sizes = [sum(numel for _, _, numel in part) for part in layout]
-    flat = torch.cat(list(images(fragments, module).values()))
-    flat = torch.nn.functional.pad(flat, (0, max(sizes) - len(flat)))
-    gathered_images = [torch.empty_like(flat) for _ in layout]
-    dist.all_gather(gathered_images, flat)
-    for part, values in zip(layout, gathered_images, strict=True):
-        offset = 0
-        for name, start, numel in part:
-            parameters[name].data.view(-1)[start : start + numel] = values[offset : offset + numel]
-            offset += numel
+    dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters.values()))
+    longest = max(sum(numel for _, _, numel in part) for part in layout)
+    for piece in pieces(longest, len(layout) * dtype.itemsize):
+        everyone = torch.empty(len(layout), piece.stop - piece.start, dtype=dtype, device=torch.cuda.current_device())
+        mine = torch.empty_like(everyone[0])
+        for values, at in _end_to_end(layout[dist.get_rank()], parameters, piece):
+            mine[at].copy_(values)
+        dist.all_gather_into_tensor(everyone.view(-1), mine)
+        for part, gathered_images in zip(layout, everyone, strict=True):
+            for values, at in _end_to_end(part, parameters, piece):
+                values.copy_(gathered_images[at])
+
+
+def _end_to_end(
+    part: Sequence[tuple[str, int, int]], parameters: Mapping[str, torch.nn.Parameter], piece: slice
+) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Of a rank's fragments, laid end to end, those in `piece`: views of the parameters, and where in the piece."""
+    position = 0
+    for name, start, numel in part:
+        begin, end = max(position, piece.start), min(position + numel, piece.stop)
+        if begin < end:
+            values = parameters[name].data.view(-1)[start + begin - position : start + end - position]
+            yield values, slice(begin - piece.start, end - piece.start)
+        position += numel
