@@ -174,10 +174,16 @@ class _Upstream(NamedTuple):
 
 
 def _run(hidden: Tensor, head: Head, job: _Job, differentiable_log_probs: bool) -> Scores:
-    eager = torch.is_grad_enabled() and not differentiable_log_probs
+    # fp16 cannot hold the gradient of a mean over many tokens before DeepSpeed's loss scale has multiplied it, which
+    # the backward pass brings. The second sweep knows it; gradients made ahead would have to wait in float32.
+    eager = torch.is_grad_enabled() and not differentiable_log_probs and head.weight.dtype != torch.float16
     if head.beside is not None and torch.is_grad_enabled():
         raise ValueError("a head with a second weight is a teacher's: it gets no gradient")
-    return Scores(*_Pass.apply(hidden, head.weight, head.bias, replace(head, weight=None, bias=None), job, eager))
+    scores = _Pass.apply(hidden, head.weight, head.bias, replace(head, weight=None, bias=None), job, eager)
+    loss, token_loss, log_probs, entropy = scores
+    if not differentiable_log_probs:
+        log_probs, entropy = log_probs.detach(), None if entropy is None else entropy.detach()
+    return Scores(loss, token_loss, log_probs, entropy)
 
 
 class _Pass(torch.autograd.Function):
