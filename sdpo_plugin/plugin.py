@@ -27,7 +27,7 @@ from sdpo_plugin.config import (
 )
 from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts, context_metrics, teacher_prompt_ids
 from sdpo_plugin.diagnostics import GAIN, WATCHED_SAMPLES, Watch, measure
-from sdpo_plugin.fused import Head, Scores, linear_distillation
+from sdpo_plugin.fused import Head, Reweigh, Scores, linear_distillation
 from sdpo_plugin.host.hookspecs import hookimpl
 from sdpo_plugin.teacher import make_teacher
 
@@ -212,12 +212,23 @@ class SelfDistillation:
             step.samples = step.loss_mask.any(dim=1)  # the student need not read what it learns nothing from
         teacher_hidden = self._teacher_hidden(step)
         look = self._look(step)
-        weights = (step.loss_weights * step.loss_mask)[step.response]
-        # The policy that sampled: of an asynchronous run an older one, which only the engine knew; with one update per
-        # rollout the student itself, and the ratio is 1.
+        weights = step.sample_weights if self.distill.mean == "samples" else step.loss_weights
+        weights = (weights * step.loss_mask)[step.response]
+        # The policy before the rollout's first update; where there is only one, the student itself.
         old_log_probs = batch.action_log_probs if reads_old_log_probs(args) else None
-        if args.train.async_enable:
-            old_log_probs = batch.rollout_log_probs
+        reweigh = None
+        if args.algo.advantage.is_correction_level != "off":
+            if batch.rollout_log_probs is None:
+                raise ConfigError(
+                    f"--algo.advantage.is_correction_level {args.algo.advantage.is_correction_level}: the rollout "
+                    "brought no log-probabilities; give off, or an agent that returns rollout_log_probs"
+                )
+            if old_log_probs is None:
+                reweigh = self._of_student(step)
+            else:
+                weights *= step.rollout_correction(old_log_probs, batch.rollout_log_probs, batch.action_mask)[
+                    step.response
+                ]
         if old_log_probs is not None:
             old_log_probs = old_log_probs[step.response]
 
@@ -231,10 +242,21 @@ class SelfDistillation:
                     )
                 return linear_distillation(
                     hidden, student, teacher_hidden, teacher, token_ids, weights, self.distill, old_log_probs,
-                    actor.temperature, differentiable_log_probs=log_probs_too, with_entropy=with_entropy,
+                    actor.temperature, reweigh=reweigh, differentiable_log_probs=log_probs_too,
+                    with_entropy=with_entropy,
                 )
 
         step.head = head
+
+    def _of_student(self, step: Any) -> Reweigh:
+        """The rollout correction where the student is the policy before the update: token by token, in its own pass."""
+        of_rollout = step.experience.rollout_log_probs[step.response]
+
+        def reweigh(log_probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            one = [x[None] for x in (log_probs, of_rollout[rows], torch.ones_like(log_probs))]
+            return step.rollout_correction(*one)[0]
+
+        return reweigh
 
     def _teacher_hidden(self, step: Any) -> torch.Tensor:
         """The teacher's hidden states [N, H] at the response tokens; zero where the loss has no use for them."""
@@ -388,11 +410,12 @@ def host_needs_log_probs(args: Any, weight: float) -> bool:
 
 
 def reads_old_log_probs(args: Any) -> bool:
-    """Whether anything needs the policy's log-probabilities from before the update, and has no others."""
+    """Whether anything needs the policy's log-probabilities from before the update, and those of the student in the
+    update's own pass will not do."""
     samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
-    one_update = args.train.max_epochs == 1 and args.train.batch_size >= samples
-    from_engine = args.train.async_enable
-    return args.distill.weight < 1.0 or args.algo.kl.init_coef > 0.0 or not (one_update or from_engine)
+    several_updates = args.train.max_epochs > 1 or args.train.batch_size < samples
+    of_whole_samples = args.algo.advantage.is_correction_level == "seq"
+    return args.distill.weight < 1.0 or args.algo.kl.init_coef > 0.0 or several_updates or of_whole_samples
 
 
 def refuse(args: Any) -> None:
@@ -404,20 +427,26 @@ def refuse(args: Any) -> None:
             "--distill.generate_from_teacher True: before a rollout only the data set's context is known; name "
             "{privileged_context} in --reprompt.template, or use --algo sdft"
         )
+    if args.distill.generate_from_teacher and args.algo.advantage.is_correction_level != "off":
+        raise ConfigError(
+            f"--algo.advantage.is_correction_level {args.algo.advantage.is_correction_level}: with "
+            "--distill.generate_from_teacher the engine's log-probabilities are those of another prompt, and the "
+            "correction would take the samples' point away; give off"
+        )
     if args.teacher.save and args.teacher.kind != "ema":
         raise ConfigError(
             f"--teacher.save True: a {args.teacher.kind} teacher is made of the initial and the final model, nothing "
             "else is there to save; leave it out, or train with --teacher.kind ema"
         )
-    if args.train.async_enable and args.distill.is_clip is not None:
-        # Makes the engines return log-probabilities; in pure distillation the host's own loss plays no part.
-        if args.distill.weight < 1.0 and args.algo.advantage.is_correction_level == "off":
-            raise ConfigError(
-                f"--distill.is_clip {args.distill.is_clip}: samples of --train.async_enable come from an older policy, "
-                "whose log-probabilities the engines return only with --algo.advantage.is_correction_level token; "
-                "give that, or --distill.is_clip none"
-            )
-        args.algo.advantage.is_correction_level = "token"
+    correction = args.algo.advantage
+    if correction.is_correction_mode == "clip" and (
+        correction.is_correction_level == "seq" or correction.is_correction_gating != "ratio"
+    ):
+        raise ConfigError(
+            f"--algo.advantage.is_correction_level {correction.is_correction_level}, --algo.advantage."
+            f"is_correction_gating {correction.is_correction_gating}: only the ratio of a token can be clipped, which "
+            f"--algo {args.algo.name} does by default; give --algo.advantage.is_correction_mode mask, too"
+        )
     for flag, asked, fix in (
         ("--ds.ring_attn_size", args.ds.ring_attn_size > 1, "give --ds.ring_attn_size 1"),
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),

@@ -29,6 +29,7 @@ def host_parser() -> argparse.ArgumentParser:
         "ds.lora.rank": 0, "ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1,
         "data.max_images_per_prompt": 0, "ds.enable_sleep": False, "algo.kl.init_coef": 0.0,
         "ds.lora.target_modules": "", "algo.advantage.is_correction_level": "off",
+        "algo.advantage.is_correction_mode": "mask", "algo.advantage.is_correction_gating": "ratio",
     }.items():  # fmt: skip
         parser.add_argument(f"--{flag}", default=value, type=type(value))
     for flag in ("train.async_enable", "algo.kl.use_loss"):
@@ -74,7 +75,12 @@ def test_out_of_range(group, values, message):
         (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .*size 1"),
         (["--algo", "sdpo", "--teacher.kind", "base", "--teacher.save"], r"--teacher.save True: .* --teacher.kind ema"),
         (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),
-        (["--algo", "sdpo", "--train.async_enable", "--distill.weight", "0.5"], r"--distill.is_clip 2.0: .*level"),
+        (["--algo", "sdpo", "--algo.advantage.is_correction_level", "seq"], r"level seq, .*; give .*_mode mask"),
+        (["--algo", "sdpo", "--algo.advantage.is_correction_gating", "tv"], r"gating tv: .*; give .*_mode mask"),
+        (
+            ["--algo=sdpo", "--distill.generate_from_teacher", "--reprompt.template", "{prompt}{privileged_context}"],
+            r"is_correction_level token: .*; give off",
+        ),
         (["--plugins", "no_such_module"], r"--plugins no_such_module: No module named"),
         (["--config", "/no/such/recipe.yaml"], r"--config /no/such/recipe.yaml: .*No such file"),
     ],
@@ -84,9 +90,14 @@ def test_command_line(arguments, message):
         parse(*arguments)
 
 
-def test_asynchronous_samples_bring_their_log_probabilities():
-    assert vars(parse("--algo", "sdpo", "--train.async_enable"))["algo.advantage.is_correction_level"] == "token"
-    assert vars(parse("--algo", "sdpo"))["algo.advantage.is_correction_level"] == "off"
+@pytest.mark.parametrize("weight", ["0.5", "1"])
+@pytest.mark.parametrize("mode", [[], ["--train.async_enable"]], ids=["in step", "asynchronous"])
+def test_the_rollout_correction_is_what_the_user_gave(mode, weight):
+    hybrid = ["--algo", "sdpo", "--distill.weight", weight, *mode]
+    asked = ["--algo.advantage.is_correction_level", "seq", "--algo.advantage.is_correction_mode", "mask"]
+    assert vars(parse(*hybrid, *asked))["algo.advantage.is_correction_level"] == "seq"
+    assert vars(parse(*hybrid, *asked[:1], "off"))["algo.advantage.is_correction_level"] == "off"
+    assert vars(parse(*hybrid))["algo.advantage.is_correction_level"] == "token"
 
 
 def test_a_value_of_the_wrong_type_is_argparse_s_error(capsys):

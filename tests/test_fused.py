@@ -237,6 +237,21 @@ def test_one_tensor_may_be_both_heads(cfg):
     )
 
 
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("cfg", CONFIGS[:5], ids=str)
+def test_weights_may_depend_on_the_student_s_own_log_probabilities(cfg, differentiable):
+    case, engine = Case(), Case(1).old
+    scores = linear_distillation(*case.arguments, case.weights, cfg, case.old, chunk_size=4,
+                                 reweigh=lambda log_probs, rows: (log_probs - engine[rows]).exp().clamp(max=2.0),
+                                 differentiable_log_probs=differentiable)
+    factors = (case.dense(cfg, 1.0)[1].detach() - engine).exp().clamp(max=2.0)
+    case.weights = case.weights * factors
+    expected = case.dense(cfg, 1.0)[0]
+    assert factors.min() < 1 < factors.max()
+    assert_same([scores.loss, *torch.autograd.grad(scores.loss, case.leaves)],
+                [expected, *torch.autograd.grad(expected, case.leaves)])
+
+
 # 16-bit parameters
 
 

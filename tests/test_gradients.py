@@ -43,11 +43,14 @@ def test_gradient_is_the_definition_s(
     assert rows[0] <= CHUNK_ROWS < rows[1]  # and the tracer sees what there is to see
 
 
+def norm(gradient) -> float:
+    return float(sum(g.square().sum() for g in gradient.values()).sqrt())
+
+
 def distance(a, b) -> float:
     """Of two gradients, relative to the second."""
-    norm = sum(g.square().sum() for g in b.values()).sqrt()
-    assert norm > 0 and a.keys() == b.keys()
-    return float(sum((a[name] - g).square().sum() for name, g in b.items()).sqrt() / norm)
+    assert norm(b) > 0 and a.keys() == b.keys()
+    return norm({name: a[name] - g for name, g in b.items()}) / norm(b)
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +94,24 @@ def test_two_ranks_have_the_gradient_of_one(gradient, of_one_rank, zero):
     difference = distance(gradient(*zero), of_one_rank)
     print(f"{zero}: relative difference {difference:.1e}")
     assert difference <= 1e-5
+
+
+def test_both_means_keep_their_weight_beside_the_policy_s_loss(gradient, of_one_rank):
+    """On two ranks, in micro-batches of two of which some hold no sample with a context, as on one in one of sixteen.
+
+    Half of the samples have one, and all responses are about as long: the mean over the tokens with a context is about
+    twice the mean over all samples.
+    """
+    pure = {"samples": of_one_rank}
+    for mean in ("samples", "tokens"):
+        half = ("--distill.weight", "0.5", "--distill.mean", mean)
+        whole = gradient(*half, "--train.micro_batch_size", "16", "--rollout.micro_batch_size", "16")
+        split = gradient(*half, *ZERO[2], "--train.micro_batch_size", "2")
+        difference = distance(split, whole)
+        pure[mean] = pure.get(mean) or gradient("--distill.mean", mean)
+        print(f"{mean}: relative difference {difference:.1e}, norm {norm(pure[mean]):.3e}")
+        assert difference <= 1e-5
+    assert norm(pure["tokens"]) == pytest.approx(2 * norm(pure["samples"]), rel=0.2)
 
 
 @pytest.mark.parametrize(("batches", "stage"), [("packed", 3), ("dynamic", 0), ("dynamic", 2)])

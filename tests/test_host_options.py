@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 from common import ROWS, SDPO, motion, same
 
@@ -79,3 +80,67 @@ def test_one_sample_a_prompt_partly_rolled_out_learns_from_feedback(openrlhf, mo
     assert values(run, "self_distillation/feedback_used_fraction")[0] == 1.0
     assert all(sample.rollout_log_probs is not None for step in run.samples for sample in step)
     assert motion(run, initial) > 0
+
+
+FP16_ON_CPU = """
+from sdpo_plugin.host.hookspecs import hookimpl
+
+@hookimpl
+def openrlhf_model(actor, args):
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # it says no where oneDNN has no fp16 kernels; PyTorch has
+"""
+
+
+def test_fp16_has_the_gradient_of_bf16(replay, initial, monkeypatch, tmp_path):
+    """DeepSpeed's loss scale starts at 65,536 and halves where a gradient overflows, which skips the step."""
+    (tmp_path / "fp16_on_cpu.py").write_text(FP16_ON_CPU)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = replay(*SDPO, "--ds.param_dtype", "fp16", "--plugins", "sdpo_plugin.testing", "fp16_on_cpu")
+    norms = values(run, "actor_grad_norm"), values(replay(*SDPO), "actor_grad_norm")
+    print(f"gradient norms in fp16 and bf16: {norms}")
+    assert norms[0][0] == pytest.approx(norms[1][0], rel=0.05) and motion(run, initial) > 0
+
+
+def test_the_rollout_correction_acts_in_step(replay, recorded):
+    """Trainer and engine differ by rounding, and by more in a replay's second step, of which another run's samples."""
+    assert all(sample.rollout_log_probs is not None for samples in recorded.samples for sample in samples)
+    level, mode, threshold = (f"--algo.advantage.is_correction_{name}" for name in ("level", "mode", "threshold"))
+    strict = (level, "seq", mode, "mask", threshold, "1")
+    runs = [replay(*SDPO), replay(*SDPO, level, "off"), replay(*SDPO, *strict)]
+    assert not any(same(a, b) for a, b in itertools.combinations(runs, 2))
+    losses = [values(run, "self_distillation/loss")[0] for run in runs]
+    print(f"first losses: corrected {losses[0]}, off {losses[1]}, sequences above the engine's dropped {losses[2]}")
+    assert losses[0] != losses[1] and losses[2] < 0.9 * losses[1]
+
+
+def test_the_correction_is_the_host_s():
+    """Of two tokens and a masked one, by hand: log(old / engine) is log 4 and log(1/2)."""
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from openrlhf.models.loss import PolicyLoss
+
+    from sdpo_plugin.host.worker import PolicyTrainer
+
+    engine, mask = torch.tensor([[0.1, 0.2, 1.0]]).log(), torch.tensor([[1, 1, 0]])
+    old = torch.tensor([[0.4, 0.1, 1.0]]).log()
+
+    def correction(level, mode, gating, *threshold, **options):
+        trainer = PolicyTrainer.__new__(PolicyTrainer)
+        trainer.host_loss_fn = PolicyLoss(
+            is_correction_level=level, is_correction_mode=mode, is_correction_gating=gating,
+            is_correction_threshold=threshold, **options,
+        )  # fmt: skip
+        return trainer._rollout_correction(old, engine, mask)[0].tolist()
+
+    approx = pytest.approx
+    assert correction("token", "clip", "ratio", 0.0, 2.0) == approx([2.0, 0.5, 0.0])  # as published
+    assert correction("token", "clip", "ratio", 1.0, 2.0, token_level_loss=False) == approx([2.0, 1.0, 0.0])
+    assert correction("token", "mask", "ratio", 0.5, 3.0) == approx([0.0, 0.5, 0.0])
+    assert correction("token", "mask", "tv", 0.0, 0.2, policy_loss_type="gspo") == approx([0.0, 0.5, 0.0])
+    # The geometric mean of the sequence's ratios is sqrt(2); those that stay keep their tokens' own.
+    assert correction("seq", "mask", "ratio", 0.5, 1.5) == approx([4.0, 0.5, 0.0])
+    assert correction("seq", "mask", "ratio", 0.5, 1.4) == approx([0.0, 0.0, 0.0])
+    assert correction("off", "mask", "ratio", 0.5, 5.0) == approx([1.0, 1.0, 0.0])
