@@ -35,6 +35,14 @@ PREFIX = "self_distillation/"
 OF_TOKENS = " of tokens"  # beside a metric: the share of the response tokens that it is a sum over
 logger = logging.getLogger(__name__)
 
+# A token counts by min(policy before the update / engine, 2) (fengyao.notion.site/off-policy-rl): what trainer and
+# engine compute differs, and the samples of an asynchronous run are of an older policy besides.
+TRUNCATED_IMPORTANCE_SAMPLING: dict[str, Any] = {
+    "algo.advantage.is_correction_level": "token",
+    "algo.advantage.is_correction_mode": "clip",
+    "algo.advantage.is_correction_threshold": [0.0, 2.0],
+}
+
 
 @hookimpl
 def openrlhf_algorithms() -> list[type]:

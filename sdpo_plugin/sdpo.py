@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdpo_plugin.plugin import SelfDistillation
+from sdpo_plugin.plugin import TRUNCATED_IMPORTANCE_SAMPLING, SelfDistillation
 
 
 class SDPO(SelfDistillation):
@@ -30,8 +30,5 @@ class SDPO(SelfDistillation):
         # Neither a critic nor a reference model has any part in the loss.
         "algo.advantage.estimator": "reinforce",
         "algo.kl.init_coef": 0.0,
-        # Both weigh a token by min(policy before the update / engine, 2): `rollout_is: token` in their `sdpo.yaml`.
-        "algo.advantage.is_correction_level": "token",
-        "algo.advantage.is_correction_mode": "clip",
-        "algo.advantage.is_correction_threshold": [0.0, 2.0],
+        **TRUNCATED_IMPORTANCE_SAMPLING,  # `rollout_is: token`, `rollout_is_threshold: 2.0`
     }

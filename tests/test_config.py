@@ -1,6 +1,7 @@
 """Bad input stops before anything loads, with a message that names the flag, the value and the fix."""
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -171,6 +172,23 @@ def test_an_algorithm_s_defaults_are_below_recipe_and_command_line(monkeypatch, 
 
 def test_the_options_page_is_current():
     assert (Path(__file__).parents[1] / "docs" / "options.md").read_text() == options_page()
+
+
+def test_the_variants_have_the_published_defaults():
+    parser = host_parser()
+    for flag in ("reward.remote_url", "reward.model_name_or_path", "train.agent_func_path"):
+        parser.add_argument(f"--{flag}")
+    for flag in ("rollout.temperature", "rollout.top_p", "algo.advantage.is_correction_threshold"):
+        parser.add_argument(f"--{flag}")
+    published = {
+        "sdpo": {"distill.alpha": 0.5, "teacher.update_rate": 0.05, "algo.advantage.is_correction_threshold": [0, 2]},
+        "sdft": {"distill.alpha": 0.0, "teacher.update_rate": 0.01, "distill.skip_tokens": 3, "distill.mode": "full"},
+        "opsd": {"distill.alpha": 0.0, "distill.kl_clip": 0.05, "rollout.temperature": 1.1, "rollout.top_p": 0.95,
+                 "distill.skip_tokens": 0, "teacher.kind": "base", "algo.advantage.is_correction_level": "off"},
+    }  # fmt: skip
+    for algorithm, values in published.items():
+        args = vars(cli.parse(copy.deepcopy(parser), ["--algo", algorithm], on_cpu=False))
+        assert values.items() <= args.items(), algorithm
 
 
 RECIPES = sorted(str(path) for path in (Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
