@@ -19,7 +19,8 @@ class SDFT(SelfDistillation):
     The defaults are those of the published code (github.com/idanshen/Self-Distillation, `main.py`, `distil_config.py`).
     The paper writes the reverse KL, but its results are of the forward KL, its author says (issue 5 there). Published,
     but left to you, are one sample per prompt (`--rollout.n_samples_per_prompt 1`) and 32 prompts per update at
-    learning rate 2e-5.
+    learning rate 2e-5. Otherwise than there, where a response has one factor, the mean of its tokens', each token is
+    corrected by its own, as OpenRLHF does it.
     """
 
     name = "sdft"
