@@ -224,19 +224,7 @@ class SelfDistillation:
         weights = (weights * step.loss_mask)[step.response]
         # The policy before the rollout's first update; where there is only one, the student itself.
         old_log_probs = batch.action_log_probs if reads_old_log_probs(args) else None
-        reweigh = None
-        if args.algo.advantage.is_correction_level != "off":
-            if batch.rollout_log_probs is None:
-                raise ConfigError(
-                    f"--algo.advantage.is_correction_level {args.algo.advantage.is_correction_level}: the rollout "
-                    "brought no log-probabilities; give off, or an agent that returns rollout_log_probs"
-                )
-            if old_log_probs is None:
-                reweigh = self._of_student(step)
-            else:
-                weights *= step.rollout_correction(old_log_probs, batch.rollout_log_probs, batch.action_mask)[
-                    step.response
-                ]
+        reweigh = self._rollout_correction(step, old_log_probs)
         if old_log_probs is not None:
             old_log_probs = old_log_probs[step.response]
 
@@ -256,13 +244,25 @@ class SelfDistillation:
 
         step.head = head
 
-    def _of_student(self, step: Any) -> Reweigh:
-        """The rollout correction where the student is the policy before the update: token by token, in its own pass."""
-        of_rollout = step.experience.rollout_log_probs[step.response]
+    def _rollout_correction(self, step: Any, old_log_probs: torch.Tensor | None) -> Reweigh | None:
+        """Each response token's factor by `--algo.advantage.is_correction_*`; old_log_probs [B, A] or None."""
+        batch, level = step.experience, step.worker.args.algo.advantage.is_correction_level
+        if level == "off":
+            return None
+        if batch.rollout_log_probs is None:
+            raise ConfigError(
+                f"--algo.advantage.is_correction_level {level}: the rollout brought no log-probabilities; give off, or "
+                "an agent that returns rollout_log_probs"
+            )
+        if old_log_probs is not None:
+            factors = step.rollout_correction(old_log_probs, batch.rollout_log_probs, batch.action_mask)[step.response]
+            return lambda log_probs, rows: factors[rows]
+        # The student is the old policy. It knows single tokens in the head's pass, which is all that the level needs.
+        of_rollout = batch.rollout_log_probs[step.response]
 
         def reweigh(log_probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-            one = [x[None] for x in (log_probs, of_rollout[rows], torch.ones_like(log_probs))]
-            return step.rollout_correction(*one)[0]
+            one_sample = [x[None] for x in (log_probs, of_rollout[rows], torch.ones_like(log_probs))]
+            return step.rollout_correction(*one_sample)[0]
 
         return reweigh
 
@@ -418,8 +418,7 @@ def host_needs_log_probs(args: Any, weight: float) -> bool:
 
 
 def reads_old_log_probs(args: Any) -> bool:
-    """Whether anything needs the policy's log-probabilities from before the update, and those of the student in the
-    update's own pass will not do."""
+    """Whether anything needs log-probabilities from before the update that the student's own cannot stand in for."""
     samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
     several_updates = args.train.max_epochs > 1 or args.train.batch_size < samples
     of_whole_samples = args.algo.advantage.is_correction_level == "seq"
