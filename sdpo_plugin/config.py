@@ -71,9 +71,18 @@ class DistillConfig(Group):
     topk: int | None = option(100, "k of --distill.mode topk")
     support: str = option("student", "whose top-k tokens carry the divergence", ("student", "teacher", "union"))
     add_tail: bool = option(True, "collect the mass outside the top-k in one bucket instead of renormalising")
-    is_clip: float | None = option(2.0, "upper bound of the importance ratio student/rollout policy; none: no ratio")
+    is_clip: float | None = option(
+        2.0, "upper bound of the ratio student/policy before the rollout's first update, both as the trainer sees "
+        "them: 1 with one update per rollout; none: no ratio. The ratio to what the engine sampled from is "
+        "--algo.advantage.is_correction_*, a factor of its own",
+    )
     kl_clip: float | None = option(None, "upper bound of each vocabulary entry's share of a token's divergence (OPSD)")
     weight: float = option(1.0, "(1-w) x the host's policy loss + w x distillation; 0 is the host alone")
+    mean: str = option(
+        "samples", "samples: the mean over all samples of the optimizer step, 0 for those without a context, of each "
+        "one's mean over its tokens in the loss; tokens: over the tokens in the loss, as --actor.loss_agg_mode has it",
+        ("samples", "tokens"),
+    )
     skip_tokens: int = option(0, "leading response tokens without a distillation loss")
     mask_truncated: bool = option(False, "leave responses that were cut at the length limit out of the distillation")
     generate_from_teacher: bool = option(False, "sample from the teacher's prompt, train on the student's")

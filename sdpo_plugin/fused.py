@@ -12,7 +12,7 @@ of its rows that ends with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.loss import loss_from_log_probs
 
 MIB = 2**20
+
+Reweigh = Callable[[Tensor, Tensor], Tensor]  # (the student's log-probabilities of some rows [r], the rows [r]) -> [r]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def linear_distillation(
     old_log_probs: Tensor | None = None,
     temperature: float = 1.0,
     *,
+    reweigh: Reweigh | None = None,
     differentiable_log_probs: bool = False,
     with_entropy: bool = False,
     chunk_size: int | None = None,
@@ -98,11 +101,14 @@ def linear_distillation(
     all others. Gradients reach the student's hidden states, weight and bias; they are summed in float32 (float64 for
     float64) and returned in the dtype of what they belong to.
 
+    `reweigh` is for weights that depend on the student's own log-probabilities of `token_ids`, which it gets detached:
+    what it returns multiplies the losses of its rows.
+
     `differentiable_log_probs` lets gradients through `log_probs` and `entropy`, at the price of both heads' products
     once more in the backward pass, where the weights must be in place again (ZeRO-3 gathers them for the forward).
     """
     teacher_head = teacher_head.effective(temperature)
-    lesson = _Lesson(teacher_hidden.detach(), teacher_head, weights.detach(), config, old_log_probs)
+    lesson = _Lesson(teacher_hidden.detach(), teacher_head, weights.detach(), config, old_log_probs, reweigh)
     job = _Job(token_ids, temperature, with_entropy, chunk_size, lesson)
     return _run(student_hidden, student_head, job, differentiable_log_probs)
 
@@ -152,6 +158,7 @@ class _Lesson(NamedTuple):
     weights: Tensor
     config: DistillConfig
     old_log_probs: Tensor | None
+    reweigh: Reweigh | None = None
 
 
 class _Job(NamedTuple):
@@ -174,10 +181,16 @@ class _Upstream(NamedTuple):
 
 
 def _run(hidden: Tensor, head: Head, job: _Job, differentiable_log_probs: bool) -> Scores:
-    eager = torch.is_grad_enabled() and not differentiable_log_probs
+    # fp16 cannot hold the gradient of a mean over many tokens before DeepSpeed's loss scale has multiplied it, which
+    # the backward pass brings. The second sweep knows it; gradients made ahead would have to wait in float32.
+    eager = torch.is_grad_enabled() and not differentiable_log_probs and head.weight.dtype != torch.float16
     if head.beside is not None and torch.is_grad_enabled():
         raise ValueError("a head with a second weight is a teacher's: it gets no gradient")
-    return Scores(*_Pass.apply(hidden, head.weight, head.bias, replace(head, weight=None, bias=None), job, eager))
+    scores = _Pass.apply(hidden, head.weight, head.bias, replace(head, weight=None, bias=None), job, eager)
+    loss, token_loss, log_probs, entropy = scores
+    if not differentiable_log_probs:
+        log_probs, entropy = log_probs.detach(), None if entropy is None else entropy.detach()
+    return Scores(loss, token_loss, log_probs, entropy)
 
 
 class _Pass(torch.autograd.Function):
@@ -298,6 +311,8 @@ def _score(
             teacher = torch.log_softmax(lesson.head.logits(teacher_products), dim=-1)
             old = None if lesson.old_log_probs is None else lesson.old_log_probs[rows]
             loss = loss_from_log_probs(student, teacher, ids, lesson.config, old)
+            if lesson.reweigh is not None:
+                loss = loss * lesson.reweigh(token.detach(), rows)
     gradient = None
     if differentiate:
         arriving = (

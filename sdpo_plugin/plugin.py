@@ -40,13 +40,21 @@ from sdpo_plugin.context import (
     teacher_prompt_ids,
 )
 from sdpo_plugin.diagnostics import GAIN, WATCHED_SAMPLES, Watch, measure
-from sdpo_plugin.fused import Head, Scores, linear_distillation
+from sdpo_plugin.fused import Head, Reweigh, Scores, linear_distillation
 from sdpo_plugin.host.hookspecs import hookimpl
 from sdpo_plugin.teacher import make_teacher
 
 PREFIX = "self_distillation/"
 OF_TOKENS = " of tokens"  # beside a metric: the share of the response tokens that it is a sum over
 logger = logging.getLogger(__name__)
+
+# A token counts by min(policy before the update / engine, 2) (fengyao.notion.site/off-policy-rl): what trainer and
+# engine compute differs, and the samples of an asynchronous run are of an older policy besides.
+TRUNCATED_IMPORTANCE_SAMPLING: dict[str, Any] = {
+    "algo.advantage.is_correction_level": "token",
+    "algo.advantage.is_correction_mode": "clip",
+    "algo.advantage.is_correction_threshold": [0.0, 2.0],
+}
 
 
 @hookimpl
@@ -263,12 +271,11 @@ class SelfDistillation:
             step.samples = step.loss_mask.any(dim=1)
         teacher_hidden = self._teacher_hidden(step)
         look = self._look(step)
-        weights = (step.loss_weights * step.loss_mask)[step.response]
-        # The policy that sampled: of an asynchronous run an older one, which only the engine knew; with one update per
-        # rollout the student itself, and the ratio is 1.
+        weights = step.sample_weights if self.distill.mean == "samples" else step.loss_weights
+        weights = (weights * step.loss_mask)[step.response]
+        # The policy before the rollout's first update; where there is only one, the student itself.
         old_log_probs = batch.action_log_probs if reads_old_log_probs(args) else None
-        if args.train.async_enable:
-            old_log_probs = batch.rollout_log_probs
+        reweigh = self._rollout_correction(step, old_log_probs)
         if old_log_probs is not None:
             old_log_probs = old_log_probs[step.response]
 
@@ -282,10 +289,33 @@ class SelfDistillation:
                     )
                 return linear_distillation(
                     hidden, student, teacher_hidden, teacher, token_ids, weights, self.distill, old_log_probs,
-                    actor.temperature, differentiable_log_probs=differentiable, with_entropy=with_entropy,
+                    actor.temperature, reweigh=reweigh, differentiable_log_probs=differentiable,
+                    with_entropy=with_entropy,
                 )
 
         step.head = head
+
+    def _rollout_correction(self, step: Any, old_log_probs: torch.Tensor | None) -> Reweigh | None:
+        """Each response token's factor by `--algo.advantage.is_correction_*`; old_log_probs [B, A] or None."""
+        batch, level = step.experience, step.worker.args.algo.advantage.is_correction_level
+        if level == "off":
+            return None
+        if batch.rollout_log_probs is None:
+            raise ConfigError(
+                f"--algo.advantage.is_correction_level {level}: the rollout brought no log-probabilities; give off, or "
+                "an agent that returns rollout_log_probs"
+            )
+        if old_log_probs is not None:
+            factors = step.rollout_correction(old_log_probs, batch.rollout_log_probs, batch.action_mask)[step.response]
+            return lambda log_probs, rows: factors[rows]
+        # The student is the old policy. It knows single tokens in the head's pass, which is all that the level needs.
+        of_rollout = batch.rollout_log_probs[step.response]
+
+        def reweigh(log_probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            one_sample = [x[None] for x in (log_probs, of_rollout[rows], torch.ones_like(log_probs))]
+            return step.rollout_correction(*one_sample)[0]
+
+        return reweigh
 
     def _teacher_hidden(self, step: Any) -> torch.Tensor:
         """The teacher's hidden states [N, H] at the response tokens; zero where the loss has no use for them."""
@@ -458,11 +488,11 @@ def host_needs_log_probs(args: Any, weight: float) -> bool:
 
 
 def reads_old_log_probs(args: Any) -> bool:
-    """Whether anything needs the policy's log-probabilities from before the update, and has no others."""
+    """Whether anything needs log-probabilities from before the update that the student's own cannot stand in for."""
     samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
-    one_update = args.train.max_epochs == 1 and args.train.batch_size >= samples
-    from_engine = args.train.async_enable
-    return args.distill.weight < 1.0 or args.algo.kl.init_coef > 0.0 or not (one_update or from_engine)
+    several_updates = args.train.max_epochs > 1 or args.train.batch_size < samples
+    of_whole_samples = args.algo.advantage.is_correction_level == "seq"
+    return args.distill.weight < 1.0 or args.algo.kl.init_coef > 0.0 or several_updates or of_whole_samples
 
 
 def refuse(args: Any) -> None:
@@ -474,20 +504,26 @@ def refuse(args: Any) -> None:
             "--distill.generate_from_teacher True: before a rollout only the data set's context is known; name "
             "{privileged_context} in --reprompt.template, or use --algo sdft"
         )
+    if args.distill.generate_from_teacher and args.algo.advantage.is_correction_level != "off":
+        raise ConfigError(
+            f"--algo.advantage.is_correction_level {args.algo.advantage.is_correction_level}: with "
+            "--distill.generate_from_teacher the engine's log-probabilities are those of another prompt, and the "
+            "correction would take the samples' point away; give off"
+        )
     if args.teacher.save and args.teacher.kind != "ema":
         raise ConfigError(
             f"--teacher.save True: a {args.teacher.kind} teacher is made of the initial and the final model, nothing "
             "else is there to save; leave it out, or train with --teacher.kind ema"
         )
-    if args.train.async_enable and args.distill.is_clip is not None:
-        # Makes the engines return log-probabilities; in pure distillation the host's own loss plays no part.
-        if args.distill.weight < 1.0 and args.algo.advantage.is_correction_level == "off":
-            raise ConfigError(
-                f"--distill.is_clip {args.distill.is_clip}: samples of --train.async_enable come from an older policy, "
-                "whose log-probabilities the engines return only with --algo.advantage.is_correction_level token; "
-                "give that, or --distill.is_clip none"
-            )
-        args.algo.advantage.is_correction_level = "token"
+    correction = args.algo.advantage
+    if correction.is_correction_mode == "clip" and (
+        correction.is_correction_level == "seq" or correction.is_correction_gating != "ratio"
+    ):
+        raise ConfigError(
+            f"--algo.advantage.is_correction_level {correction.is_correction_level}, --algo.advantage."
+            f"is_correction_gating {correction.is_correction_gating}: only the ratio of a token can be clipped, which "
+            f"--algo {args.algo.name} does by default; give --algo.advantage.is_correction_mode mask, too"
+        )
     for flag, asked, fix in (
         ("--ds.ring_attn_size", args.ds.ring_attn_size > 1, "give --ds.ring_attn_size 1"),
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),

@@ -8,21 +8,31 @@ from typing import Any
 from sdpo_plugin import no_reward
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.host.hookspecs import hookimpl
-from sdpo_plugin.plugin import SelfDistillation
+from sdpo_plugin.plugin import TRUNCATED_IMPORTANCE_SAMPLING, SelfDistillation
 
 
 class SDFT(SelfDistillation):
     """Self-Distillation Fine-Tuning (arXiv 2601.19897): the teacher is shown the row's demonstration.
 
     No reward is needed; without a reward function the host, which insists on one, is given zeros.
+
+    The defaults are those of the published code (github.com/idanshen/Self-Distillation, `main.py`, `distil_config.py`).
+    The paper writes the reverse KL, but its results are of the forward KL, its author says (issue 5 there). Published,
+    but left to you, are one sample per prompt (`--rollout.n_samples_per_prompt 1`) and 32 prompts per update at
+    learning rate 2e-5. Otherwise than there, where a response has one factor, the mean of its tokens', each token is
+    corrected by its own, as OpenRLHF does it.
     """
 
     name = "sdft"
     defaults: dict[str, Any] = {
         "algo.advantage.estimator": "reinforce",
         "algo.kl.init_coef": 0.0,
-        "teacher.kind": "base",
-        "distill.alpha": 1.0,
+        "teacher.kind": "ema",
+        "teacher.update_rate": 0.01,  # `ref_model_mixup_alpha`
+        "distill.mode": "full",
+        "distill.alpha": 0.0,  # KL(teacher||student)
+        "distill.skip_tokens": 3,  # `num_loss_tokens_to_skip`
+        **TRUNCATED_IMPORTANCE_SAMPLING,  # `vllm_importance_sampling_correction`, cap 2
         "reprompt.template": "{prompt}\n\nThis is an example for a response to the question:\n{privileged_context}\n\n"
         "Now answer with a response of your own, including the thinking process.",
     }
@@ -46,14 +56,24 @@ class SDFT(SelfDistillation):
 class OPSD(SDFT):
     """On-Policy Self-Distillation (arXiv 2601.18734): the teacher is shown the verified solution.
 
-    Jensen-Shannon divergence over the whole vocabulary, each entry's share clipped, against the initial weights.
+    Forward KL over the whole vocabulary, each entry's share clipped, against the initial weights: as published later in
+    github.com/siyan-zhao/OPSD. The first version of the paper has the Jensen-Shannon divergence without a clip
+    (`--distill.alpha 0.5 --distill.kl_clip none`).
+
+    Published samples are also of the 20 likeliest tokens only (`top_k`), for which OpenRLHF 0.11.2 has no flag. With
+    `top_p` the engine's log-probabilities are not of the distribution that the trainer scores, so there is no rollout
+    correction by default, as there is none in the published code.
     """
 
     name = "opsd"
     defaults: dict[str, Any] = SDFT.defaults | {
-        "distill.mode": "full",
-        "distill.alpha": 0.5,
-        "distill.kl_clip": 0.05,
+        "teacher.kind": "base",  # `fixed_teacher`
+        "distill.kl_clip": 0.05,  # `jsd_token_clip`
+        "distill.skip_tokens": 0,
+        "rollout.temperature": 1.1,  # of the distributions that are compared, too
+        "rollout.top_p": 0.95,
+        "algo.advantage.is_correction_level": "off",
+        "algo.advantage.is_correction_mode": "mask",
         "reprompt.template": "{prompt}\n\nHere is a reference solution:\n{privileged_context}\n\n"
         "After understanding the reference solution, solve the problem with your own reasoning.",
     }

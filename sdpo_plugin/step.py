@@ -18,6 +18,7 @@ LOSS_MASK = "loss_mask"
 NEEDS = {"old_log_probs": True, "log_probs": True, "samples": True, "entropy": False}
 
 HeadFunction = Callable[[torch.Tensor, Head, torch.Tensor], Scores]
+Aggregate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (loss [B, A], mask [B, A]) -> scalar
 
 
 def combined_needs(said: Iterable[Mapping[str, bool] | None]) -> dict[str, bool]:
@@ -72,10 +73,18 @@ class PolicyStep:
         entropy: [B, A], differentiable, if someone needs it.
         metrics: scalars to log, averaged over the step's response tokens.
         sums: the algorithm's, (sum, number) of tokens by name, from `head` to the loss.
+        rollout_correction: the host's own, `(old_log_probs, rollout_log_probs, mask)`, `[B, A]` each -> `[B, A]`: the
+            factor that its policy loss gives each token by `--algo.advantage.is_correction_*`; 0 outside the mask.
     """
 
     def __init__(
-        self, worker: Any, experience: Any, needs: Mapping[str, bool], aggregate: Callable[..., torch.Tensor]
+        self,
+        worker: Any,
+        experience: Any,
+        needs: Mapping[str, bool],
+        token_mean: Aggregate,
+        sample_mean: Aggregate,
+        rollout_correction: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> None:
         self.worker, self.experience, self.needs = worker, experience, needs
         info = experience.info  # the host logs every entry that stays
@@ -88,7 +97,8 @@ class PolicyStep:
         self.entropy: torch.Tensor | None = None
         self.metrics: dict[str, float | torch.Tensor] = {}
         self.sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._aggregate = aggregate
+        self.rollout_correction = rollout_correction
+        self._token_mean, self._sample_mean = token_mean, sample_mean
 
     @property
     def loss_mask(self) -> torch.Tensor:
@@ -108,8 +118,19 @@ class PolicyStep:
         `(loss_weights * x).sum()` is the scalar to backpropagate: over all ranks and accumulated micro-batches it
         adds up to one mean, the way the host's `aggregate_loss` does for its own loss (`--actor.loss_agg_mode`).
         """
+        return self._weights(self._token_mean)
+
+    @property
+    def sample_weights(self) -> torch.Tensor:
+        """Float32 [B, A]: likewise, of the mean over all samples of each one's mean over `loss_mask`.
+
+        A sample without a token in it counts as zero, unless it has no response at all.
+        """
+        return self._weights(self._sample_mean)
+
+    def _weights(self, mean: Aggregate) -> torch.Tensor:
         unit = torch.zeros(self.loss_mask.shape, device=self.experience.sequences.device, requires_grad=True)
-        return torch.autograd.grad(self._aggregate(unit, self.loss_mask.float()), unit)[0]
+        return torch.autograd.grad(mean(unit, self.loss_mask.float()), unit)[0]
 
 
 def loss_mask(experience: Any, attached: list[torch.Tensor] | None) -> torch.Tensor:

@@ -294,7 +294,10 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
         def __init__(self) -> None:
             defaults = {g.prefix: vars(g()) for g in GROUPS} | {
                 "actor": {"entropy_coef": None, "aux_loss_coef": 0.0},
-                "algo": {"name": "sdpo", "kl": SimpleNamespace(use_loss=False, init_coef=0.0)},
+                "algo": {
+                    "name": "sdpo", "kl": SimpleNamespace(use_loss=False, init_coef=0.0),
+                    "advantage": SimpleNamespace(is_correction_level="off"),
+                },
                 "rollout": {"batch_size": 2, "n_samples_per_prompt": 2},
                 "train": {"batch_size": 4, "max_epochs": 1, "async_enable": False},
                 "data": {"apply_chat_template": True, "input_key": "prompt", "chat_template_kwargs": "{}"},
@@ -319,15 +322,23 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             return copy.deepcopy(self.actor)
 
         def step(
-            self, plugin: Any, sequences: Any, attention_mask: Any, action_mask: Any, **data: list[Any]
-        ) -> PolicyStep:
+            self, plugin: Any, sequences: Any, attention_mask: Any, action_mask: Any,
+            old_log_probs: Any = None, rollout_log_probs: Any = None, **data: list[Any],
+        ) -> PolicyStep:  # fmt: skip
             info = {ATTACHED + name: values for name, values in data.items()}
             experience = SimpleNamespace(
-                sequences=sequences, attention_mask=attention_mask, action_mask=action_mask, action_log_probs=None,
-                rollout_log_probs=None, info=info,
+                sequences=sequences, attention_mask=attention_mask, action_mask=action_mask,
+                action_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs, info=info,
             )  # fmt: skip
             needs = combined_needs([plugin.openrlhf_needs(self.args)])
-            step = PolicyStep(self, experience, needs, lambda loss, mask: (loss * mask).sum() / mask.sum().clamp(min=1))
+            step = PolicyStep(
+                self,
+                experience,
+                needs,
+                lambda loss, mask: (loss * mask).sum() / mask.sum().clamp(min=1),
+                lambda loss, mask: ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean(),
+                lambda old, rollout, mask: (old - rollout).exp().clamp(max=2.0) * mask,
+            )
             plugin.openrlhf_before_forward(step)
             rows = response_rows(step.response, sequences)
             states, targets = self.actor.states(sequences)[rows], torch.roll(sequences, -1, dims=1)[rows]

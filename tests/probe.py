@@ -136,4 +136,6 @@ def dense(hidden, head, teacher_hidden, teacher_head, token_ids, weights, config
     teacher = teacher_hidden.float() @ teacher_head.weight.detach().float().T / temperature
     loss = per_token_loss(student, teacher, token_ids, config, old)
     log_probs = student.log_softmax(-1).gather(-1, token_ids[:, None])[:, 0]
+    if kwargs["reweigh"] is not None:
+        loss = loss * kwargs["reweigh"](log_probs.detach(), torch.arange(len(loss)))
     return Scores((loss * weights).sum(), loss.detach(), log_probs.detach(), None)

@@ -1,6 +1,10 @@
 """Bad input stops before anything loads, with a message that names the flag, the value and the fix."""
 
 import argparse
+import copy
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,7 @@ def host_parser() -> argparse.ArgumentParser:
         "ds.lora.rank": 0, "ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1,
         "data.max_images_per_prompt": 0, "ds.enable_sleep": False, "algo.kl.init_coef": 0.0,
         "ds.lora.target_modules": "", "algo.advantage.is_correction_level": "off",
+        "algo.advantage.is_correction_mode": "mask", "algo.advantage.is_correction_gating": "ratio",
     }.items():  # fmt: skip
         parser.add_argument(f"--{flag}", default=value, type=type(value))
     for flag in ("train.async_enable", "algo.kl.use_loss", "ds.deepcompile", "data.apply_chat_template"):
@@ -77,11 +82,16 @@ def test_out_of_range(group, values, message):
         (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .*size 1"),
         (["--algo", "sdpo", "--teacher.kind", "base", "--teacher.save"], r"--teacher.save True: .* --teacher.kind ema"),
         (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),
-        (["--algo", "sdpo", "--train.async_enable", "--distill.weight", "0.5"], r"--distill.is_clip 2.0: .*level"),
         (["--data.chat_template_kwargs", "enable_thinking=false"], r"kwargs enable_thinking=false: not a JSON object"),
         (["--data.chat_template_kwargs", "[1]"], r"--data.chat_template_kwargs \[1\]: not a JSON object"),
         (["--data.chat_template_kwargs", '{"tokenize": true}'], r"OpenRLHF sets tokenize itself; leave it out"),
         (["--data.chat_template_kwargs", '{"x": 1}'], r'kwargs {"x": 1}: .* give --data.apply_chat_template'),
+        (["--algo", "sdpo", "--algo.advantage.is_correction_level", "seq"], r"level seq, .*; give .*_mode mask"),
+        (["--algo", "sdpo", "--algo.advantage.is_correction_gating", "tv"], r"gating tv: .*; give .*_mode mask"),
+        (
+            ["--algo=sdpo", "--distill.generate_from_teacher", "--reprompt.template", "{prompt}{privileged_context}"],
+            r"is_correction_level token: .*; give off",
+        ),
         (["--plugins", "no_such_module"], r"--plugins no_such_module: No module named"),
         (["--config", "/no/such/recipe.yaml"], r"--config /no/such/recipe.yaml: .*No such file"),
     ],
@@ -91,9 +101,14 @@ def test_command_line(arguments, message):
         parse(*arguments)
 
 
-def test_asynchronous_samples_bring_their_log_probabilities():
-    assert vars(parse("--algo", "sdpo", "--train.async_enable"))["algo.advantage.is_correction_level"] == "token"
-    assert vars(parse("--algo", "sdpo"))["algo.advantage.is_correction_level"] == "off"
+@pytest.mark.parametrize("weight", ["0.5", "1"])
+@pytest.mark.parametrize("mode", [[], ["--train.async_enable"]], ids=["in step", "asynchronous"])
+def test_the_rollout_correction_is_what_the_user_gave(mode, weight):
+    hybrid = ["--algo", "sdpo", "--distill.weight", weight, *mode]
+    asked = ["--algo.advantage.is_correction_level", "seq", "--algo.advantage.is_correction_mode", "mask"]
+    assert vars(parse(*hybrid, *asked))["algo.advantage.is_correction_level"] == "seq"
+    assert vars(parse(*hybrid, *asked[:1], "off"))["algo.advantage.is_correction_level"] == "off"
+    assert vars(parse(*hybrid))["algo.advantage.is_correction_level"] == "token"
 
 
 def test_a_value_of_the_wrong_type_is_argparse_s_error(capsys):
@@ -171,6 +186,61 @@ def test_an_algorithm_s_defaults_are_below_recipe_and_command_line(monkeypatch, 
 
 def test_the_options_page_is_current():
     assert (Path(__file__).parents[1] / "docs" / "options.md").read_text() == options_page()
+
+
+def test_the_variants_have_the_published_defaults():
+    parser = host_parser()
+    for flag in ("reward.remote_url", "reward.model_name_or_path", "train.agent_func_path"):
+        parser.add_argument(f"--{flag}")
+    for flag in ("rollout.temperature", "rollout.top_p", "algo.advantage.is_correction_threshold"):
+        parser.add_argument(f"--{flag}")
+    published = {
+        "sdpo": {"distill.alpha": 0.5, "teacher.update_rate": 0.05, "algo.advantage.is_correction_threshold": [0, 2]},
+        "sdft": {"distill.alpha": 0.0, "teacher.update_rate": 0.01, "distill.skip_tokens": 3, "distill.mode": "full"},
+        "opsd": {"distill.alpha": 0.0, "distill.kl_clip": 0.05, "rollout.temperature": 1.1, "rollout.top_p": 0.95,
+                 "distill.skip_tokens": 0, "teacher.kind": "base", "algo.advantage.is_correction_level": "off"},
+    }  # fmt: skip
+    for algorithm, values in published.items():
+        args = vars(cli.parse(copy.deepcopy(parser), ["--algo", algorithm], on_cpu=False))
+        assert values.items() <= args.items(), algorithm
+
+
+RECIPES = sorted(str(path) for path in (Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+PARSE_ALL = """
+import copy, json, sys
+from sdpo_plugin.host import cli
+
+def parse_recipes(parser, arguments, on_cpu):
+    for path in arguments:
+        args = original(copy.deepcopy(parser), ["--config", path], on_cpu=False)
+        print("PARSED", json.dumps([path, vars(args)], default=str))
+    sys.exit()
+
+original, cli.parse = cli.parse, parse_recipes
+cli.train(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def parsed_recipes():
+    """Every recipe's arguments, from OpenRLHF's own parser and all plugins."""
+    run = subprocess.run([sys.executable, "-c", PARSE_ALL, *RECIPES], capture_output=True, text=True, timeout=300)
+    lines = [line.removeprefix("PARSED ") for line in run.stdout.splitlines() if line.startswith("PARSED ")]
+    assert len(lines) == len(RECIPES), run.stderr[-2000:]
+    return dict(json.loads(line) for line in lines)
+
+
+def test_every_recipe_is_understood(parsed_recipes):
+    for path, args in parsed_recipes.items():
+        for key, value in recipe.load(path).items():
+            assert args[key] == value, f"{path}: {key}"
+
+
+def test_the_published_recipes_make_the_published_number_of_updates(parsed_recipes):
+    for name, updates in (("sdpo_generalisation", 1), ("sdpo_rich_feedback", 32)):
+        (args,) = [args for path, args in parsed_recipes.items() if name in path]
+        samples = args["rollout.batch_size"] * args["rollout.n_samples_per_prompt"]
+        assert samples == 32 * 8 and samples // args["train.batch_size"] == updates == args["teacher.sync_steps"]
 
 
 def test_recipe_names_are_flat():

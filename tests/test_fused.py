@@ -237,6 +237,21 @@ def test_one_tensor_may_be_both_heads(cfg):
     )
 
 
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("cfg", CONFIGS[:5], ids=str)
+def test_weights_may_depend_on_the_student_s_own_log_probabilities(cfg, differentiable):
+    case, engine = Case(), Case(1).old
+    scores = linear_distillation(*case.arguments, case.weights, cfg, case.old, chunk_size=4,
+                                 reweigh=lambda log_probs, rows: (log_probs - engine[rows]).exp().clamp(max=2.0),
+                                 differentiable_log_probs=differentiable)
+    factors = (case.dense(cfg, 1.0)[1].detach() - engine).exp().clamp(max=2.0)
+    case.weights = case.weights * factors
+    expected = case.dense(cfg, 1.0)[0]
+    assert factors.min() < 1 < factors.max()
+    assert_same([scores.loss, *torch.autograd.grad(scores.loss, case.leaves)],
+                [expected, *torch.autograd.grad(expected, case.leaves)])
+
+
 # 16-bit parameters
 
 
@@ -274,6 +289,28 @@ def test_16_bit_gradients_are_summed_in_float32():
                                         rows[2][:n], torch.ones(n), CONFIGS[0])
         gradients += torch.autograd.grad(loss, case.head.weight)
     torch.testing.assert_close(*gradients, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [2_000, 100_000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_gradients_are_rounded_after_the_loss_scale(dtype, tokens):
+    """Each token's share of a mean over many is less than fp16 can hold, until DeepSpeed's loss scale multiplies it."""
+    case, exact, scale = Case(n=30, bias=True, dtype=dtype), Case(n=30, bias=True, dtype=dtype), torch.tensor(65536.0)
+    with torch.no_grad():
+        for c, x in itertools.product((case, exact), ("weight", "bias")):
+            getattr(c.head, x).mul_(0.1)  # student and teacher nearly agree
+            getattr(c.teacher_head, x).mul_(0.1)
+    exact.widen()
+    case.weights = exact.weights = torch.full((30,), 1.0 / tokens)
+    scores = linear_distillation(*case.arguments, case.weights, CONFIGS[1])
+    assert not scores.log_probs.requires_grad
+    got = torch.autograd.grad(scores.loss, case.leaves, scale)
+    exact.old = None
+    expected = torch.autograd.grad(exact.dense(CONFIGS[1], 1.0)[0], exact.leaves, scale)
+    for a, b in zip(got, expected, strict=True):
+        error = (a.float() - b).norm() / b.norm()
+        print(f"{dtype}, {tokens} tokens: relative error {error:.1e}")
+        assert a.dtype == dtype and error <= torch.finfo(dtype).eps
 
 
 # Rows that do not count

@@ -3,6 +3,7 @@
 import functools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,11 +46,14 @@ def test_gradient_is_the_definition_s(
     assert rows[0] <= CHUNK_ROWS < rows[1]  # and the tracer sees what there is to see
 
 
+def norm(gradient) -> float:
+    return float(sum(g.square().sum() for g in gradient.values()).sqrt())
+
+
 def distance(a, b) -> float:
     """Of two gradients, relative to the second."""
-    norm = sum(g.square().sum() for g in b.values()).sqrt()
-    assert norm > 0 and a.keys() == b.keys()
-    return float(sum((a[name] - g).square().sum() for name, g in b.items()).sqrt() / norm)
+    assert norm(b) > 0 and a.keys() == b.keys()
+    return norm({name: a[name] - g for name, g in b.items()}) / norm(b)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +107,24 @@ def test_two_ranks_have_the_gradient_of_one(gradient, of_one_rank, zero):
     assert difference <= 1e-5
 
 
+def test_both_means_keep_their_weight_beside_the_policy_s_loss(gradient, of_one_rank):
+    """On two ranks, in micro-batches of two of which some hold no sample with a context, as on one in one of sixteen.
+
+    Half of the samples have one, and all responses are about as long: the mean over the tokens with a context is about
+    twice the mean over all samples.
+    """
+    pure = {"samples": of_one_rank}
+    for mean in ("samples", "tokens"):
+        half = ("--distill.weight", "0.5", "--distill.mean", mean)
+        whole = gradient(*half, "--train.micro_batch_size", "16", "--rollout.micro_batch_size", "16")
+        split = gradient(*half, *ZERO[2], "--train.micro_batch_size", "2")
+        difference = distance(split, whole)
+        pure[mean] = pure.get(mean) or gradient("--distill.mean", mean)
+        print(f"{mean}: relative difference {difference:.1e}, norm {norm(pure[mean]):.3e}")
+        assert difference <= 1e-5
+    assert norm(pure["tokens"]) == pytest.approx(2 * norm(pure["samples"]), rel=0.2)
+
+
 @pytest.mark.parametrize(("batches", "stage"), [("packed", 3), ("dynamic", 0), ("dynamic", 2)])
 def test_packed_samples_have_the_gradient_of_padded_ones(gradient, of_one_rank, batches, stage):
     """Also in micro-batches of as many samples as have room. The host packs only if there is an engine."""
@@ -152,3 +174,34 @@ def test_every_micro_batch_is_in_the_gradient(gradient, stage, optimizer, weight
     difference = distance(gradient(*flags), gradient("--train.micro_batch_size", "16", *SWITCHES[weights]))
     print(f"relative difference {difference:.1e}")
     assert difference <= 1e-5
+
+
+def test_each_micro_batch_has_its_share_of_one_mean():
+    """Four micro-batches of two samples, two to an optimizer step; in the second none has a context."""
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
+
+    from sdpo_plugin.host.worker import PolicyTrainer, windows_with_loss_mask
+    from sdpo_plugin.step import PolicyStep
+
+    trainer = PolicyTrainer.__new__(PolicyTrainer)
+    batches = [([3, 1], [True, True]), ([2, 4], [False, False]), ([4, 2], [True, False]), ([1, 3], [False, True])]
+    data = []
+    for lengths, active in batches:
+        response = torch.tensor([[i < length for i in range(4)] for length in lengths])
+        mask = response & torch.tensor(active)[:, None]
+        data.append(SimpleNamespace(
+            sequences=torch.zeros(2, 6), action_mask=response.long(), info={"plugin/loss_mask": list(mask)}
+        ))
+    windows = windows_with_loss_mask(iter_grad_accum_global_norm)
+    steps = []
+    for experience, info in windows(iter(data), SimpleNamespace(), 2, lambda e: e.action_mask):
+        means = trainer._mean(experience.loss_mask_info, True), trainer._mean(info, token_level=False)
+        steps.append(PolicyStep(None, experience, {}, *means, None))
+    # DeepSpeed halves the loss of each micro-batch. Four samples a step; four and seven tokens in the loss.
+    for step, shares in zip(steps, ([1 / 12, 1 / 4], [0.0, 0.0], [1 / 16, 0.0], [0.0, 1 / 12]), strict=True):
+        torch.testing.assert_close(step.sample_weights / 2, step.loss_mask * torch.tensor(shares)[:, None])
+    for step, share in zip(steps, (1 / 4, 0.0, 1 / 7, 1 / 7), strict=True):
+        torch.testing.assert_close(step.loss_weights / 2, step.loss_mask * share)

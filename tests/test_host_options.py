@@ -203,3 +203,67 @@ def test_samples_without_an_action_teach_nothing_and_are_taught_nothing(openrlhf
     assert values(run, "self_distillation/success_group_fraction") == [7 / 8]
     assert values(run, "self_distillation/token_fraction") == [1.0]
     assert motion(run, initial) > 0
+
+
+FP16_ON_CPU = """
+from sdpo_plugin.host.hookspecs import hookimpl
+
+@hookimpl
+def openrlhf_model(actor, args):
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # it says no where oneDNN has no fp16 kernels; PyTorch has
+"""
+
+
+def test_fp16_has_the_gradient_of_bf16(replay, initial, monkeypatch, tmp_path):
+    """DeepSpeed's loss scale starts at 65,536 and halves where a gradient overflows, which skips the step."""
+    (tmp_path / "fp16_on_cpu.py").write_text(FP16_ON_CPU)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = replay(*SDPO, "--ds.param_dtype", "fp16", "--plugins", "sdpo_plugin.testing", "fp16_on_cpu")
+    norms = values(run, "actor_grad_norm"), values(replay(*SDPO), "actor_grad_norm")
+    print(f"gradient norms in fp16 and bf16: {norms}")
+    assert norms[0][0] == pytest.approx(norms[1][0], rel=0.05) and motion(run, initial) > 0
+
+
+def test_the_rollout_correction_acts_in_step(replay, recorded, initial):
+    """Trainer and engine differ by rounding. A band that no response is in leaves nothing to learn from."""
+    assert all(sample.rollout_log_probs is not None for samples in recorded.samples for sample in samples)
+    level, mode, threshold = (f"--algo.advantage.is_correction_{name}" for name in ("level", "mode", "threshold"))
+    corrected, off = replay(*SDPO), replay(*SDPO, level, "off")
+    none = replay(*SDPO, level, "seq", mode, "mask", threshold, "2", "3")
+    assert not same(corrected, off) and "train/vllm_kl" in corrected.metrics and "train/vllm_kl" not in off.metrics
+    losses = [values(run, "self_distillation/loss") for run in (corrected, off, none)]
+    print(f"losses: corrected {losses[0]}, off {losses[1]}, all dropped {losses[2]}")
+    assert losses[0][0] != losses[1][0] and losses[2] == [0.0, 0.0] and motion(none, initial) == 0.0
+
+
+def test_the_correction_is_the_host_s():
+    """Of two tokens and a masked one, by hand: log(old / engine) is log 4 and log(1/2)."""
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from openrlhf.models.loss import PolicyLoss
+
+    from sdpo_plugin.host.worker import PolicyTrainer
+
+    engine, mask = torch.tensor([[0.1, 0.2, 1.0]]).log(), torch.tensor([[1, 1, 0]])
+    old = torch.tensor([[0.4, 0.1, 1.0]]).log()
+
+    def correction(level, mode, gating, *threshold, **options):
+        trainer = PolicyTrainer.__new__(PolicyTrainer)
+        trainer.host_loss_fn = PolicyLoss(
+            is_correction_level=level, is_correction_mode=mode, is_correction_gating=gating,
+            is_correction_threshold=threshold, **options,
+        )  # fmt: skip
+        return trainer._rollout_correction(old, engine, mask)[0].tolist()
+
+    approx = pytest.approx
+    assert correction("token", "clip", "ratio", 0.0, 2.0) == approx([2.0, 0.5, 0.0])  # as published
+    assert correction("token", "clip", "ratio", 1.0, 2.0, token_level_loss=False) == approx([2.0, 1.0, 0.0])
+    assert correction("token", "mask", "ratio", 0.5, 3.0) == approx([0.0, 0.5, 0.0])
+    assert correction("token", "mask", "tv", 0.0, 0.2, policy_loss_type="gspo") == approx([0.0, 0.5, 0.0])
+    # The geometric mean of the sequence's ratios is sqrt(2); those that stay keep their tokens' own.
+    assert correction("seq", "mask", "ratio", 0.5, 1.5) == approx([4.0, 0.5, 0.0])
+    assert correction("seq", "mask", "ratio", 0.5, 1.4) == approx([0.0, 0.0, 0.0])
+    assert correction("off", "mask", "ratio", 0.5, 5.0) == approx([1.0, 1.0, 0.0])

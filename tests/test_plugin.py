@@ -49,7 +49,7 @@ def test_without_any_context_two_tokens_stand_in():
 @pytest.mark.parametrize("mode", ["full", "topk", "sampled"])
 def test_the_loss_is_the_definition_on_the_tokens_with_a_context(mode):
     options = {"mode": mode, "alpha": 1.0, "topk": 5}
-    worker = fake_worker(distill=options)
+    worker = fake_worker(distill=options | {"mean": "tokens"})
     plugin = algorithm(worker)
     got = step(worker, plugin)
     expected = []
@@ -78,11 +78,17 @@ def test_samples_without_a_context_are_read_only_where_something_else_wants_them
         assert got.samples is None and len(got.scores.log_probs) == 8
 
 
+def corrected(level):
+    return {"advantage": SimpleNamespace(is_correction_level=level)}
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
         ({}, False), ({"distill": {"weight": 0.5}}, True), ({"train": {"max_epochs": 2}}, True),
-        ({"train": {"batch_size": 2}}, True), ({"train": {"batch_size": 2, "async_enable": True}}, False),
+        ({"train": {"batch_size": 2}}, True), ({"train": {"batch_size": 2, "async_enable": True}}, True),
+        ({"train": {"async_enable": True}}, False), ({"algo": corrected("token")}, False),
+        ({"algo": corrected("seq")}, True),
         ({"algo": {"kl": SimpleNamespace(use_loss=False, init_coef=0.1)}}, True), ({"distill": {"weight": 0.0}}, True),
     ],
 )  # fmt: skip
@@ -106,6 +112,67 @@ def test_log_probabilities_that_nobody_needs_can_be_read_but_not_differentiated(
     assert got.log_probs.sum() < 0
     with pytest.raises(ConfigError, match='return {"log_probs": True} from openrlhf_needs'):
         got.log_probs.sum().backward()
+
+
+def losses(worker, **log_probs):
+    data = {"teacher_prompt": PROMPTS, "loss_mask": MASKS}
+    return worker.step(algorithm(worker), SEQUENCES, ATTENTION, ACTION, **data, **log_probs).scores
+
+
+def of_tokens(*values) -> torch.Tensor:
+    """[B, A] with `values` at the action positions of the first two samples."""
+    return torch.zeros(ACTION.shape).masked_scatter(ACTION.bool() & torch.tensor([[True], [True], [False]]),
+                                                    torch.tensor(values))
+
+
+def test_the_rollout_correction_is_the_student_s_ratio_to_the_engine_with_one_update():
+    """min(student / engine, 2) of each token, where the policy before the update is the student itself."""
+    plain = losses(fake_worker())
+    student = plain.log_probs[:6]
+    shift = torch.tensor([0.0, 0.5, 2.0, -1.0, 0.0, -3.0])  # of the engine: student / engine = exp(shift)
+    factors = torch.tensor([1.0, 1.6487, 2.0, 0.3679, 1.0, 0.0498])
+    got = losses(fake_worker(algo=corrected("token")), rollout_log_probs=of_tokens(*(student - shift).tolist()))
+    torch.testing.assert_close(got.token_loss[:6], plain.token_loss[:6] * factors, rtol=1e-3, atol=1e-6)
+
+
+def test_ratio_and_rollout_correction_are_two_factors_with_several_updates():
+    """min(student / old, 2) * min(old / engine, 2), each clipped by itself; neither is counted twice."""
+    plain, several = losses(fake_worker(distill={"is_clip": None})), {"train": {"max_epochs": 2}}
+    student = plain.log_probs[:6]
+    to_old, to_engine = torch.tensor([0.5, 0.5, 2.0, 2.0, -1.0, 0.0]), torch.tensor([0.5, 2.0, 2.0, -1.0, 2.0, 0.0])
+    expected = to_old.exp().clamp(max=2.0) * to_engine.exp().clamp(max=2.0)
+    given = {"old_log_probs": of_tokens(*(student - to_old).tolist()),
+             "rollout_log_probs": of_tokens(*(student - to_old - to_engine).tolist())}
+    shares = torch.tensor([1 / 9] * 6)
+    got = losses(fake_worker(algo=corrected("token"), **several), **given)
+    torch.testing.assert_close(got.loss, (plain.token_loss[:6] * shares * expected).sum(), rtol=1e-4, atol=1e-6)
+    uncorrected = losses(fake_worker(**several), **given)
+    ratios = plain.token_loss[:6] * to_old.exp().clamp(max=2.0)
+    torch.testing.assert_close(uncorrected.token_loss[:6], ratios, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rollout_without_log_probabilities_is_named():
+    with pytest.raises(ConfigError, match="is_correction_level token: the rollout brought no log-probabilities; give"):
+        losses(fake_worker(algo=corrected("token")))
+
+
+@pytest.mark.parametrize(("mean", "shares"), [("samples", [1 / 9] * 6), ("tokens", [1 / 6] * 6)])
+def test_both_means(mean, shares):
+    """Three samples, of three, three and two tokens; the third has no context and counts in the mean over samples."""
+    worker = fake_worker(distill={"mean": mean})
+    got = step(worker, algorithm(worker))
+    torch.testing.assert_close(got.loss.detach(), (got.scores.token_loss[:6] * torch.tensor(shares)).sum())
+    per_token = got.metrics["self_distillation/loss"] / got.metrics["self_distillation/token_fraction"]
+    torch.testing.assert_close(per_token, got.scores.token_loss[:6].mean())
+
+
+def test_a_sample_s_mean_is_over_its_tokens_in_the_loss():
+    """One of three, three of three and none of two."""
+    one = MASKS[0] & (MASKS[0].cumsum(0) == 2)
+    worker = fake_worker()
+    got = step(worker, algorithm(worker), masks=[one, *MASKS[1:]])
+    shares = torch.tensor([1 / 3] + [1 / 9] * 3)
+    torch.testing.assert_close(got.loss.detach(), (got.scores.token_loss[[1, 3, 4, 5]] * shares).sum())
 
 
 def gradient(worker, loss) -> torch.Tensor:

@@ -11,10 +11,11 @@ from sdpo_plugin.sdft import SDFT
 from sdpo_plugin.testing import fake_worker
 
 ROOT = Path(__file__).parents[1]
-# What the quickstart's model was warm-started to read: a solution in its context.
+# What the quickstart's model was warm-started to read: a solution in its context. An answer has four tokens, so none
+# is skipped, and the initial weights teach: 70 steps at 1e-3 are no place for an average.
 TEMPLATE = "{prompt}\nCorrect solution:\n\n{privileged_context}\n\nCorrectly solve the original question."
 FLAGS = (
-    "--algo", "sdft", "--reprompt.template", TEMPLATE, "--distill.mode", "full", "--distill.alpha", "0",
+    "--algo", "sdft", "--reprompt.template", TEMPLATE, "--distill.skip_tokens", "0", "--teacher.kind", "base",
     "--rollout.n_samples_per_prompt", "4", "--train.batch_size", "32", "--train.micro_batch_size", "32",
     "--rollout.micro_batch_size", "32", "--train.num_episodes", "70",
 )  # fmt: skip
@@ -53,7 +54,8 @@ def test_a_demonstrated_skill_is_learned_without_a_reward_function(openrlhf, vau
     evaluation = tmp_path / "eval.jsonl"  # where nothing is demonstrated
     evaluation.write_text("".join(json.dumps({k: row[k] for k in ("prompt", "label")}) + "\n" for row in rows))
     flags = [*FLAGS, "--eval.dataset", str(evaluation), "--eval.steps", "70"]
-    flags += ["--distill.generate_from_teacher"] if prompt == "teacher" else []
+    if prompt == "teacher":
+        flags += ["--distill.generate_from_teacher", "--algo.advantage.is_correction_level", "off"]
     run = openrlhf(model, rows, "", *flags)
     assert "eval/eval_default_pass1" in run.metrics
     assert accuracy(model, rows) <= 0.1 and accuracy(run.directory / "model", rows) >= 0.9

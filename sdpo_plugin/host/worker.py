@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from sdpo_plugin.host.actor import PolicyActor
 from sdpo_plugin.host.offload import OffloadedActor
 from sdpo_plugin.host.seams import plain_class
 from sdpo_plugin.host.zero import MasterWeights, images, publish
-from sdpo_plugin.step import ATTACHED, LOSS_MASK, PolicyStep, loss_mask, undifferentiable
+from sdpo_plugin.step import ATTACHED, LOSS_MASK, Aggregate, PolicyStep, loss_mask, undifferentiable
 
 
 def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
@@ -82,8 +83,14 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
     def training_step(
         self, experience: Any, kl_ctl: float, step: int, loss_batch_info: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        aggregate = self._aggregate(self._loss_mask_info(experience, step))
-        self.step = PolicyStep(self.worker, experience, self.needs, aggregate)
+        self.step = PolicyStep(
+            self.worker,
+            experience,
+            self.needs,
+            self._mean(self._loss_mask_info(experience, step), self.host_loss_fn.token_level_loss),
+            self._mean(loss_batch_info or self._loss_batch_info(experience, step), token_level=False),
+            self._rollout_correction,
+        )
         self.hook.openrlhf_before_forward(step=self.step)
         if self.args.train.dynamic_batch_enable:
             # The host makes DeepSpeed think that every micro-batch is a step: ZeRO 1 and 2 then drop all but the last.
@@ -134,12 +141,30 @@ class PolicyTrainer(ppo_actor.ActorPPOTrainer):
             self.loss_mask_info = ppo_actor.get_loss_batch_info(self.strategy, padded)
         return self.loss_mask_info
 
-    def _aggregate(self, info: dict[str, Any]) -> Callable[..., torch.Tensor]:
-        """The host's mean over an optimizer step for the plugins' mask: `(loss [B, A], mask [B, A]) -> scalar`."""
+    def _loss_batch_info(self, experience: Any, step: int) -> dict[str, Any]:
+        """The host's normalizers of an optimizer step of dynamic micro-batches, for its own mask."""
+        return ppo_actor.get_loss_batch_info(
+            self.strategy, experience.action_mask, replay_buffer=self.replay_buffer, step=step, dynamic_batch=True
+        )
+
+    def _mean(self, info: dict[str, Any], token_level: bool) -> Aggregate:
+        """The host's mean over an optimizer step with the normalizers `info`."""
         # A step without a single token in the mask has a loss of zero, not 0/0.
         totals = {name: info[name].clamp(min=1e-8) for name in ("batch_num_tokens", "global_batch_size")}
-        token_level = self.host_loss_fn.token_level_loss
         return partial(ppo_actor.aggregate_loss, token_level_loss=token_level, dp_size=info["dp_size"], **totals)
+
+    def _rollout_correction(
+        self, old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """What the host's PPO loss multiplies a token's advantage with when the policy is the old one."""
+        loss_fn = copy.copy(self.host_loss_fn)
+        loss_fn.token_level_loss, loss_fn.policy_loss_type = True, "ppo"
+        with torch.enable_grad():
+            advantages = torch.ones_like(old_log_probs, requires_grad=True)
+            loss = loss_fn(
+                old_log_probs, old_log_probs, advantages, mask, rollout_log_probs=rollout_log_probs, batch_num_tokens=1
+            )[0]
+        return -torch.autograd.grad(loss, advantages)[0]
 
     def _loss(
         self, log_probs: torch.Tensor, old_log_probs: torch.Tensor, *args: Any, **kwargs: Any
