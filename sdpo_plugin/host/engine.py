@@ -99,8 +99,9 @@ class Engine(RolloutRayActor):
             if _replaced.get() is None:
                 if prompt_token_ids != _own.get()[-len(prompt_token_ids) :]:
                     raise ConfigError(
-                        "--distill.generate_from_teacher True: the agent's reset() returned another observation than "
-                        "the prompt, which the teacher's prompt stands for; leave out one of the two"
+                        "the agent's reset() returned another observation than the prompt, in whose place another "
+                        "prompt was to be sampled behind; let it return the prompt, or leave out "
+                        "--distill.generate_from_teacher (or the plugin's openrlhf_generation_prompt)"
                     )
                 _replaced.set(len(prompt_token_ids))  # an agent's later turns come behind the same prompt
             prompt_token_ids = [*shown, *prompt_token_ids[_replaced.get() :]]

@@ -57,7 +57,7 @@ def openrlhf_dataset(dataset: Any, evaluation: bool, args: Any) -> None:
 def openrlhf_generation_prompt(prompt: str, record: dict[str, Any], tokenizer: Any, args: Any) -> list[int] | None:
     """Token ids behind which the engine samples a training response, in place of the prompt's own; None keeps them.
 
-    What is recorded and trained on is the response behind the data set's prompt.
+    What is recorded and trained on is the response behind the data set's prompt, which an agent's `reset` must return.
     """
 
 
