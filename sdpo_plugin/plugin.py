@@ -411,6 +411,11 @@ def refuse(args: Any) -> None:
             f"--teacher.save True: a {args.teacher.kind} teacher is made of the initial and the final model, nothing "
             "else is there to save; leave it out, or train with --teacher.kind ema"
         )
+    if args.train.enable_ema and args.ds.lora.rank > 0:
+        raise ConfigError(
+            f"--train.enable_ema with --ds.lora.rank {args.ds.lora.rank}: OpenRLHF averages weights by their position, "
+            "which adapters change; leave it out (the average that teaches is --teacher.kind ema)"
+        )
     if args.train.async_enable and args.distill.is_clip is not None:
         # Makes the engines return log-probabilities; in pure distillation the host's own loss plays no part.
         if args.distill.weight < 1.0 and args.algo.advantage.is_correction_level == "off":
