@@ -515,6 +515,11 @@ def refuse(args: Any) -> None:
             f"--teacher.save True: a {args.teacher.kind} teacher is made of the initial and the final model, nothing "
             "else is there to save; leave it out, or train with --teacher.kind ema"
         )
+    if args.train.enable_ema and args.ds.lora.rank > 0:
+        raise ConfigError(
+            f"--train.enable_ema with --ds.lora.rank {args.ds.lora.rank}: OpenRLHF averages weights by their position, "
+            "which adapters change; leave it out (the average that teaches is --teacher.kind ema)"
+        )
     correction = args.algo.advantage
     if correction.is_correction_mode == "clip" and (
         correction.is_correction_level == "seq" or correction.is_correction_gating != "ratio"

@@ -100,6 +100,17 @@ def test_a_sinking_gain_is_a_collapse_and_slows_the_average():
     assert w.slowed(0.05) < 1e-4 * 1.2  # it comes back, but slowly
 
 
+def test_a_found_rate_is_kept_as_long_as_the_flag_is_the_same():
+    w = watch(guard="slow")
+    for gain in (2.0, 2.0, 2.0, 1.9):
+        w.at_gain(gain, "ema")
+    found = w.slowed(0.05)
+    again = watch(guard="slow")
+    again.restore(w.state())
+    assert again.in_use(0.05) == found < 0.02
+    assert again.in_use(0.04) == 0.04 and again.slowed(0.04) == pytest.approx(found * 0.04 / 0.05)
+
+
 def test_the_drift_is_relative_to_the_first_looks():
     w = watch()
     assert [w.drift(length) for length in (8.0, 10.0, 12.0, 20.0, 5.0)] == [1.0, 10 / 9, 1.2, 2.0, 0.5]

@@ -171,8 +171,9 @@ def test_ranks_that_hold_nothing_but_padding(openrlhf, reward, recorded, monkeyp
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(narrow)
     run = openrlhf(
         narrow, ROWS, reward, *SDPO, "--actor.num_gpus_per_node", "4",
-        "--train.micro_batch_size", "4", "--ds.zero_stage", stage, "--actor.adam.lr", "1e-2", "--teacher.update_rate",
-        "0.5", "--teacher.save", "--plugins", "sdpo_plugin.testing", "frozen", replay=recorded,
+        "--train.micro_batch_size", "4", "--rollout.micro_batch_size", "4", "--ds.zero_stage", stage, "--teacher.save",
+        "--teacher.update_rate", "0.5", "--actor.adam.lr", "1e-2", "--plugins", "sdpo_plugin.testing", "frozen",
+        replay=recorded,
     )  # fmt: skip
     teacher = load_file(run.directory / "model" / "teacher" / "model.safetensors")["model.norm.weight"]
     student = run.weights["model.norm.weight"]
@@ -180,24 +181,13 @@ def test_ranks_that_hold_nothing_but_padding(openrlhf, reward, recorded, monkeyp
 
 
 def test_a_resumed_run_takes_new_flags(openrlhf, model, reward, recorded, tmp_path):
-    """Of the rate, whatever the guard had found, and of the optimizer; what is not given anew goes on."""
-    flags = [*SDPO, *ZERO[2], "--diagnostics.guard", "slow", "--ckpt.path", str(tmp_path), "--ckpt.save_steps", "1"]
+    """Of the average and of the optimizer; and without an engine."""
+    flags = [*SDPO, *ZERO[2], "--ckpt.path", str(tmp_path), "--ckpt.save_steps", "1"]
     openrlhf(model, ROWS, reward, *flags, replay=recorded)
     run = openrlhf(
-        model, ROWS, reward, *flags, "--ckpt.load_enable", "--train.num_episodes", "2", "--teacher.update_rate", "0.01",
-        "--actor.adam.lr", "1e-4", replay=recorded,
+        model, ROWS, reward, *flags, "--ckpt.load_enable", "--teacher.update_rate", "0.01", "--actor.adam.lr", "1e-4",
+        replay=recorded,
     )  # fmt: skip
     steps, rates = zip(*run.metrics["train/teacher/update_rate"], strict=True)
-    assert steps == (3, 4) and max(rates) <= 0.01 + 1e-9
+    assert steps == (3, 4) and rates == pytest.approx((0.01, 0.01))
     assert [value for _, value in run.metrics["train/actor_lr"]] == pytest.approx([1e-4, 1e-4])
-
-
-def test_a_teacher_s_head_that_zero3_takes_apart_serves_the_backward_pass(openrlhf, reward, recorded, tmp_path):
-    """DeepSpeed leaves a small head whole; beside the policy loss, gradients are made in the backward pass."""
-    wide = tiny_model(tmp_path / "model", hidden=1024, layers=1)
-    runs = [
-        openrlhf(wide, ROWS, reward, *SDPO, *ZERO[stage], "--distill.weight", "0.5", replay=recorded)
-        for stage in (2, 3)
-    ]  # fmt: skip
-    first = [run.metrics["train/actor_grad_norm"][0][1] for run in runs]
-    assert first[1] == pytest.approx(first[0], rel=1e-2)

@@ -83,6 +83,8 @@ SEAMS = (
     Seam("policy worker", f"{_RAY}.ppo_actor:PolicyModelActor.init_model_from_pretrained",
          ("strategy", "pretrain", "max_steps", "vllm_engines")),
     Seam("checkpoint", f"{_RAY}.ppo_actor:PolicyModelActor.save_checkpoint", ("tag",)),
+    Seam("resume of the policy", "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy.load_ckpt"),
+    Seam("metric of a checkpoint", "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy._read_ckpt_metric"),
     Seam("final model", f"{_RAY}.ppo_actor:PolicyModelActor.save_model"),
     Seam("order of micro-batches", f"{_RAY}.ppo_actor:DataLoader"),
     Seam("weight sync", f"{_RAY}.ppo_actor:ActorPPOTrainer.broadcast_to_vllm"),
