@@ -87,7 +87,7 @@ def _with_tail(log_probs: Tensor) -> Tensor:
 
 
 def importance_ratio(token_log_probs: Tensor, old_log_probs: Tensor | None, is_clip: float | None) -> Tensor | float:
-    """min(S/S_old, c) of the sampled token, detached; S_old is the policy that sampled it, None if that is S itself."""
+    """min(S/S_old, c) of the sampled token, detached; S_old: the policy before the update, None if that is S itself."""
     if is_clip is None:
         return 1.0
     if old_log_probs is None:
