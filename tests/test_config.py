@@ -36,8 +36,9 @@ def host_parser() -> argparse.ArgumentParser:
         "algo.advantage.is_correction_mode": "mask", "algo.advantage.is_correction_gating": "ratio",
     }.items():  # fmt: skip
         parser.add_argument(f"--{flag}", default=value, type=type(value))
-    switches = ("train.async_enable", "train.enable_ema", "algo.kl.use_loss", "ds.deepcompile", "data.apply_chat_template")
-    for flag in switches:
+    for flag in (
+        "train.async_enable", "train.enable_ema", "algo.kl.use_loss", "ds.deepcompile", "data.apply_chat_template",
+    ):  # fmt: skip
         parser.add_argument(f"--{flag}", action="store_true")
     return parser
 
