@@ -178,8 +178,7 @@ def test_ranks_that_hold_nothing_but_padding(openrlhf, reward, recorded, monkeyp
     teacher = load_file(run.directory / "model" / "teacher" / "model.safetensors")["model.norm.weight"]
     student = run.weights["model.norm.weight"]
     assert (teacher != 1).any() and (student != teacher).any()
-    distances = [value for _, value in run.metrics["train/teacher/ema_distance"]]
-    assert all(0 < distance < 1 for distance in distances)  # and not NaN
+    assert 0 < run.metrics["train/teacher/ema_distance"][-1][1] < 1  # and not NaN
 
 
 def test_a_resumed_run_takes_new_flags(openrlhf, model, reward, recorded, tmp_path):
