@@ -47,7 +47,9 @@ def openrlhf_worker_setup(worker):
     engine, trainer = worker.actor.model, worker.trainer
     worker.logits, worker.gradients = LogitRows(engine.module.config), []
     worker.read = []  # samples per micro-batch of the student
-    engine.module.register_forward_pre_hook(lambda module, args: module.training and worker.read.append(len(args[0])))
+    engine.module.register_forward_pre_hook(  # what it returned would replace `args`
+        lambda module, args: worker.read.append(len(args[0])) if module.training else None
+    )
     step, training_step, ppo_train = engine.step, trainer.training_step, trainer.ppo_train
     worker.actor.forward = worker.logits.traced(worker.actor.forward)  # the pass for old log-probabilities too
 
