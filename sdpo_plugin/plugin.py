@@ -78,10 +78,20 @@ class SelfDistillation:
 
     name: str
     defaults: dict[str, Any] = {}
+    corrects_rollouts = True  # by default
     watch: Watch | None = None
     first_micro_batch = True
 
     # ── the launcher ──
+
+    @classmethod
+    def defaults_for(cls, args: Any) -> dict[str, Any]:
+        """Defaults that depend on what was asked for (OpenRLHF's nested arguments).
+
+        At weight 0 its loss is to be its own, and behind the teacher's prompt the ratio to the engine is no error.
+        """
+        corrected = cls.corrects_rollouts and args.distill.weight > 0.0 and not args.distill.generate_from_teacher
+        return TRUNCATED_IMPORTANCE_SAMPLING if corrected else {}
 
     @hookimpl
     def openrlhf_configure(self, args: Any) -> None:

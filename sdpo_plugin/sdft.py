@@ -8,7 +8,7 @@ from typing import Any
 from sdpo_plugin import no_reward
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.host.hookspecs import hookimpl
-from sdpo_plugin.plugin import TRUNCATED_IMPORTANCE_SAMPLING, SelfDistillation
+from sdpo_plugin.plugin import SelfDistillation
 
 
 class SDFT(SelfDistillation):
@@ -19,8 +19,8 @@ class SDFT(SelfDistillation):
     The defaults are those of the published code (github.com/idanshen/Self-Distillation, `main.py`, `distil_config.py`).
     The paper writes the reverse KL, but its results are of the forward KL, its author says (issue 5 there). Published,
     but left to you, are one sample per prompt (`--rollout.n_samples_per_prompt 1`) and 32 prompts per update at
-    learning rate 2e-5. Otherwise than there, where a response has one factor, the mean of its tokens', each token is
-    corrected by its own, as OpenRLHF does it.
+    learning rate 2e-5. Rollouts are corrected with the cap 2 (`vllm_importance_sampling_correction`), but each token by
+    its own factor, as OpenRLHF does it, where theirs gives a response one, the mean of its tokens'.
     """
 
     name = "sdft"
@@ -32,7 +32,6 @@ class SDFT(SelfDistillation):
         "distill.mode": "full",
         "distill.alpha": 0.0,  # KL(teacher||student)
         "distill.skip_tokens": 3,  # `num_loss_tokens_to_skip`
-        **TRUNCATED_IMPORTANCE_SAMPLING,  # `vllm_importance_sampling_correction`, cap 2
         "reprompt.template": "{prompt}\n\nThis is an example for a response to the question:\n{privileged_context}\n\n"
         "Now answer with a response of your own, including the thinking process.",
     }
@@ -66,14 +65,13 @@ class OPSD(SDFT):
     """
 
     name = "opsd"
+    corrects_rollouts = False
     defaults: dict[str, Any] = SDFT.defaults | {
         "teacher.kind": "base",  # `fixed_teacher`
         "distill.kl_clip": 0.05,  # `jsd_token_clip`
         "distill.skip_tokens": 0,
         "rollout.temperature": 1.1,  # of the distributions that are compared, too
         "rollout.top_p": 0.95,
-        "algo.advantage.is_correction_level": "off",
-        "algo.advantage.is_correction_mode": "mask",
         "reprompt.template": "{prompt}\n\nHere is a reference solution:\n{privileged_context}\n\n"
         "After understanding the reference solution, solve the problem with your own reasoning.",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdpo_plugin.plugin import TRUNCATED_IMPORTANCE_SAMPLING, SelfDistillation
+from sdpo_plugin.plugin import SelfDistillation
 
 
 class SDPO(SelfDistillation):
@@ -26,9 +26,6 @@ class SDPO(SelfDistillation):
     """
 
     name = "sdpo"
-    defaults: dict[str, Any] = {
-        # Neither a critic nor a reference model has any part in the loss.
-        "algo.advantage.estimator": "reinforce",
-        "algo.kl.init_coef": 0.0,
-        **TRUNCATED_IMPORTANCE_SAMPLING,  # `rollout_is: token`, `rollout_is_threshold: 2.0`
-    }
+    # Neither a critic nor a reference model has any part in the loss. Rollouts are corrected in both configurations
+    # (`rollout_is: token`, `rollout_is_threshold: 2.0`).
+    defaults: dict[str, Any] = {"algo.advantage.estimator": "reinforce", "algo.kl.init_coef": 0.0}

@@ -91,7 +91,8 @@ def test_out_of_range(group, values, message):
         (["--algo", "sdpo", "--algo.advantage.is_correction_level", "seq"], r"level seq, .*; give .*_mode mask"),
         (["--algo", "sdpo", "--algo.advantage.is_correction_gating", "tv"], r"gating tv: .*; give .*_mode mask"),
         (
-            ["--algo=sdpo", "--distill.generate_from_teacher", "--reprompt.template", "{prompt}{privileged_context}"],
+            ["--algo=sdpo", "--distill.generate_from_teacher", "--reprompt.template", "{prompt}{privileged_context}",
+             "--algo.advantage.is_correction_level", "token"],
             r"is_correction_level token: .*; give off",
         ),
         (["--plugins", "no_such_module"], r"--plugins no_such_module: No module named"),
@@ -111,6 +112,10 @@ def test_the_rollout_correction_is_what_the_user_gave(mode, weight):
     assert vars(parse(*hybrid, *asked))["algo.advantage.is_correction_level"] == "seq"
     assert vars(parse(*hybrid, *asked[:1], "off"))["algo.advantage.is_correction_level"] == "off"
     assert vars(parse(*hybrid))["algo.advantage.is_correction_level"] == "token"
+    alone = ["--algo", "sdpo", "--distill.weight", "0", *mode]
+    assert vars(parse(*alone))["algo.advantage.is_correction_level"] == "off"
+    behind = ["--distill.generate_from_teacher", "--reprompt.template", "{prompt}{privileged_context}"]
+    assert vars(parse(*hybrid, *behind))["algo.advantage.is_correction_level"] == "off"
 
 
 def test_a_value_of_the_wrong_type_is_argparse_s_error(capsys):

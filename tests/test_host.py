@@ -12,11 +12,6 @@ from common import ROWS, SDPO, ZERO, motion, same
 from sdpo_plugin.host import cpu
 from sdpo_plugin.testing import RunFailed
 
-# SDPO's default, which the host's own loss obeys as well.
-CORRECTION = (
-    "--algo.advantage.is_correction_level", "token", "--algo.advantage.is_correction_mode", "clip",
-    "--algo.advantage.is_correction_threshold", "2",
-)  # fmt: skip
 PUBLISHED_METRICS = (
     "success_group_fraction", "success_sample_fraction", "feedback_available_fraction", "feedback_used_fraction",
     "reprompt_sample_fraction", "empty_target_batch",
@@ -51,7 +46,7 @@ def test_feedback_and_record_reach_the_samples(recorded):
 def test_distillation_acts_on_the_weights_and_weight_0_is_the_host(replay, recorded, initial, zero):
     distilled = recorded if zero == ZERO[2] else replay(*SDPO, *zero)
     without = replay(*SDPO, "--distill.weight", "0", *zero)
-    host = replay(*zero, *CORRECTION, plain=True)
+    host = replay(*zero, plain=True)
     assert same(without, host)
     assert not same(distilled, host)
     assert motion(distilled, initial) > 0 and motion(host, initial) > 0

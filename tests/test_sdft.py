@@ -55,7 +55,7 @@ def test_a_demonstrated_skill_is_learned_without_a_reward_function(openrlhf, vau
     evaluation.write_text("".join(json.dumps({k: row[k] for k in ("prompt", "label")}) + "\n" for row in rows))
     flags = [*FLAGS, "--eval.dataset", str(evaluation), "--eval.steps", "70"]
     if prompt == "teacher":
-        flags += ["--distill.generate_from_teacher", "--algo.advantage.is_correction_level", "off"]
+        flags += ["--distill.generate_from_teacher"]
     run = openrlhf(model, rows, "", *flags)
     assert "eval/eval_default_pass1" in run.metrics
     assert accuracy(model, rows) <= 0.1 and accuracy(run.directory / "model", rows) >= 0.9

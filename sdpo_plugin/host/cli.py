@@ -107,14 +107,15 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
         from sdpo_plugin.host import cpu
 
         parser.set_defaults(**cpu.DEFAULTS)
-    if algorithm:
-        parser.set_defaults(**getattr(manager.algorithms(plugins)[algorithm], "defaults", {}))
     arguments = recipe.command_line(from_recipe, parser) + arguments
-
-    flat = parser.parse_args(arguments)
     from openrlhf.utils.config import hierarchize
 
-    nested = hierarchize(flat)
+    if algorithm:
+        chosen = manager.algorithms(plugins)[algorithm]
+        parser.set_defaults(**getattr(chosen, "defaults", {}))
+        if hasattr(chosen, "defaults_for"):
+            parser.set_defaults(**chosen.defaults_for(hierarchize(parser.parse_args(arguments))))
+    nested = hierarchize(parser.parse_args(arguments))
     plugins.hook.openrlhf_configure(args=nested)
     chat_template_kwargs(nested)
     if nested.rollout.deterministic and nested.train.async_enable:

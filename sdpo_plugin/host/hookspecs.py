@@ -29,7 +29,10 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def openrlhf_algorithms() -> list[type]:
-    """Classes this plugin offers to `--algo`: each has a `name`; the chosen one is instantiated and registered."""
+    """Classes this plugin offers to `--algo`: each has a `name`; the chosen one is instantiated and registered.
+
+    `defaults` (dotted flag names) replace OpenRLHF's, as do those that the classmethod `defaults_for(args)` returns.
+    """
 
 
 @hookspec
