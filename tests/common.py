@@ -10,7 +10,7 @@ import torch
 
 def reward_func(queries, prompts, labels):
     """Half of the responses succeed, by chance; the feedback tells what was expected, whatever happened."""
-    assert type(prompts[0]) is str and "say" in prompts[0].split("|>")[1].split()
+    assert type(prompts[0]) is str and prompts[0].split("|>")[1].split()[0] in ("say", "ask")
     reward = torch.tensor([float(sum(map(ord, query)) % 2) for query in queries])
     return {"rewards": reward, "scores": reward, "feedback": [f"expected {label}" for label in labels]}
 '''
