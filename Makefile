@@ -13,16 +13,16 @@ test: .venv/installed
 
 bench: .venv/installed
 	$(PY) -m pip install -q -e '.[bench]'
-	$(PY) tests/bench/loss.py
-	$(PY) tests/bench/step.py
+	$(PY) tests/slow/bench/loss.py
+	$(PY) tests/slow/bench/step.py
 
 # Trains every teacher with and without LoRA at every ZeRO stage, and writes docs/matrix.md: half an hour.
 matrix: .venv/installed
-	$(PY) -m pytest tests/matrix.py
+	$(PY) -m pytest tests/slow/matrix.py
 
 # Kills twenty runs at random moments and continues them: most of an hour.
 kills: .venv/installed
-	$(PY) -m pytest -s tests/kills.py
+	$(PY) -m pytest -s tests/slow/kills.py
 
 install: .venv/installed
 

@@ -6,9 +6,12 @@ docs/options.md. Values are checked on construction, so an instance is always us
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -77,7 +80,7 @@ class DistillConfig(Group):
         "--algo.advantage.is_correction_*, a factor of its own",
     )
     kl_clip: float | None = option(None, "upper bound of each vocabulary entry's share of a token's divergence (OPSD)")
-    weight: float = option(1.0, "(1-w) x the host's policy loss + w x distillation; 0 is the host alone")
+    weight: float = option(1.0, "(1-w) x OpenRLHF's policy loss + w x distillation; 0 is OpenRLHF alone")
     mean: str = option(
         "samples", "samples: the mean over all samples of the optimizer step, 0 for those without a context, of each "
         "one's mean over its tokens in the loss; tokens: over the tokens in the loss, as --actor.loss_agg_mode has it",
@@ -116,7 +119,6 @@ class TeacherConfig(Group):
                                 "of the student's logits")
     sync_steps: int = option(1, "optimizer steps between updates of the ema teacher")
     offload: bool = option(False, "keep the teacher's weights in host memory between its forward passes")
-    backend: str = option("local", "where the teacher is scored: local, in the policy workers", ("local",))
     max_tokens_per_gpu: int = option(
         32768, "tokens of the teacher's forward pass, padding included; a micro-batch of the student with more is read "
         "in several passes (a longer sample alone)"
@@ -200,9 +202,34 @@ GROUPS: tuple[type[Group], ...] = (DistillConfig, TeacherConfig, RepromptConfig,
 
 
 def from_namespace(group: type[Group], args: Any) -> Any:
-    """The group's instance from the host's nested arguments (`args.distill.alpha`)."""
+    """The group's instance from OpenRLHF's nested arguments (`args.distill.alpha`)."""
     section = vars(getattr(args, group.prefix))
     return group(**{f.name: section[f.name] for f in dataclasses.fields(group)})
+
+
+def add_group(parser: argparse.ArgumentParser, group: type[Group]) -> None:
+    """The flags of an option group: one per field, `--prefix.field`, with its type, choices, default and help."""
+    section = parser.add_argument_group(f"--{group.prefix}", (group.__doc__ or "").strip())
+    hints = typing.get_type_hints(group)
+    for f in dataclasses.fields(group):
+        kinds = [k for k in (typing.get_args(hints[f.name]) or (hints[f.name],)) if k is not type(None)]
+        optional = type(None) in typing.get_args(hints[f.name])
+        flag, help = f"--{group.prefix}.{f.name}", f.metadata["help"]
+        if kinds == [bool]:
+            section.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=help)
+        else:
+            section.add_argument(
+                flag, type=_optional(kinds[0]) if optional else kinds[0], default=f.default,
+                choices=f.metadata["choices"], help=f"{help} (default: {f.default!r})",
+            )
+
+
+def _optional(kind: type) -> Any:
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = f"{kind.__name__} or none"  # argparse: "invalid float or none value: 'x'"
+    return convert
 
 
 def chat_template_kwargs(args: Any) -> dict[str, Any]:
@@ -229,10 +256,10 @@ def chat_template_kwargs(args: Any) -> dict[str, Any]:
     return kwargs
 
 
-def options_page() -> str:
+def options_page(groups: Sequence[type[Group]]) -> str:
     """docs/options.md: every flag with its default."""
-    lines = ["# Options", "", "Made by `python -m sdpo_plugin.config > docs/options.md`.", ""]
-    for group in GROUPS:
+    lines = ["# Options", "", "Made by `openrlhf-sdpo options > docs/options.md`.", ""]
+    for group in groups:
         lines += [f"## --{group.prefix}", "", group.__doc__ or "", "", "| flag | default | |", "| --- | --- | --- |"]
         for f in fields(group):
             choices = f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
@@ -241,7 +268,3 @@ def options_page() -> str:
             lines.append(f"| `--{group.prefix}.{f.name}` | `{default}` | {text} |")
         lines.append("")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(options_page(), end="")

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sdpo_plugin.config import DiagnosticsConfig, DistillConfig, RepromptConfig
 from sdpo_plugin.context import Rollout, TeacherContext
-from sdpo_plugin.fused import Head, linear_distillation, linear_log_probs
+from sdpo_plugin.fused import Head, TeacherStates, linear_distillation, linear_log_probs
+from sdpo_plugin.loss import objective_of
 
 GAIN = "teacher/context_gain"
 WATCHED_SAMPLES = 8  # in an optimizer step, over all ranks: each takes its share from its first micro-batch
@@ -28,7 +29,7 @@ COLLAPSED = 0.85
 STANDSTILL = 0.9
 RECOVERY = 1.1  # of the rate, a step
 
-FULL_KL = DistillConfig(mode="full", alpha=0.0, is_clip=None)
+FULL_KL = objective_of(DistillConfig(mode="full", alpha=0.0, is_clip=None))
 
 
 @torch.no_grad()
@@ -42,7 +43,8 @@ def measure(
     int64 `[N]`; failed bool `[N]`, of the token's sample.
     """
     gain = linear_distillation(
-        without_context, teacher, teacher_hidden, teacher, token_ids, failed.float(), FULL_KL, temperature=temperature
+        without_context, teacher, [TeacherStates(teacher_hidden, teacher)], token_ids, failed.float(), FULL_KL,
+        temperature=temperature,
     ).token_loss
     own, entropy = linear_log_probs(student_hidden, student, token_ids, temperature, with_entropy=True)
     advantage = linear_log_probs(teacher_hidden, teacher, token_ids, temperature)[0] - own
@@ -52,6 +54,22 @@ def measure(
         "teacher/advantage_on_successes": (advantage, ~failed), "self_distillation/student_entropy": (entropy, every),
     }  # fmt: skip
     return {name: ((values * mask).sum(), mask.sum()) for name, (values, mask) in masked.items()}
+
+
+def length_metrics(samples: Sequence[Any]) -> dict[str, float]:
+    """Numbers of sampled tokens, and of those responses that ended before the length limit; their mean OpenRLHF logs.
+
+    Names and meaning as TRL's `completions/min_length` and `completions/mean_terminated_length`.
+    """
+    lengths = [int(sample.action_mask.sum()) for sample in samples]
+    metrics = {"response_length_min": min(lengths), "response_length_max": max(lengths)}
+    ended = [n for n, sample in zip(lengths, samples, strict=True) if n and not sample.truncated]
+    if ended:
+        metrics |= {
+            "terminated_length_mean": statistics.mean(ended), "terminated_length_min": min(ended),
+            "terminated_length_max": max(ended),
+        }  # fmt: skip
+    return {"self_distillation/" + name: float(value) for name, value in metrics.items()}
 
 
 class Watch:

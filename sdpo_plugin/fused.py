@@ -6,13 +6,13 @@ made in the forward pass, while the chunk's logits are at hand, and the backward
 log-probabilities are differentiated too (a policy loss beside the distillation), their gradient is unknown until the
 backward pass, which then makes the chunk's logits again.
 
-This module multiplies matrices. The loss of a chunk is `loss.loss_from_log_probs`, under an autograd graph over a few
-of its rows that ends with them.
+This module multiplies matrices. The loss of a few rows is whatever function of `loss.Tokens` it is given, under an
+autograd graph that ends with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,11 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.loss import loss_from_log_probs
+from sdpo_plugin.loss import Objective, Tokens, entropy_of, objective_of
 
 MIB = 2**20
-
-Reweigh = Callable[[Tensor, Tensor], Tensor]  # (the student's log-probabilities of some rows [r], the rows [r]) -> [r]
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,13 @@ class Head:
         return products
 
 
+class TeacherStates(NamedTuple):
+    """A teacher's side of a pass: hidden states `[N, H]`, which may be another width than the student's, and a head."""
+
+    hidden: Tensor
+    head: Head
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a pass over N rows yields, in float32 (float64 for a float64 head)."""
@@ -81,34 +86,33 @@ class Scores:
 def linear_distillation(
     student_hidden: Tensor,
     student_head: Head,
-    teacher_hidden: Tensor,
-    teacher_head: Head,
+    teachers: Sequence[TeacherStates],
     token_ids: Tensor,
     weights: Tensor,
-    config: DistillConfig,
-    old_log_probs: Tensor | None = None,
-    temperature: float = 1.0,
+    objective: Objective,
     *,
-    reweigh: Reweigh | None = None,
+    data: Mapping[str, Tensor] | None = None,
+    temperature: float = 1.0,
     differentiable_log_probs: bool = False,
     with_entropy: bool = False,
     chunk_size: int | None = None,
 ) -> Scores:
-    """`sum(weights * per_token_loss)` of both models' logits / temperature, without the logits.
+    """`sum(weights * objective(tokens))` of all models' logits / temperature, without the logits.
 
-    Student hidden states `[N, H]`, the teacher's `[N, H']` with a head of that width; token_ids, weights and
-    old_log_probs `[N]`. Rows of weight 0 get neither teacher logits nor a loss, but log-probabilities and entropy like
-    all others. Gradients reach the student's hidden states, weight and bias; they are summed in float32 (float64 for
-    float64) and returned in the dtype of what they belong to.
+    Student hidden states `[N, H]`; token_ids, weights and all of `data` `[N]`. Rows of weight 0 get neither teacher
+    logits nor a loss, but log-probabilities and entropy like all others. Gradients reach the student's hidden states,
+    weight and bias; they are summed in float32 (float64 for float64) and returned in the dtype of what they belong to.
 
-    `reweigh` is for weights that depend on the student's own log-probabilities of `token_ids`, which it gets detached:
-    what it returns multiplies the losses of its rows.
+    `objective` maps `loss.Tokens`, a few rows at a time, to their losses: any function of the student's and the
+    teachers' distributions that treats rows alone. It may be called more than once for a row.
 
-    `differentiable_log_probs` lets gradients through `log_probs` and `entropy`, at the price of both heads' products
+    `differentiable_log_probs` lets gradients through `log_probs` and `entropy`, at the price of all heads' products
     once more in the backward pass, where the weights must be in place again (ZeRO-3 gathers them for the forward).
     """
-    teacher_head = teacher_head.effective(temperature)
-    lesson = _Lesson(teacher_hidden.detach(), teacher_head, weights.detach(), config, old_log_probs, reweigh)
+    lesson = _Lesson(
+        [TeacherStates(t.hidden.detach(), t.head.effective(temperature)) for t in teachers],
+        weights.detach(), objective, data or {},
+    )
     job = _Job(token_ids, temperature, with_entropy, chunk_size, lesson)
     return _run(student_hidden, student_head, job, differentiable_log_probs)
 
@@ -130,8 +134,9 @@ def linear_distillation_loss(
     """
     sums = _sum_dtype(student_head)
     weights = loss_mask.to(sums) / loss_mask.sum(dtype=sums).clamp(min=1)
-    head = Head(teacher_head).effective(temperature)
-    lesson = _Lesson(teacher_hidden.detach(), head, weights, config, old_log_probs)
+    teacher = TeacherStates(teacher_hidden.detach(), Head(teacher_head).effective(temperature))
+    data = {} if old_log_probs is None else {"old_log_probs": old_log_probs}
+    lesson = _Lesson([teacher], weights, objective_of(config), data)
     job = _Job(token_ids, temperature, False, None, lesson, rows=weights != 0)
     return _run(student_hidden, Head(student_head), job, differentiable_log_probs=False).loss
 
@@ -151,14 +156,12 @@ def linear_log_probs(
 
 
 class _Lesson(NamedTuple):
-    """The teacher's side of a pass."""
+    """What a pass distils."""
 
-    hidden: Tensor
-    head: Head
+    teachers: Sequence[TeacherStates]
     weights: Tensor
-    config: DistillConfig
-    old_log_probs: Tensor | None
-    reweigh: Reweigh | None = None
+    objective: Objective
+    data: Mapping[str, Tensor]
 
 
 class _Job(NamedTuple):
@@ -249,11 +252,13 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     """
     student_head, sums, n = head.effective(job.temperature), _sum_dtype(head.weight), len(hidden)
     vocab = len(student_head.weight)
-    if job.lesson is not None and len(job.lesson.head.weight) != vocab:
-        raise ValueError(
-            f"the student's head has {vocab} tokens and the teacher's {len(job.lesson.head.weight)}: "
-            "give both heads the same vocab_size"
-        )
+    teachers = () if job.lesson is None else job.lesson.teachers
+    for teacher in teachers:
+        if len(teacher.head.weight) != vocab:
+            raise ValueError(
+                f"the student's head has {vocab} tokens and the teacher's {len(teacher.head.weight)}: "
+                "give both heads the same vocab_size"
+            )
     token_loss = hidden.new_zeros(n, dtype=sums)
     log_probs = torch.zeros_like(token_loss)
     entropy = torch.zeros_like(token_loss) if job.with_entropy else None
@@ -264,7 +269,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     chunk_rows, tile_rows = _rows_at_a_time(hidden.device, vocab * sums.itemsize)
     chunk_rows = min(job.chunk_size or chunk_rows, max(n, 1))
     student_buffer = hidden.new_empty(chunk_rows, vocab, dtype=sums)
-    teacher_buffer = torch.empty_like(student_buffer) if job.lesson is not None else None
+    teacher_buffers = [torch.empty_like(student_buffer) for _ in teachers]
 
     visited = torch.ones_like(token_loss, dtype=torch.bool) if job.rows is None else job.rows
     taught = torch.zeros_like(visited) if job.lesson is None else visited & (job.lesson.weights != 0)
@@ -274,11 +279,14 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
         for rows in _split(mask.nonzero().squeeze(-1), chunk_rows):
             states = hidden[rows].to(_product_dtype(student_head.weight))
             student = _products(states, student_head, student_buffer)
-            teacher = None if lesson is None else _products(lesson.hidden[rows], lesson.head, teacher_buffer)
+            taught_by = [] if lesson is None else [
+                _products(teacher.hidden[rows], teacher.head, buffer)
+                for teacher, buffer in zip(teachers, teacher_buffers, strict=True)
+            ]  # fmt: skip
             for start in range(0, len(rows), tile_rows):
                 tile = slice(start, start + tile_rows)
                 scores, gradient = _score(
-                    student[tile], None if teacher is None else teacher[tile], rows[tile], student_head, part, arriving
+                    student[tile], [products[tile] for products in taught_by], rows[tile], student_head, part, arriving
                 )
                 for output, values in zip((token_loss, log_probs, entropy), scores, strict=True):
                     if values is not None:
@@ -295,7 +303,8 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
 
 
 def _score(
-    student_products: Tensor, teacher_products: Tensor | None, rows: Tensor, head: Head, job: _Job, upstream: _Upstream
+    student_products: Tensor, teacher_products: Sequence[Tensor], rows: Tensor, head: Head, job: _Job,
+    upstream: _Upstream,
 ):
     """A tile of rows: (token_loss, log_probs, entropy) `[r]`, and the gradient of its student products `[r, V]`."""
     lesson, differentiate = job.lesson, any(x is not None for x in upstream)
@@ -303,16 +312,14 @@ def _score(
         products = student_products.detach().requires_grad_(differentiate)
         # Unlike `loss.log_probs` without a floor under log 0: logits of finite products are finite.
         student = torch.log_softmax(head.logits(products), dim=-1)
-        ids = job.token_ids[rows]
-        token = student.gather(-1, ids[:, None]).squeeze(-1)
-        entropy = -(student.exp() * student).sum(dim=-1) if job.with_entropy else None
-        loss = None
-        if lesson is not None:
-            teacher = torch.log_softmax(lesson.head.logits(teacher_products), dim=-1)
-            old = None if lesson.old_log_probs is None else lesson.old_log_probs[rows]
-            loss = loss_from_log_probs(student, teacher, ids, lesson.config, old)
-            if lesson.reweigh is not None:
-                loss = loss * lesson.reweigh(token.detach(), rows)
+        teachers = [
+            torch.log_softmax(teacher.head.logits(x), dim=-1)
+            for teacher, x in zip(lesson.teachers if lesson else (), teacher_products, strict=True)
+        ]
+        tokens = Tokens(student, teachers, job.token_ids[rows], rows, lesson.data if lesson else {})
+        student_entropy = entropy_of(student) if job.with_entropy else None
+        loss = None if lesson is None else lesson.objective(tokens)
+        token = tokens.log_probs
     gradient = None
     if differentiate:
         arriving = (
@@ -320,9 +327,10 @@ def _score(
             None if upstream.log_probs is None else upstream.log_probs[rows],
             None if upstream.entropy is None else upstream.entropy[rows],
         )
-        pairs = [(output, g) for output, g in zip((loss, token, entropy), arriving, strict=True) if g is not None]
+        outputs = (loss, token, student_entropy)
+        pairs = [(output, g) for output, g in zip(outputs, arriving, strict=True) if g is not None]
         (gradient,) = torch.autograd.grad([x for x, _ in pairs], products, [g for _, g in pairs])
-    return (loss, token, entropy), gradient
+    return (loss, token, student_entropy), gradient
 
 
 def _products(states: Tensor, head: Head, buffer: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ Everything here is computed in float32 whatever comes in, or in float64 for floa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,70 @@ LOG_ZERO = -1e15
 
 # A tail bucket never holds less than this: log(1 - mass) of a support that holds everything would be -inf.
 MIN_TAIL = 1e-7
+
+
+@dataclass
+class Tokens:
+    """Some response tokens under the student and its teachers: all that a loss can be made of.
+
+    Attributes:
+        student: `[r, V]`, the student's log-probabilities, differentiable.
+        teachers: of each teacher context, `[r, V]`.
+        ids: int64 `[r]`, the sampled tokens.
+        rows: int64 `[r]`, where the tokens are among all N.
+        data: what else is known about them, tensors `[N]`: `tokens["reward"]` is `[r]`.
+    """
+
+    student: Tensor
+    teachers: Sequence[Tensor]
+    ids: Tensor
+    rows: Tensor
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.data[name][self.rows]
+
+    def get(self, name: str) -> Tensor | None:
+        return self[name] if name in self.data else None
+
+    def of_sampled(self, log_probs: Tensor) -> Tensor:
+        """`[r, V]` -> `[r]`: the entries of the sampled tokens."""
+        return log_probs.gather(-1, self.ids[:, None]).squeeze(-1)
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """`[r]`, the student's of the sampled tokens, differentiable."""
+        return self.of_sampled(self.student)
+
+    @cached_property
+    def teacher_log_probs(self) -> Tensor:
+        """`[r]`, the first teacher's of the sampled tokens."""
+        return self.of_sampled(self.teachers[0])
+
+    @cached_property
+    def student_entropy(self) -> Tensor:
+        """`[r]`, in nats, without a gradient."""
+        return entropy_of(self.student.detach())
+
+    @cached_property
+    def teacher_entropy(self) -> Tensor:
+        """`[r]`, in nats, of the first teacher."""
+        return entropy_of(self.teachers[0])
+
+
+Objective = Callable[[Tokens], Tensor]  # -> the loss of each token, [r]
+
+
+def objective_of(config: DistillConfig) -> Objective:
+    """`loss_from_log_probs` of the first teacher, with the tokens' `old_log_probs` if there are any."""
+    return lambda tokens: loss_from_log_probs(
+        tokens.student, tokens.teachers[0], tokens.ids, config, tokens.get("old_log_probs")
+    )
+
+
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """`[..., V]` -> `[...]`, in nats."""
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def log_probs(logits: Tensor) -> Tensor:

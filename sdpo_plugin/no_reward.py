@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
+
+PATH = os.path.abspath(__file__)
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, torch.Tensor]:
     zeros = torch.zeros(len(queries))
     return {"rewards": zeros, "scores": zeros}
+
+
+def is_rewarded(args: Any) -> bool:
+    """Whether rewards say anything about the samples; without, all count as failed, and some must not be."""
+    return args.reward.remote_url != [PATH]

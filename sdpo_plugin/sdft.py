@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from sdpo_plugin import no_reward
+from sdpo_plugin.algorithm import SelfDistillation
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.host.hookspecs import hookimpl
-from sdpo_plugin.plugin import SelfDistillation
+from sdpo_plugin.hookspecs import hookimpl
 
 
 class SDFT(SelfDistillation):
     """Self-Distillation Fine-Tuning (arXiv 2601.19897): the teacher is shown the row's demonstration.
 
-    No reward is needed; without a reward function the host, which insists on one, is given zeros.
+    No reward is needed; without a reward function OpenRLHF, which insists on one, is given zeros.
 
     The defaults are those of the published code (github.com/idanshen/Self-Distillation, `main.py`, `distil_config.py`).
     The paper writes the reverse KL, but its results are of the forward KL, its author says (issue 5 there). Published,
@@ -36,11 +35,10 @@ class SDFT(SelfDistillation):
         "Now answer with a response of your own, including the thinking process.",
     }
 
-    @hookimpl
-    def openrlhf_configure(self, args: Any) -> None:
-        super().openrlhf_configure(args)
-        if not (args.reward.remote_url or args.reward.model_name_or_path or args.train.agent_func_path):
-            args.reward.remote_url = os.path.abspath(no_reward.__file__)
+    @classmethod
+    def defaults_for(cls, args: Any) -> dict[str, Any]:
+        rewarded = args.reward.remote_url or args.reward.model_name_or_path or args.train.agent_func_path
+        return super().defaults_for(args) | ({} if rewarded else {"reward.remote_url": no_reward.PATH})
 
     @hookimpl
     def openrlhf_dataset(self, dataset: Any, evaluation: bool, args: Any) -> None:

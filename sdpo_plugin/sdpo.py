@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdpo_plugin.plugin import SelfDistillation
+from sdpo_plugin.algorithm import SelfDistillation
 
 
 class SDPO(SelfDistillation):

@@ -8,52 +8,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy
 import torch
 
 from sdpo_plugin.config import ConfigError, TeacherConfig
 from sdpo_plugin.fused import Head
+from sdpo_plugin.interface import Model, TeacherModel, Worker, pieces
 
 STATE = "teacher_rank{rank}.pt"  # where each parameter's values are in the file beside it
 VALUES = ".float64"
-# The largest tensor that is made, beside what stays: for updates, checkpoints and the exchange of an average.
-PIECE_BYTES = 256 * 2**20
 
 
-def pieces(numel: int, element_bytes: int = 8) -> Iterator[slice]:
-    """`range(numel)` in slices whose elements (float64, if nothing else is said) fill at most `PIECE_BYTES`."""
-    length = max(PIECE_BYTES // element_bytes, 1)
-    return (slice(start, min(start + length, numel)) for start in range(0, numel, length))
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """This rank's part of one parameter's fp32 master weight: elements `start : start + len(values)`, no copy."""
-
-    start: int
-    values: torch.Tensor
-
-
-class Model(Protocol):
-    """What a teacher needs of a model (`host.actor.PolicyActor`; of `testing.fake_worker` for units)."""
-
-    def hidden_states(
-        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor, max_tokens: int
-    ) -> torch.Tensor:
-        """[N, H] at the N positions of `rows` (bool [B, S]), in passes of at most `max_tokens`."""
-
-    def whole_head(self) -> Any:
-        """A context manager that yields the model's `fused.Head`."""
-
-
-def make_teacher(config: TeacherConfig, worker: Any) -> Teacher:
+def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
     """The teacher of `--teacher.kind`, on this rank."""
     if config.kind == "live":
         return Teacher(worker.actor)
-    initial = worker.teacher_model(config.offload, follows=config.kind == "ema")
+    initial = worker.initial_model(config.offload, follows=config.kind == "ema")
     if config.kind == "ema":
         return EmaTeacher(initial, worker, config)
     return TrustRegionTeacher(initial, worker.actor, config.update_rate) if config.kind == "trust_region" else (
@@ -84,7 +57,7 @@ class Teacher:
         return {}
 
     def save(self, directory: str) -> None:
-        """Write what a restart cannot rebuild into the host's checkpoint."""
+        """Write what a restart cannot rebuild into OpenRLHF's checkpoint."""
 
     def load(self, directory: str) -> None:
         """Read what `save` wrote."""
@@ -127,33 +100,33 @@ class EmaTeacher(Teacher):
     Everything is done in pieces of at most `PIECE_BYTES`.
     """
 
-    def __init__(self, model: Model, worker: Any, config: TeacherConfig) -> None:
+    def __init__(self, model: TeacherModel, worker: Worker, config: TeacherConfig) -> None:
         super().__init__(model)
         self.worker, self.config = worker, config
         self.steps, self.rate, self.distance = 0, config.update_rate, 0.0
         self.rest: dict[str, torch.Tensor] = {}
-        images = worker.images(model)
+        images = model.images()
         for name, fragment in worker.masters.fragments().items():
             device = torch.device("cpu") if config.offload else fragment.values.device
             pinned = config.offload and fragment.values.is_cuda
             self.rest[name] = rest = torch.empty(len(fragment.values), device=device, pin_memory=pinned)
             for piece in pieces(len(rest)):
                 self._write(images[name][piece], rest[piece], fragment.values[piece].double())
-        worker.publish(model)
+        model.publish()
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         self.steps += 1
         if self.steps % self.config.sync_steps:
             return
-        images = self.worker.images(self.model)
+        images = self.model.images()
         ahead, norm = [], []
         for name, fragment in self.worker.masters.fragments().items():
             for piece in pieces(len(fragment.values)):
                 student = fragment.values[piece]
                 ahead.append(self._follow(images[name][piece], self.rest[name][piece], student))
                 norm.append(student.norm())
-        self.worker.publish(self.model)
+        self.model.publish()
         # A rank may have nothing: DeepSpeed pads what it cannot divide.
         self.distance = float((1.0 - self.rate) * torch.stack(ahead).norm() / torch.stack(norm).norm()) if norm else 0.0
 
@@ -177,7 +150,7 @@ class EmaTeacher(Teacher):
 
     def average(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's part of the average, laid out like `masters.fragments()`: name and float64 values, in pieces."""
-        images = self.worker.images(self.model)
+        images = self.model.images()
         for name, rest in self.rest.items():
             for piece in pieces(len(rest)):
                 image = images[name][piece]
@@ -208,7 +181,7 @@ class EmaTeacher(Teacher):
         Raises:
             FileNotFoundError: the checkpoint holds no teacher; it was written without `--teacher.kind ema`.
         """
-        images, fragments = self.worker.images(self.model), self.worker.masters.fragments()
+        images, fragments = self.model.images(), self.worker.masters.fragments()
         rank, ranks = 0, 1
         while rank < ranks:
             path = os.path.join(directory, STATE.format(rank=rank))
@@ -231,4 +204,4 @@ class EmaTeacher(Teacher):
                     here = slice(begin - mine.start + piece.start, begin - mine.start + piece.stop)
                     self._write(images[name][here], self.rest[name][here], torch.from_numpy(values))
             rank += 1
-        self.worker.publish(self.model)
+        self.model.publish()

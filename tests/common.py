@@ -17,6 +17,7 @@ def reward_func(queries, prompts, labels):
 ROWS = [{"prompt": [{"role": "user", "content": f"say {i}"}], "label": str(i), "note": f"row {i}"} for i in range(8)]
 SDPO = ("--algo", "sdpo", "--distill.topk", "20")
 TWO_RANKS = ("--actor.num_gpus_per_node", "2", "--train.micro_batch_size", "4")
+LORA = ("--ds.lora.rank", "4", "--ds.lora.target_modules", "q_proj", "v_proj", "down_proj")
 ZERO = [(*TWO_RANKS, "--ds.zero_stage", stage) for stage in ("0", "1", "2", "3")]
 
 

@@ -1,5 +1,6 @@
 """One tiny model and one reward function for all end-to-end runs; the fixture `openrlhf` is the harness itself."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ from common import REWARD, ROWS, SDPO, TWO_RANKS
 from safetensors.torch import load_file
 
 from sdpo_plugin.testing import Run, tiny_model
+
+# Where the processes of a run find the plugins that tests name in `--plugins`.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent / "plugins")
 
 
 @pytest.fixture(scope="session")

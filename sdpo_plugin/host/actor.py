@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from openrlhf.models.ring_attn_utils import unpad_and_slice_tensor
-from openrlhf.trainer.ray import ppo_actor
 
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.fused import Head, linear_log_probs
 from sdpo_plugin.host import lora
+from sdpo_plugin.host.seams import overrides, seam
 from sdpo_plugin.host.zero import gathered, is_partitioned
-from sdpo_plugin.step import PolicyStep, response_rows
+from sdpo_plugin.interface import MicroBatch, response_rows
+
+unpad_and_slice_tensor = seam(
+    "openrlhf.models.ring_attn_utils:unpad_and_slice_tensor", "sequences", "attention_mask", "ring_attn_group"
+)
 
 
 class HeadTap:
@@ -64,21 +67,26 @@ class HeadTap:
         return output
 
 
-class PolicyActor(ppo_actor.Actor):
-    """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called.
-
-    Attributes:
-        step: the micro-batch that the student is trained on, while it is: says what to compute, and gets the results.
-    """
+class PolicyActor(seam("openrlhf.trainer.ray.ppo_actor:Actor")):
+    """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called."""
 
     tap: HeadTap | None = None
-    step: PolicyStep | None = None
+    micro_batch: MicroBatch | None = None
 
     def __init__(self, pretrain: str, on_built: Callable[..., Any] | None = None, **built_with: Any) -> None:
         super().__init__(pretrain, **built_with)
         self.built_with = built_with
         if on_built is not None:
             on_built(actor=self)
+
+    @contextmanager
+    def reads(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """While active, `forward` does what `micro_batch` says, and leaves `scores` and `entropy` there."""
+        self.micro_batch = micro_batch
+        try:
+            yield
+        finally:
+            self.micro_batch = None
 
     def add_teacher_adapter(self) -> None:
         """Of a LoRA model, before DeepSpeed wraps it: a frozen second adapter (`PolicyWorker.teacher_model`)."""
@@ -122,6 +130,7 @@ class PolicyActor(ppo_actor.Actor):
                 "alone; such a head is not supported"
             )
 
+    @overrides("sequences", "action_mask", "attention_mask", "return_output", "return_entropy")
     def forward(
         self,
         sequences: torch.Tensor,
@@ -130,9 +139,9 @@ class PolicyActor(ppo_actor.Actor):
         return_output: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As the host's, but logits exist at response positions only, and a chunk at a time.
+        """As OpenRLHF's, but logits exist at response positions only, and a chunk at a time.
 
-        In a step with `samples` (bool [B]) the model reads those samples only; the others' results are zero.
+        In a micro-batch with `samples` (bool [B]) the model reads those samples only; the others' results are zero.
 
         Args:
             sequences, attention_mask: int64 [B, S]. action_mask: [B, A].
@@ -141,42 +150,42 @@ class PolicyActor(ppo_actor.Actor):
             Log-probabilities float32 [B, A], zero where the mask is, and with `return_output` the model's output
             with `entropy` [B, A] where asked.
         """
-        step = self.step
-        if step is not None and step.needs["entropy"]:
+        micro_batch = self.micro_batch
+        if micro_batch is not None and micro_batch.needs["entropy"]:
             kwargs["return_entropy"] = True
         with_entropy = kwargs.get("return_entropy", False)
         if self.tap is None or action_mask is None:
             result = super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
-            if step is not None and step.needs["entropy"]:
-                step.entropy = result[1].entropy[:, -action_mask.shape[1] :]
+            if micro_batch is not None and micro_batch.needs["entropy"]:
+                micro_batch.entropy = result[1].entropy[:, -action_mask.shape[1] :]
             return result
         mask = action_mask.bool()
-        if step is not None and step.samples is not None:
-            mask = mask & step.samples[:, None]
-            sequences, attention_mask, action_mask = only(step.samples, sequences, attention_mask, action_mask)
+        if micro_batch is not None and micro_batch.samples is not None:
+            mask = mask & micro_batch.samples[:, None]
+            sequences, attention_mask, action_mask = only(micro_batch.samples, sequences, attention_mask, action_mask)
         rows = response_rows(action_mask, sequences)
         targets = torch.roll(sequences, -1, dims=1)[rows]
 
         def run_head(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            if step is None or step.head is None:
+            if micro_batch is None or micro_batch.head is None:
                 log_probs, entropy = linear_log_probs(
                     hidden, self.head(), targets, self.temperature, with_entropy=with_entropy
                 )
                 scores = (log_probs, entropy)
             else:
-                step.scores = step.head(hidden, self.head(), targets)
-                scores = (step.scores.log_probs, step.scores.entropy, step.scores.loss)
+                micro_batch.scores = micro_batch.head(hidden, self.head(), targets)
+                scores = (micro_batch.scores.log_probs, micro_batch.scores.entropy, micro_batch.scores.loss)
             return tuple(s for s in scores if s is not None)
 
         scores, output = self.at_rows(run_head, sequences, attention_mask, rows)
         log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores[0].float())
         if with_entropy:
             output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, scores[1].float())
-        if step is not None:
-            step.entropy = output.entropy if step.needs["entropy"] else None
-            if step.head is not None:  # the results as they left the model, with the hooks of all that is around it
+        if micro_batch is not None:
+            micro_batch.entropy = output.entropy if micro_batch.needs["entropy"] else None
+            if micro_batch.head is not None:  # the results as they left the model, with the hooks of all around it
                 entropy = scores[1] if with_entropy else None
-                step.scores = replace(step.scores, loss=scores[-1], log_probs=scores[0], entropy=entropy)
+                micro_batch.scores = replace(micro_batch.scores, loss=scores[-1], log_probs=scores[0], entropy=entropy)
         return (log_probs, output) if return_output else log_probs
 
     def at_rows(

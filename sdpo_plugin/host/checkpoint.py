@@ -1,4 +1,4 @@
-"""What makes the host's checkpoints survive a kill, and a restart go on as if there had been none."""
+"""What makes OpenRLHF's checkpoints survive a kill, and a restart go on as if there had been none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHOLE = "whole"  # an empty file in a checkpoint that was written to its end
 
 
 def save_random_state(directory: str, rank: int) -> None:
-    """The host draws the order of micro-batches from this state and does not keep it."""
+    """OpenRLHF draws the order of micro-batches from this state and does not keep it."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     torch.save({"cpu": torch.get_rng_state(), **cuda}, os.path.join(directory, RANDOM_STATE.format(rank=rank)))
 
@@ -34,7 +34,7 @@ def load_random_state(directory: str, rank: int) -> None:
 
 
 def flags_win(load: Callable[..., Any]) -> Callable[..., Any]:
-    """The host's `load_ckpt`, after which the optimizer's settings are the flags', where DeepSpeed restores the old.
+    """OpenRLHF's `load_ckpt`, after which the optimizer's settings are the flags', where DeepSpeed restores the old.
 
     The schedule of the learning rate goes on where it was, towards and from the peak that is given now.
     """
@@ -66,9 +66,9 @@ def latest_withheld(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def all_kept(args: Any) -> Iterator[int]:
-    """While the host saves a checkpoint it deletes none; yields `--ckpt.max_num`, for `prune` afterwards.
+    """While OpenRLHF saves a checkpoint it deletes none; yields `--ckpt.max_num`, for `prune` afterwards.
 
-    The host makes room before it saves: killed in that save, a run with `--ckpt.max_num 1` has nothing left.
+    OpenRLHF makes room before it saves: killed in that save, a run with `--ckpt.max_num 1` has nothing left.
     """
     max_num = args.ckpt.max_num
     args.ckpt.max_num = sys.maxsize
@@ -79,7 +79,7 @@ def all_kept(args: Any) -> Iterator[int]:
 
 
 def prune(directory: str, max_num: int, tag: str, metric_of: Callable[[str], float | None]) -> None:
-    """Delete all but `max_num` checkpoints, `tag` being the newest of them, in the host's order.
+    """Delete all but `max_num` checkpoints, `tag` being the newest of them, in OpenRLHF's order.
 
     Those without a metric go first, then those with the worst, then the oldest. Best ones stay and do not count.
     """
@@ -109,7 +109,7 @@ def name_latest(directory: str, tag: str) -> None:
 def mend_latest(directory: str) -> None:
     """Let `latest` name the newest whole checkpoint where what it names is gone.
 
-    The host deletes the checkpoint with the worst metric, be it the one to resume from, before it saves with too little
+    OpenRLHF deletes the checkpoint with the worst metric, be it the one to resume from, before it saves with too little
     room (`--ckpt.max_mem`); a run killed during that save has only older ones left.
     """
     try:

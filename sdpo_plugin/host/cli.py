@@ -1,29 +1,31 @@
-"""`openrlhf-sdpo train ...`: the host's own launcher with plugins, recipes, and a CPU where there is no GPU."""
+"""`openrlhf-sdpo train ...`: OpenRLHF's own launcher with plugins, recipes, and a CPU where there is no GPU."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import runpy
 import sys
-import typing
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from sdpo_plugin.config import ConfigError, Group, StopTraining, chat_template_kwargs
-from sdpo_plugin.host import manager, recipe
+from sdpo_plugin import plugins
+from sdpo_plugin.config import GROUPS, ConfigError, StopTraining, add_group, chat_template_kwargs, options_page
+from sdpo_plugin.host import deterministic, recipe
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
-USAGE = "usage: openrlhf-sdpo train [--config RECIPE.yaml] [--algo NAME] [any flag of openrlhf.cli.train_ppo_ray]"
+USAGE = """usage: openrlhf-sdpo train [--config RECIPE.yaml] [--algo NAME] [any flag of openrlhf.cli.train_ppo_ray]
+       openrlhf-sdpo plugins [--plugins MODULE ...]   which plugins are active, and what they do
+       openrlhf-sdpo options                          every option of the algorithms, as a page"""
 
 
 def main(command: Sequence[str] | None = None) -> None:
-    command = sys.argv[1:] if command is None else list(command)
-    if not command or command[0] != "train":
-        sys.exit(USAGE if command[:1] in ([], ["-h"], ["--help"]) else f"unknown command {command[0]}\n{USAGE}")
+    name, *arguments = (sys.argv[1:] if command is None else command) or ["--help"]
+    commands = {"train": train, "plugins": show_plugins, "options": show_options}
+    if name not in commands:
+        sys.exit(USAGE if name in ("-h", "--help") else f"unknown command {name}\n{USAGE}")
     try:
-        train(command[1:])
+        commands[name](arguments)
     except ConfigError as error:
         sys.exit(f"openrlhf-sdpo: error: {getattr(error, 'cause', error)}")  # Ray's error is of its cause's type, too
     except StopTraining as reason:
@@ -31,11 +33,11 @@ def main(command: Sequence[str] | None = None) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    """Run the host's launcher in this process on `arguments`.
+    """Run OpenRLHF's launcher in this process on `arguments`.
 
     Raises:
         ConfigError: before Ray starts or a model loads.
-        SeamError: the installed host cannot be extended.
+        SeamError: the installed OpenRLHF cannot be extended.
     """
     import torch
 
@@ -43,21 +45,47 @@ def train(arguments: list[str]) -> None:
     if on_cpu:
         from sdpo_plugin.host import cpu
 
-        print("openrlhf-sdpo: no CUDA here, running the host on CPU (for trying and testing; see docs/cpu.md)")
+        print("openrlhf-sdpo: no CUDA here, running OpenRLHF on CPU (for trying and testing; see docs/cpu.md)")
         cpu.enable()
     from sdpo_plugin.host import seams
 
+    try:
+        from sdpo_plugin.host.install import install  # with all modules that declare seams
+    except (ImportError, AttributeError) as error:
+        raise seams.SeamError(seams.cannot_be_extended(f"  {error}")) from error
     seams.check()
-    seams.install()
+    install()
     _extend_parser(on_cpu)
     sys.argv = [LAUNCHER, *arguments]
     runpy.run_module(LAUNCHER, run_name="__main__", alter_sys=True)
 
 
-def _extend_parser(on_cpu: bool) -> None:
-    """Let the host's parser, and no other, take plugins into account.
+def show_plugins(arguments: list[str]) -> None:
+    """Print the plugins that were found: what each does, or why it is not active."""
+    parser = argparse.ArgumentParser(prog="openrlhf-sdpo plugins")
+    parser.add_argument("--plugins", nargs="*", default=[], metavar="MODULE", help="modules besides the installed ones")
+    manager, found = plugins.load(parser.parse_args(arguments).plugins)
+    for one in found:
+        print(f"{one.name} ({one.source})" + (f": not active, {one.problem}" if one.problem else ""))
+        if one.problem is None:
+            plugin = manager.get_plugin(one.name)
+            offered = getattr(plugin, "openrlhf_algorithms", list)()
+            if offered:
+                print("  --algo  " + ", ".join(algorithm.name for algorithm in offered))
+            print("  hooks   " + ", ".join(sorted(caller.name for caller in manager.get_hookcallers(plugin))))
 
-    The host builds its parser under `if __name__ == "__main__"`, out of reach, and calls `parse_args()` on it.
+
+def show_options(arguments: list[str]) -> None:
+    """Print docs/options.md."""
+    offered = plugins.algorithms(plugins.load()[0]).values()
+    own = [group for algorithm in offered for group in getattr(algorithm, "options", ())]
+    print(options_page([*GROUPS, *dict.fromkeys(own)]), end="")
+
+
+def _extend_parser(on_cpu: bool) -> None:
+    """Let OpenRLHF's parser, and no other, take plugins into account.
+
+    OpenRLHF builds its parser under `if __name__ == "__main__"`, out of reach, and calls `parse_args()` on it.
     """
     original = argparse.ArgumentParser.parse_args
 
@@ -71,20 +99,15 @@ def _extend_parser(on_cpu: bool) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -> argparse.Namespace:
-    """Parse `arguments` with the host's `parser` extended by recipe and plugins; every plugin has agreed.
+    """Parse `arguments` with OpenRLHF's `parser` extended by recipe and plugins; every plugin has agreed.
 
-    Order, later wins: the host's defaults, the algorithm's defaults, the recipe, the command line.
+    Order, later wins: OpenRLHF's defaults, the algorithm's defaults, the recipe, the command line.
     """
     group = parser.add_argument_group("plugins")
     algo = group.add_argument("--algo", dest="algo.name", metavar="NAME", help="self-distillation algorithm")
     group.add_argument("--config", metavar="RECIPE.yaml", help="flags as nested YAML; the command line wins")
     group.add_argument("--plugins", nargs="*", default=[], metavar="MODULE", help="plugin modules besides installed")
-
-    group.add_argument(
-        "--rollout.deterministic", action="store_true",
-        help="the same samples in every run, whatever was resumed and however many engines there are: each request "
-        "has a seed of its own, from --train.seed, step, prompt and sample, and the engine to itself (slow)",
-    )
+    deterministic.add_argument(group)
     group.add_argument(
         "--data.chat_template_kwargs", default="{}", metavar="JSON",
         help="what the chat template is given besides the messages, for student and teacher, in training and "
@@ -99,10 +122,12 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     known, _ = early.parse_known_args(arguments)
     from_recipe = recipe.load(known.config) if known.config else {}
     algorithm = known.algo or from_recipe.get("algo.name")
-    plugins = manager.plugin_manager(tuple(known.plugins or from_recipe.get("plugins") or ()), algorithm)
-
-    algo.help += ": " + ", ".join(manager.algorithms(plugins))
-    plugins.hook.openrlhf_add_arguments(parser=parser)
+    manager, found = plugins.load(known.plugins or from_recipe.get("plugins") or ())
+    algo.help += ": " + ", ".join(plugins.algorithms(manager))
+    manager.hook.openrlhf_add_arguments(parser=parser)
+    chosen = plugins.algorithm_class(manager, algorithm) if algorithm else None
+    for options in getattr(chosen, "options", ()):
+        add_group(parser, options)
     if on_cpu:
         from sdpo_plugin.host import cpu
 
@@ -110,19 +135,13 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     arguments = recipe.command_line(from_recipe, parser) + arguments
     from openrlhf.utils.config import hierarchize
 
-    if algorithm:
-        chosen = manager.algorithms(plugins)[algorithm]
-        parser.set_defaults(**getattr(chosen, "defaults", {}))
-        if hasattr(chosen, "defaults_for"):
-            parser.set_defaults(**chosen.defaults_for(hierarchize(parser.parse_args(arguments))))
+    if chosen is not None:
+        parser.set_defaults(**chosen.defaults)
+        parser.set_defaults(**chosen.defaults_for(hierarchize(parser.parse_args(arguments))))
     nested = hierarchize(parser.parse_args(arguments))
-    plugins.hook.openrlhf_configure(args=nested)
+    plugins.activate(nested, manager).hook.openrlhf_configure(args=nested)
     chat_template_kwargs(nested)
-    if nested.rollout.deterministic and nested.train.async_enable:
-        raise ConfigError(
-            "--rollout.deterministic True: --train.async_enable samples while the weights change, which no seed "
-            "repeats; leave one of them out"
-        )
+    deterministic.refuse(nested)
     if on_cpu and (problem := cpu.refuse(nested)):
         raise ConfigError(problem)
     return argparse.Namespace(**_flat(nested))
@@ -136,31 +155,6 @@ def _flat(nested: SimpleNamespace, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def add_group(parser: argparse.ArgumentParser, group: type[Group]) -> None:
-    """The flags of an option group: one per field, `--prefix.field`, with its type, choices, default and help."""
-    section = parser.add_argument_group(f"--{group.prefix}", (group.__doc__ or "").strip())
-    hints = typing.get_type_hints(group)
-    for f in dataclasses.fields(group):
-        kinds = [k for k in (typing.get_args(hints[f.name]) or (hints[f.name],)) if k is not type(None)]
-        optional = type(None) in typing.get_args(hints[f.name])
-        flag, help = f"--{group.prefix}.{f.name}", f.metadata["help"]
-        if kinds == [bool]:
-            section.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=help)
-        else:
-            section.add_argument(
-                flag, type=_optional(kinds[0]) if optional else kinds[0], default=f.default,
-                choices=f.metadata["choices"], help=f"{help} (default: {f.default!r})",
-            )
-
-
-def _optional(kind: type) -> Any:
-    def convert(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    convert.__name__ = f"{kind.__name__} or none"  # argparse: "invalid float or none value: 'x'"
-    return convert
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Run the installed host without CUDA: for trying, testing and developing, not for training at scale.
+"""Run the installed OpenRLHF without CUDA: for trying, testing and developing, not for training at scale.
 
-`enable()` changes one process; `sdpo_plugin.host.seams` calls it in every process of a run. What the host and its
+`enable()` changes one process, and `with_resources` has it called in every process of a run. What OpenRLHF and its
 engines assume about CUDA is met at the place where it is assumed, and only once that module is imported:
 
 | assumption                                          | met by                                                     |
@@ -20,6 +20,7 @@ import importlib.machinery
 import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 from wrapt import when_imported
@@ -41,12 +42,12 @@ ENVIRONMENT = {
 }
 
 
-# Of the host's flags, where the usual default names a GPU's library.
+# Of OpenRLHF's flags, where the usual default names a GPU's library.
 DEFAULTS = {"ds.attn_implementation": "sdpa", "vllm.sync_backend": "gloo", "vllm.enforce_eager": True}
 
 
 def enable() -> None:
-    """Make the installed host importable and runnable in this process. Idempotent.
+    """Make the installed OpenRLHF importable and runnable in this process. Idempotent.
 
     Raises:
         RuntimeError: CUDA is available; nothing here may touch a GPU run.
@@ -54,7 +55,7 @@ def enable() -> None:
     import torch
 
     if torch.cuda.is_available():
-        raise RuntimeError("CPU mode was asked for, but CUDA is available: run the host as it is")
+        raise RuntimeError("CPU mode was asked for, but CUDA is available: run OpenRLHF as it is")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "flash_attn" in sys.modules:
@@ -77,7 +78,7 @@ def vllm_general_plugin() -> None:
 
 
 def refuse(args: Any) -> str | None:
-    """What these (nested) host arguments ask of a CPU that it cannot do, or None."""
+    """What these (nested) arguments ask of a CPU that it cannot do, or None."""
     needs_gpu = {
         "--train.colocate_all": args.train.colocate_all,
         "--vllm.enable_sleep": args.vllm.enable_sleep,
@@ -96,8 +97,32 @@ def refuse(args: Any) -> str | None:
     return None
 
 
+def with_resources(init: Callable[..., Any]) -> Callable[..., Any]:
+    """`ray.init` as OpenRLHF calls it, plus what a run on a machine without CUDA needs; no change elsewhere."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not os.environ.get(ENABLED):
+            return init(*args, **kwargs)
+        environment = dict(kwargs.get("runtime_env") or {})
+        environment["worker_process_setup_hook"] = "sdpo_plugin.host.cpu.enable"
+        kwargs["runtime_env"] = environment
+        if args or kwargs.get("address") or os.environ.get("RAY_ADDRESS"):
+            return init(*args, **kwargs)
+        # Ray hands out one GPU and one CPU per model process; here both are only names for processes.
+        kwargs |= {"num_gpus": 64, "num_cpus": 64, "include_dashboard": False}
+        try:
+            return init(**kwargs)
+        except Exception as error:
+            # Ray gives its own helpers 15 s to start, which is too little on a busy machine once in a while.
+            if "timed out during startup" not in str(error):
+                raise
+            return init(**kwargs)
+
+    return call
+
+
 class _Device(str):
-    """The device `torch.cuda.current_device()` names here: `cpu`, and index 0 where the host writes `cuda:{...}`."""
+    """The device `torch.cuda.current_device()` names here: `cpu`, and index 0 where OpenRLHF writes `cuda:{...}`."""
 
     def __format__(self, spec: str) -> str:
         return "0"
@@ -176,7 +201,7 @@ def _mesh_on_cpu(module: Any) -> None:
 
 
 class _GlooGroup:
-    """What the host uses of vLLM's `PyNcclCommunicator`: a blocking broadcast between trainer and engines."""
+    """What OpenRLHF uses of vLLM's `PyNcclCommunicator`: a blocking broadcast between trainer and engines."""
 
     def __init__(self, host: str, port: int, rank: int, world_size: int) -> None:
         from torch.distributed import ProcessGroupGloo, TCPStore

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import traceback
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from openrlhf.trainer.ray import vllm_engine
-from openrlhf.utils.agent import SingleTurnAgentExecutor
-
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.host.seams import plain_class
+from sdpo_plugin.host import deterministic
+from sdpo_plugin.host.seams import overrides, seam
 
-# Keys of a response's `extra_logs`, the one dictionary that the host passes on as it is.
+# Keys of a response's `extra_logs`, the one dictionary that OpenRLHF passes on as it is.
 FEEDBACK = "feedback"
 FAILURE = "reward_failure"
 REQUEST = "request"  # key of a response: the `Request` it answers
@@ -29,12 +27,6 @@ Fetch = Callable[..., Awaitable[list[dict[str, Any]]]]
 _shown: ContextVar[list[int] | None] = ContextVar("shown", default=None)
 _own: ContextVar[list[int]] = ContextVar("own")
 _replaced: ContextVar[int | None] = ContextVar("replaced", default=None)
-_seed: ContextVar[tuple[int, ...] | None] = ContextVar("seed", default=None)
-
-
-def number_of(*parts: int) -> int:
-    """A 63-bit seed from numbers, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass
@@ -64,7 +56,12 @@ class Prompt(str):
     request: Request
 
 
-RolloutRayActor = plain_class(vllm_engine.RolloutRayActor)
+_AGENT = "openrlhf.utils.agent:SingleTurnAgentExecutor"
+_FETCHES = ("_fetch_rewards_via_func", "_fetch_rewards_via_http")
+SingleTurnAgentExecutor = seam(_AGENT)
+for _name in _FETCHES:
+    seam(f"{_AGENT}.{_name}", "queries_list", "prompts_list", "labels_list")
+RolloutRayActor = seam("openrlhf.trainer.ray.vllm_engine:RolloutRayActor")
 
 
 class Engine(RolloutRayActor):
@@ -73,27 +70,24 @@ class Engine(RolloutRayActor):
     async def __init__(self, *args: Any, **kwargs: Any) -> None:
         await super().__init__(*args, **kwargs)
         if isinstance(self.executor, SingleTurnAgentExecutor):
-            for name in ("_fetch_rewards_via_func", "_fetch_rewards_via_http"):
-                setattr(self.executor, name, keep_words(getattr(self.executor, name)))
+            for name in _FETCHES:
+                setattr(self.executor, name, feedback_and_failures_kept(getattr(self.executor, name)))
         self.alone = asyncio.Lock()
 
+    @overrides("prompt", "num_samples")
     async def generate_responses(self, prompt: Prompt, num_samples: int = 1, **kwargs: Any) -> list[dict[str, Any]]:
         text, request = str(prompt), prompt.request
         _shown.set(request.shown)
         if request.shown is not None:
             _own.set(kwargs["hf_tokenizer"](text, add_special_tokens=False)["input_ids"])
-
-        async def seeded(sample: int) -> dict[str, Any]:
-            _seed.set((*request.seed, sample))
-            (response,) = await RolloutRayActor.generate_responses(self, prompt=text, num_samples=1, **kwargs)
-            return response
-
+        generate = partial(RolloutRayActor.generate_responses, self, prompt=text, **kwargs)
         if request.seed is None:
-            responses = await super().generate_responses(prompt=text, num_samples=num_samples, **kwargs)
+            responses = await generate(num_samples=num_samples)
         else:
-            responses = await asyncio.gather(*map(seeded, range(num_samples)))
+            responses = await deterministic.one_by_one(partial(generate, num_samples=1), request.seed, num_samples)
         return [{**response, REQUEST: request} for response in responses]
 
+    @overrides("prompt_token_ids", "sampling_params")
     async def generate(self, prompt_token_ids: list[int], sampling_params: Any, **kwargs: Any) -> Any:
         if (shown := _shown.get()) is not None:
             if _replaced.get() is None:
@@ -105,18 +99,16 @@ class Engine(RolloutRayActor):
                     )
                 _replaced.set(len(prompt_token_ids))  # an agent's later turns come behind the same prompt
             prompt_token_ids = [*shown, *prompt_token_ids[_replaced.get() :]]
-        if (seed := _seed.get()) is None:
+        if (seed := deterministic.seed_of_turn(prompt_token_ids)) is None:
             return await super().generate(prompt_token_ids, sampling_params, **kwargs)
-        # A request's own random numbers are not enough: what is computed beside it changes the last bits of its
-        # logits, and now and then the token they select.
         sampling_params = sampling_params.clone()
-        sampling_params.seed = number_of(*seed, len(prompt_token_ids))  # the length tells an agent's turns apart
+        sampling_params.seed = seed
         async with self.alone:
             return await super().generate(prompt_token_ids, sampling_params, **kwargs)
 
 
-def keep_words(fetch: Fetch) -> Fetch:
-    """`fetch` with `feedback` moved to `extra_logs`, and an exception, which the host swallows, turned into data."""
+def feedback_and_failures_kept(fetch: Fetch) -> Fetch:
+    """`fetch` with `feedback` moved to `extra_logs`, and an exception, which OpenRLHF swallows, turned into data."""
 
     async def call(queries: list[str], prompts: list[str], labels: list[Any]) -> list[dict[str, Any]]:
         try:

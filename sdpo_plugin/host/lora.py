@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 
 from sdpo_plugin.host.zero import gathered
 
-STUDENT, TEACHER = "default", "teacher"  # "default" is PEFT's, and so the host's
+STUDENT, TEACHER = "default", "teacher"  # "default" is PEFT's, and so OpenRLHF's
 GROUP_BYTES = 2**30
 
 
@@ -45,23 +44,9 @@ def under(model: PeftModel, adapter: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-class AdapterView:
-    """The policy's own model as a teacher: under its second adapter (`adapter`), or with none. No copy of a weight."""
-
-    def __init__(self, actor: Any, adapter: str | None) -> None:
-        self.actor, self.adapter = actor, adapter
-
-    def hidden_states(self, *inputs: Any) -> torch.Tensor:
-        with under(self.actor.model.module, self.adapter):
-            return self.actor.hidden_states(*inputs)
-
-    def whole_head(self) -> Any:
-        return self.actor.whole_head()  # no adapter is on it (`PolicyActor.tap_head`)
-
-
 @contextmanager
 def student_alone(model: torch.nn.Module) -> Iterator[None]:
-    """While the host saves the model: PEFT would write the teacher's adapter beside the student's."""
+    """While OpenRLHF saves the model: PEFT would write the teacher's adapter beside the student's."""
     configs = getattr(model, "peft_config", {})
     teacher = configs.pop(TEACHER, None)
     try:
@@ -84,7 +69,7 @@ def merged_weights(model: PeftModel) -> Iterator[dict[str, torch.Tensor]]:
         with gathered(list(layer.parameters())):
             weight = dequantize_module_weight(layer.get_base_layer())
             merged = (weight.float() + layer.get_delta_weight(STUDENT).float()).to(weight.dtype)
-        merged.ds_shape = merged.shape  # where the host looks under ZeRO-3
+        merged.ds_shape = merged.shape  # where OpenRLHF looks under ZeRO-3
         group[name.removeprefix("base_model.model.") + ".weight"] = merged
         if sum(w.nbytes for w in group.values()) >= GROUP_BYTES:
             yield group

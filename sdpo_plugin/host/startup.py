@@ -1,6 +1,6 @@
 """`python -m openrlhf.cli.train_ppo_ray --algo NAME ...` becomes `openrlhf-sdpo train --algo NAME ...`.
 
-Imported by `startup.pth` when an interpreter starts for the host's launcher; the host knows neither `--algo` nor
+Imported by `startup.pth` when an interpreter starts for OpenRLHF's launcher; OpenRLHF knows neither `--algo` nor
 `--config`, so without them its command line is left alone.
 """
 

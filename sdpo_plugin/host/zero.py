@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.teacher import Fragment, pieces
+from sdpo_plugin.interface import Fragment, pieces
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:

@@ -1,0 +1,450 @@
+"""Self-distillation, from a rewarded batch to a loss: read top to bottom.
+
+On the controller the whole batch is there: who teaches whom is decided (`context.py`) and each sample's teacher
+prompt is sent along with it. On every policy worker the teacher scores the sample's own response behind that prompt,
+and the divergence between teacher and student (`loss.py`, computed by `fused.py`) becomes the policy's loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sdpo_plugin.compatibility import policy_loss_needs_log_probs, reads_old_log_probs, refuse
+from sdpo_plugin.config import (
+    ConfigError,
+    DiagnosticsConfig,
+    DistillConfig,
+    Group,
+    RepromptConfig,
+    StopTraining,
+    TeacherConfig,
+    chat_template_kwargs,
+    from_namespace,
+)
+from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts, context_metrics, teacher_prompt_ids
+from sdpo_plugin.diagnostics import GAIN, WATCHED_SAMPLES, Watch, length_metrics, measure
+from sdpo_plugin.fused import Head, Scores, TeacherStates, linear_distillation
+from sdpo_plugin.hookspecs import hookimpl
+from sdpo_plugin.interface import MicroBatch, RolloutBatch, Worker, prompt_messages, teacher_inputs
+from sdpo_plugin.loss import Tokens, loss_from_log_probs
+from sdpo_plugin.no_reward import is_rewarded
+from sdpo_plugin.teacher import Teacher, make_teacher
+
+PREFIX = "self_distillation/"
+TEACHER_PROMPT = "teacher_prompt"  # of the first teacher context; those after it have a number behind
+logger = logging.getLogger(__name__)
+
+# A token counts by min(policy before the update / engine, 2) (fengyao.notion.site/off-policy-rl): what trainer and
+# engine compute differs, and the samples of an asynchronous run are of an older policy besides.
+TRUNCATED_IMPORTANCE_SAMPLING: dict[str, Any] = {
+    "algo.advantage.is_correction_level": "token",
+    "algo.advantage.is_correction_mode": "clip",
+    "algo.advantage.is_correction_threshold": [0.0, 2.0],
+}
+
+
+class SelfDistillation:
+    """What SDPO, SDFT and their variants share: a variant overrides the choices in which it differs.
+
+    One is made in each process of a run, with OpenRLHF's nested arguments. At `--distill.weight 0` none is: the run is
+    OpenRLHF's own.
+
+    Attributes:
+        name: of `--algo`.
+        defaults: what replaces OpenRLHF's and the option groups' defaults, by dotted flag name.
+        options: the variant's own flag groups; `self.PREFIX` is the instance with the values given.
+        corrects_rollouts: whether `--algo.advantage.is_correction_*` are those of truncated importance sampling, if
+            nothing else is said.
+    """
+
+    name: str
+    defaults: dict[str, Any] = {}
+    options: tuple[type[Group], ...] = ()
+    corrects_rollouts = True
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.distill: DistillConfig = from_namespace(DistillConfig, args)
+        self.reprompt: RepromptConfig = from_namespace(RepromptConfig, args)
+        self.teacher_config: TeacherConfig = from_namespace(TeacherConfig, args)
+        self.diagnostics: DiagnosticsConfig = from_namespace(DiagnosticsConfig, args)
+        for group in self.options:
+            setattr(self, group.prefix, from_namespace(group, args))
+        self.watch = Watch(self.diagnostics, self.reprompt, self.distill)
+        self.first_micro_batch = True
+
+    # ── the choices of a paper ──
+
+    def contexts(self, batch: RolloutBatch, rollouts: Sequence[Rollout]) -> list[list[TeacherContext]]:
+        """Who is shown what: for each teacher context, one `TeacherContext` per sample. Here there is one."""
+        return [build_teacher_contexts(rollouts, self.reprompt)]
+
+    def loss_mask(self, batch: RolloutBatch, i: int, active: bool) -> torch.Tensor:
+        """Which tokens count: bool [A_i] over sample i's action positions. `active`: all its contexts are.
+
+        Here the response tokens of a sample with a teacher context, but for the first `skip_tokens`; with
+        `mask_truncated` none of a response that OpenRLHF counts as truncated.
+        """
+        active = active and not (self.distill.mask_truncated and bool(batch.samples[i].truncated))
+        response = batch.response_mask(i)
+        return response & (response.cumsum(0) > self.distill.skip_tokens) & active
+
+    def token_weights(self, tokens: Tokens) -> torch.Tensor | None:
+        """How much each token counts: [r], without a gradient; None: 1. The mean's denominator does not change.
+
+        Of a token are known, beside its distributions, `position` in the response, `reward` of its sample, `advantage`
+        by OpenRLHF's estimator, `active` (its sample has a teacher context), `old_log_probs` where a rollout makes
+        several updates, and what a variant adds in `token_data`.
+        """
+        return None
+
+    def token_loss(self, student: torch.Tensor, teacher: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """The loss of each token, [r], from the log-probabilities of the student and of its first teacher, [r, V] each.
+
+        Those of further teacher contexts are in `tokens.teachers`.
+        """
+        return loss_from_log_probs(student, teacher, tokens.ids, self.distill, tokens.get("old_log_probs"))
+
+    def make_teacher(self, worker: Worker) -> Teacher:
+        """Whose weights teach."""
+        return make_teacher(self.teacher_config, worker)
+
+    def join(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each sample's weight in OpenRLHF's policy loss and in the distillation, [B] and [B], both >= 0."""
+        ones = torch.ones(len(micro_batch.experience.sequences), device=micro_batch.experience.sequences.device)
+        return (1.0 - self.distill.weight) * ones, self.distill.weight * ones
+
+    @property
+    def uses_policy_loss(self) -> bool:
+        """Whether OpenRLHF's policy loss has any part in the loss; else its log-probabilities need no gradient."""
+        return self.distill.weight < 1.0
+
+    @cached_property
+    def reads_old_log_probs(self) -> bool:
+        return reads_old_log_probs(self.args, self.uses_policy_loss)
+
+    # ── the launcher ──
+
+    @classmethod
+    def acts(cls, args: Any) -> bool:
+        return args.distill.weight > 0.0
+
+    @classmethod
+    def defaults_for(cls, args: Any) -> dict[str, Any]:
+        """Defaults that depend on what was asked for.
+
+        At weight 0 OpenRLHF's loss is to be its own, and behind the teacher's prompt the ratio to the engine is no
+        error.
+        """
+        corrected = cls.corrects_rollouts and cls.acts(args) and not args.distill.generate_from_teacher
+        return TRUNCATED_IMPORTANCE_SAMPLING if corrected else {}
+
+    @hookimpl
+    def openrlhf_configure(self, args: Any) -> None:
+        refuse(args)
+        if not self.uses_policy_loss and args.algo.kl.init_coef > 0.0 and not args.algo.kl.use_loss:
+            logger.warning(
+                f"--algo.kl.init_coef {args.algo.kl.init_coef}: a penalty on rewards, which nothing reads with "
+                "--distill.weight 1; give --algo.kl.use_loss to hold the student to the reference model, or 0"
+            )
+
+    # ── the controller: contexts for the whole batch ──
+
+    @hookimpl
+    def openrlhf_dataset(self, dataset: Any, evaluation: bool, args: Any) -> None:
+        if evaluation:  # only students answer there
+            return
+        for row, record in enumerate(dataset):
+            messages = record[args.data.input_key]
+            if isinstance(messages, list) and (not messages or messages[-1].get("role") != "user"):
+                raise ConfigError(
+                    f"--data.input_key {args.data.input_key}: row {row} has no user turn at its end, which is where "
+                    "the teacher's context goes; end every prompt with a user message"
+                )
+
+    @hookimpl
+    def openrlhf_generation_prompt(
+        self, prompt: str, record: dict[str, Any], tokenizer: Any, args: Any
+    ) -> list[int] | None:
+        if not self.distill.generate_from_teacher:
+            return None
+        shown = record.get(self.reprompt.privileged_key)
+        rollout = Rollout(0, prompt_messages(record, args), "", None, privileged_context=shown)
+        (context,) = build_teacher_contexts([rollout], self.reprompt)
+        ids, _ = teacher_prompt_ids(context, tokenizer, self.reprompt, chat_template_kwargs(args))
+        room = args.data.max_len - (args.rollout.max_new_tokens or 1)
+        if len(ids) > room:
+            raise ConfigError(
+                f"--distill.generate_from_teacher: a teacher's prompt of {len(ids)} tokens leaves no room for a "
+                f"response; give --data.max_len {args.data.max_len + len(ids) - room} or a smaller --reprompt.max_len"
+            )
+        return ids
+
+    @hookimpl
+    def openrlhf_needs(self, args: Any) -> dict[str, bool]:
+        log_probs = self.uses_policy_loss or policy_loss_needs_log_probs(args)
+        return {
+            "old_log_probs": self.reads_old_log_probs,
+            "log_probs": log_probs,
+            # Else the student need not read what it learns nothing from.
+            "samples": log_probs or args.actor.entropy_coef is not None or args.actor.aux_loss_coef > 0.0,
+        }
+
+    @hookimpl
+    def openrlhf_batch(self, batch: RolloutBatch) -> None:
+        every = range(len(batch))
+        rollouts = [self.rollout(batch, i) for i in every]
+        contexts = self.contexts(batch, rollouts)
+        masks = self._loss_masks(batch, contexts)
+        truncated, too_long = 0, 0
+        for k, shown in enumerate(contexts):
+            prompts = []
+            for i in every:
+                asked = shown[i].active and bool(masks[i].any())
+                ids, cut = self.teacher_prompt(batch, i, shown[i]) if asked else ([], False)
+                prompts.append(torch.tensor(ids, dtype=torch.long))
+                truncated += cut
+                too_long += asked and not ids
+                # Without a token in the loss, or a prompt that leaves room for the response, a sample has no teacher.
+                shown[i] = shown[i] if ids else TeacherContext(rollouts[i].messages, False)
+            batch.attach(f"{TEACHER_PROMPT}/{k}" if k else TEACHER_PROMPT, prompts)
+        batch.attach("loss_mask", self._loss_masks(batch, contexts))
+        batch.attach("reward", [torch.tensor(float("nan") if r is None else float(r)) for r in batch.rewards])
+        batch.metrics.update(context_metrics(rollouts, contexts[0], self.reprompt))
+        groups = {rollout.group for rollout in rollouts}
+        taught = {rollout.group for rollout, context in zip(rollouts, contexts[0], strict=True) if context.active}
+        batch.metrics[PREFIX + "inactive_group_fraction"] = 1.0 - len(taught) / len(groups)
+        batch.metrics[PREFIX + "truncated_fraction"] = truncated / (len(batch) * len(contexts))
+        batch.metrics[PREFIX + "too_long_fraction"] = too_long / (len(batch) * len(contexts))
+        batch.metrics.update(length_metrics(batch.samples))
+        self._watch(batch, rollouts, contexts[0])
+
+    def _loss_masks(self, batch: RolloutBatch, contexts: list[list[TeacherContext]]) -> list[torch.Tensor]:
+        return [self.loss_mask(batch, i, all(shown[i].active for shown in contexts)) for i in range(len(batch))]
+
+    def _watch(self, batch: RolloutBatch, rollouts: list[Rollout], contexts: list[TeacherContext]) -> None:
+        due = self.watch.due()
+        if self.diagnostics.guard == "slow" and self.teacher_config.kind == "ema":
+            given = self.teacher_config.update_rate
+            batch.attach_scalar("update_rate", self.watch.slowed(given) if due else self.watch.in_use(given))
+        if not due:
+            return
+        threshold = self.reprompt.success_threshold
+        failed = [rollout.reward is None or rollout.reward < threshold for rollout in rollouts]
+        batch.attach("failed", [torch.tensor(f) for f in failed])
+        lengths = [int(sample.action_mask.sum()) for sample in batch.samples]
+        batch.metrics[PREFIX + "response_length_drift"] = self.watch.drift(sum(lengths) / len(lengths))
+        left_out = sum(bool(sample.truncated) for sample in batch.samples) if self.distill.mask_truncated else 0
+        for warning in self.watch.at_contexts(rollouts, contexts, left_out):
+            logger.warning(warning)
+
+    @hookimpl
+    def openrlhf_save_states(self, states: dict[str, Any], args: Any) -> None:
+        states[PREFIX + "watch"] = self.watch.state()
+
+    @hookimpl
+    def openrlhf_load_states(self, states: dict[str, Any], args: Any) -> None:
+        if PREFIX + "watch" in states:
+            self.watch.restore(states[PREFIX + "watch"])
+
+    def rollout(self, batch: RolloutBatch, i: int) -> Rollout:
+        """What sample i can teach and be taught with."""
+        sample, ids = batch.samples[i], batch.response_ids(i)
+        return Rollout(
+            group=batch.group(i),
+            messages=batch.prompt(i),
+            response=batch.tokenizer.decode(ids, skip_special_tokens=True) if ids else None,
+            reward=batch.rewards[i],
+            feedback=sample.feedback,
+            privileged_context=sample.record.get(self.reprompt.privileged_key),
+        )
+
+    def teacher_prompt(self, batch: RolloutBatch, i: int, context: TeacherContext) -> tuple[list[int], bool]:
+        """Token ids for the teacher to read before sample i's response, and whether what they show had to be cut.
+
+        Prompt and response together fit the model's positions. Where nothing that can be cut makes them fit: no ids.
+        """
+        room = batch.max_positions - len(batch.response_ids(i))
+        config = replace(self.reprompt, max_len=max(min(self.reprompt.max_len, room), 1))
+        ids, cut = teacher_prompt_ids(context, batch.tokenizer, config, chat_template_kwargs(batch.args))
+        return (ids, cut) if len(ids) <= room else ([], False)
+
+    # ── the policy worker: teacher, loss, update ──
+
+    @hookimpl
+    def openrlhf_model(self, actor: Any, args: Any) -> None:
+        if args.ds.lora.rank > 0 and self.teacher_config.kind == "ema":
+            actor.add_teacher_adapter()
+
+    @hookimpl
+    def openrlhf_worker_setup(self, worker: Worker) -> None:
+        worker.actor.tap_head()
+        self.teacher = self.make_teacher(worker)
+
+    @hookimpl
+    def openrlhf_before_forward(self, micro_batch: MicroBatch) -> None:
+        if "update_rate" in micro_batch.scalars:
+            self.teacher.rate = micro_batch.scalars["update_rate"]
+        needs, temperature = micro_batch.needs, micro_batch.worker.actor.temperature
+        if not needs["samples"]:
+            micro_batch.samples = micro_batch.loss_mask.any(dim=1)
+        prompts = [values for name, values in micro_batch.data.items() if name.startswith(TEACHER_PROMPT)]
+        taught = [self._teacher_hidden(micro_batch, shown) for shown in prompts]
+        watched = self._watched(micro_batch)
+        policy_weights, shares = self.join(micro_batch)
+        if self.uses_policy_loss:
+            micro_batch.policy_weights = policy_weights
+        mean = micro_batch.sample_weights if self.distill.mean == "samples" else micro_batch.loss_weights
+        weights = micro_batch.per_token(mean * micro_batch.loss_mask * shares[:, None])
+        data = self.token_data(micro_batch)
+        token_weights = torch.ones_like(weights)
+        correction = self._rollout_correction(micro_batch)
+
+        def objective(tokens: Tokens) -> torch.Tensor:
+            loss, factor = self.token_loss(tokens.student, tokens.teachers[0], tokens), self.token_weights(tokens)
+            if factor is not None:
+                token_weights[tokens.rows] = factor = factor.detach()
+                loss = loss * factor
+            return loss if correction is None else loss * correction(tokens)
+
+        def head(hidden: torch.Tensor, student: Head, token_ids: torch.Tensor) -> Scores:
+            with self.teacher.head() as teacher:
+                if watched is not None:
+                    tokens, without, failed = watched
+                    looks = measure(
+                        hidden[tokens], student, taught[0][tokens], without, teacher, token_ids[tokens], failed,
+                        temperature,
+                    )
+                    for name, (total, count) in looks.items():
+                        micro_batch.mean(name, total, count)
+                scores = linear_distillation(
+                    hidden, student, [TeacherStates(states, teacher) for states in taught], token_ids, weights,
+                    objective, data=data, temperature=temperature,
+                    differentiable_log_probs=needs["log_probs"] or needs["entropy"],
+                    with_entropy=needs["entropy"] or self.args.actor.entropy_coef is not None,
+                )
+            distilled = weights != 0
+            micro_batch.mean(PREFIX + "token_weight", token_weights[distilled].sum(), distilled.sum())
+            return scores
+
+        micro_batch.head = head
+
+    def token_data(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """What `token_weights` and `token_loss` may read of the N tokens besides their distributions, [N] each."""
+        batch = micro_batch.experience
+        response = batch.action_mask.bool()
+        prompts = micro_batch.data[TEACHER_PROMPT]
+        found = {
+            "position": response.cumsum(dim=1) - 1,
+            "active": torch.tensor([len(ids) > 0 for ids in prompts]),
+            "advantage": batch.advantages,
+            "reward": torch.stack(micro_batch.data["reward"]) if "reward" in micro_batch.data else None,
+            # The policy before the rollout's first update; where there is only one, the student itself.
+            "old_log_probs": batch.action_log_probs if self.reads_old_log_probs else None,
+        }
+        return {name: micro_batch.per_token(values) for name, values in found.items() if values is not None}
+
+    def _rollout_correction(self, micro_batch: MicroBatch) -> Callable[[Tokens], torch.Tensor] | None:
+        """Each token's factor by `--algo.advantage.is_correction_*`, [r]; None: 1."""
+        batch, level = micro_batch.experience, self.args.algo.advantage.is_correction_level
+        if level == "off":
+            return None
+        if batch.rollout_log_probs is None:
+            raise ConfigError(
+                f"--algo.advantage.is_correction_level {level}: the rollout brought no log-probabilities; give off, or "
+                "an agent that returns rollout_log_probs"
+            )
+        if self.reads_old_log_probs:
+            factors = micro_batch.per_token(
+                micro_batch.rollout_correction(batch.action_log_probs, batch.rollout_log_probs, batch.action_mask)
+            )
+            return lambda tokens: factors[tokens.rows]
+        # The student is the old policy. It knows single tokens in the head's pass, which is all that the level needs.
+        of_rollout = micro_batch.per_token(batch.rollout_log_probs)
+
+        def correction(tokens: Tokens) -> torch.Tensor:
+            student = tokens.log_probs.detach()
+            one_sample = [x[None] for x in (student, of_rollout[tokens.rows], torch.ones_like(student))]
+            return micro_batch.rollout_correction(*one_sample)[0]
+
+        return correction
+
+    def _teacher_hidden(self, micro_batch: MicroBatch, prompts: list[torch.Tensor]) -> torch.Tensor:
+        """A teacher's hidden states [N, H] at the response tokens; zero where the loss has no use for them."""
+        batch = micro_batch.experience
+        *inputs, read = teacher_inputs(batch.sequences, batch.attention_mask, batch.action_mask, prompts)
+        hidden = self.teacher.hidden_states(*inputs, self.teacher_config.max_tokens_per_gpu)
+        full = hidden.new_zeros(*batch.action_mask.shape, hidden.shape[1])
+        full[read] = hidden
+        return full[micro_batch.response]
+
+    def _watched(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Of the first micro-batch of an optimizer step that is looked at: a few samples, failed ones first.
+
+        Which of the N response tokens they have (bool [N]), the teacher's hidden states there without its context
+        [n, H], and whether each token's sample failed (bool [n]).
+        """
+        if not self.first_micro_batch or "failed" not in micro_batch.data:
+            return None
+        self.first_micro_batch = False
+        batch = micro_batch.experience
+        taught = torch.tensor([len(ids) > 0 for ids in micro_batch.data[TEACHER_PROMPT]])
+        active = micro_batch.loss_mask.any(dim=1) & taught.to(micro_batch.loss_mask.device)
+        failed = torch.stack(micro_batch.data["failed"]).to(active.device)
+        order = sorted(active.nonzero()[:, 0].tolist(), key=lambda i: not failed[i])
+        chosen = torch.zeros_like(active)
+        chosen[order[: math.ceil(WATCHED_SAMPLES / micro_batch.worker.ranks)]] = True
+        watched = micro_batch.loss_mask & chosen[:, None]
+        own = [
+            sequence[: int(response.nonzero()[0]) + 1] if here else sequence[:0]
+            for sequence, response, here in zip(batch.sequences, batch.action_mask, chosen, strict=True)
+        ]
+        *inputs, read = teacher_inputs(batch.sequences, batch.attention_mask, batch.action_mask, own)
+        hidden = self.teacher.hidden_states(*inputs, self.teacher_config.max_tokens_per_gpu)
+        return watched[micro_batch.response], hidden[watched[read]], failed[:, None].expand_as(watched)[watched]
+
+    @hookimpl
+    def openrlhf_policy_loss(self, micro_batch: MicroBatch) -> None:
+        scores = micro_batch.scores
+        micro_batch.loss = micro_batch.loss + scores.loss if self.uses_policy_loss else scores.loss
+        in_loss = micro_batch.per_token(micro_batch.loss_mask)
+        distilled = torch.where(in_loss, scores.token_loss, 0.0).sum()
+        micro_batch.mean(PREFIX + "loss", distilled, in_loss.sum())
+        micro_batch.mean(PREFIX + "token_fraction", in_loss.sum(), micro_batch.experience.action_mask.sum())
+        micro_batch.metrics[PREFIX + "empty_target_batch"] = float(not in_loss.any())
+        if self.diagnostics.guard != "off":
+            micro_batch.metrics |= self.teacher.metrics()
+
+    @hookimpl
+    def openrlhf_optimizer_step(self, worker: Worker) -> None:
+        self.first_micro_batch = True
+        self.teacher.after_optimizer_step()
+
+    @hookimpl
+    def openrlhf_save_checkpoint(self, worker: Worker, path: str) -> None:
+        self.teacher.save(path)
+
+    @hookimpl
+    def openrlhf_load_checkpoint(self, worker: Worker, path: str) -> None:
+        self.teacher.load(path)
+
+    @hookimpl
+    def openrlhf_save_model(self, worker: Worker, path: str) -> None:
+        if self.teacher_config.save:
+            self.teacher.model.export(os.path.join(path, "teacher"))
+
+    @hookimpl
+    def openrlhf_metrics(self, status: dict[str, Any], args: Any) -> None:
+        if GAIN in status and is_rewarded(args):
+            for warning in self.watch.at_gain(status[GAIN], f"{args.teacher.kind}, {args.teacher.update_rate}"):
+                if self.diagnostics.guard == "stop":
+                    raise StopTraining(warning)
+                logger.warning(warning)

@@ -1,0 +1,63 @@
+"""Which of OpenRLHF's options self-distillation goes together with, and what it leaves of its loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdpo_plugin.config import ConfigError
+
+
+def policy_loss_needs_log_probs(args: Any) -> bool:
+    """Whether a term that OpenRLHF adds to its policy loss backpropagates through the student's log-probabilities."""
+    return args.algo.kl.use_loss or bool(args.actor.entropy_coef)
+
+
+def reads_old_log_probs(args: Any, uses_policy_loss: bool) -> bool:
+    """Whether anything needs log-probabilities from before the update that the student's own cannot stand in for."""
+    samples = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    several_updates = args.train.max_epochs > 1 or args.train.batch_size < samples
+    of_whole_samples = args.algo.advantage.is_correction_level == "seq"
+    return uses_policy_loss or args.algo.kl.init_coef > 0.0 or several_updates or of_whole_samples
+
+
+def refuse(args: Any) -> None:
+    """Stop, before anything loads, where the two do not go together yet."""
+    if args.distill.generate_from_teacher and "{privileged_context}" not in args.reprompt.template:
+        raise ConfigError(
+            "--distill.generate_from_teacher True: before a rollout only the data set's context is known; name "
+            "{privileged_context} in --reprompt.template, or use --algo sdft"
+        )
+    if args.distill.generate_from_teacher and args.algo.advantage.is_correction_level != "off":
+        raise ConfigError(
+            f"--algo.advantage.is_correction_level {args.algo.advantage.is_correction_level}: with "
+            "--distill.generate_from_teacher the engine's log-probabilities are those of another prompt, and the "
+            "correction would take the samples' point away; give off"
+        )
+    if args.teacher.save and args.teacher.kind != "ema":
+        raise ConfigError(
+            f"--teacher.save True: a {args.teacher.kind} teacher is made of the initial and the final model, nothing "
+            "else is there to save; leave it out, or train with --teacher.kind ema"
+        )
+    if args.train.enable_ema and args.ds.lora.rank > 0:
+        raise ConfigError(
+            f"--train.enable_ema with --ds.lora.rank {args.ds.lora.rank}: OpenRLHF averages weights by their position, "
+            "which adapters change; leave it out (the average that teaches is --teacher.kind ema)"
+        )
+    correction = args.algo.advantage
+    if correction.is_correction_mode == "clip" and (
+        correction.is_correction_level == "seq" or correction.is_correction_gating != "ratio"
+    ):
+        raise ConfigError(
+            f"--algo.advantage.is_correction_level {correction.is_correction_level}, --algo.advantage."
+            f"is_correction_gating {correction.is_correction_gating}: only the ratio of a token can be clipped, which "
+            f"--algo {args.algo.name} does by default; give --algo.advantage.is_correction_mode mask, too"
+        )
+    for flag, asked, fix in (
+        ("--ds.ring_attn_size", args.ds.ring_attn_size > 1, "give --ds.ring_attn_size 1"),
+        ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),
+        ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),
+        ("--ds.deepcompile", args.ds.deepcompile, "leave it out"),
+        ("--ds.enable_sleep", args.ds.enable_sleep, "leave it out"),
+    ):
+        if asked:
+            raise ConfigError(f"{flag} is not supported with --algo {args.algo.name} yet; {fix}")

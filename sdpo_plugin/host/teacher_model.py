@@ -1,0 +1,57 @@
+"""The models that teach: one beside the policy's, or the policy's own under another adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sdpo_plugin.host import lora
+from sdpo_plugin.host.zero import images, publish
+from sdpo_plugin.interface import Model, Worker
+
+
+class SeparateTeacher:
+    """A model of its own, on every policy worker."""
+
+    def __init__(self, worker: Worker, actor: Any) -> None:
+        self.worker, self.actor = worker, actor
+        self.hidden_states, self.whole_head = actor.hidden_states, actor.whole_head
+
+    def images(self) -> dict[str, torch.Tensor]:
+        return images(self.worker.masters.fragments(), self.actor.model.module)
+
+    def publish(self) -> None:
+        publish(self.worker.masters.layout, self.actor.model.module)
+
+    def export(self, path: str) -> None:
+        self.worker.strategy.save_model(self.actor, self.worker.tokenizer, path)
+
+
+class AdapterTeacher:
+    """The policy's own model under its second adapter, or with none (`adapter` None). No copy of a weight."""
+
+    def __init__(self, worker: Worker, adapter: str | None) -> None:
+        self.worker, self.adapter = worker, adapter
+        self.actor: Model = worker.actor
+        self.whole_head = worker.actor.whole_head  # no adapter is on it (`PolicyActor.tap_head`)
+
+    def hidden_states(self, *inputs: Any) -> torch.Tensor:
+        with lora.under(self.actor.model.module, self.adapter):
+            return self.actor.hidden_states(*inputs)
+
+    def images(self) -> dict[str, torch.Tensor]:
+        fragments = self.worker.masters.fragments()
+        named = {self._teacher_s(name): fragment for name, fragment in fragments.items()}
+        return dict(zip(fragments, images(named, self.actor.model.module).values(), strict=True))
+
+    def publish(self) -> None:
+        layout = [[(self._teacher_s(name), *place) for name, *place in part] for part in self.worker.masters.layout]
+        publish(layout, self.actor.model.module)
+
+    def export(self, path: str) -> None:
+        lora.save_teacher(self.actor.model.module, path, write=self.worker.rank == 0)
+
+    def _teacher_s(self, name: str) -> str:
+        """The name of the weight that follows the student's of this name."""
+        return name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}.")

@@ -1,0 +1,190 @@
+"""The policy worker's training: micro-batches, the loss on them, weights for the engines."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from sdpo_plugin import plugins
+from sdpo_plugin.host import lora, metrics
+from sdpo_plugin.host.seams import overrides, seam
+from sdpo_plugin.interface import Aggregate, MicroBatch, Worker, attached_loss_mask, loss_mask, undifferentiable
+
+_PPO_ACTOR = "openrlhf.trainer.ray.ppo_actor"
+_BUFFER = "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer"
+aggregate_loss = seam(f"{_PPO_ACTOR}:aggregate_loss", "loss", "loss_mask", "token_level_loss", "dp_size",
+                      "batch_num_tokens", "global_batch_size")  # fmt: skip
+get_loss_batch_info = seam(f"{_PPO_ACTOR}:get_loss_batch_info", "loss_mask", "replay_buffer", "step", "dynamic_batch")
+seam(f"{_BUFFER}.setup_dynamic_batch", "strategy")  # makes `dynamic_indices` and `dynamic_optimizer_step`
+seam(f"{_PPO_ACTOR}:iter_grad_accum_global_norm", "data_iter", "strategy", "accumulated_gradient", "mask_fn")
+seam(f"{_PPO_ACTOR}:DataLoader")
+
+
+def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
+    """utils/loss_utils.py: normalises by the plugins' loss mask too, over OpenRLHF's own accumulation windows."""
+
+    def windows(data_iter: Iterable[Any], strategy: Any, accumulated_gradient: int, mask_fn: Callable[..., Any]) -> Any:
+        for_host, for_plugins = itertools.tee(data_iter)
+        both = zip(
+            original(for_host, strategy, accumulated_gradient, mask_fn),
+            original(for_plugins, strategy, accumulated_gradient, loss_mask),
+            strict=True,
+        )
+        for (experience, info), (_, experience.loss_mask_info) in both:
+            yield experience, info
+
+    return windows
+
+
+class EvenBatches(torch.utils.data.Sampler[int]):
+    """A random order in which every micro-batch has about as many samples with a token in the loss mask.
+
+    Ranks wait for each other after every micro-batch, and samples without such a token may cost nothing.
+    """
+
+    def __init__(self, items: Sequence[Any], batch_size: int) -> None:
+        self.items, self.batch_size = items, batch_size
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self.items)).tolist()
+        order.sort(key=lambda i: not bool(attached_loss_mask(self.items[i]).any()))  # stable
+        batches = max(len(order) // self.batch_size, 1)
+        for start in range(batches):
+            yield from order[start::batches][: self.batch_size]
+
+
+def data_loader(buffer: Any, batch_size: int, shuffle: bool, **kwargs: Any) -> Any:
+    """ppo_actor.py: `DataLoader`, dealing evenly where the buffer's samples have a loss mask and are shuffled."""
+    if shuffle and all(attached_loss_mask(item) is not None for item in buffer.items):
+        return DataLoader(buffer, batch_size, sampler=EvenBatches(buffer.items, batch_size), **kwargs)
+    return DataLoader(buffer, batch_size, shuffle=shuffle, **kwargs)
+
+
+class PolicyTrainer(seam(f"{_PPO_ACTOR}:ActorPPOTrainer")):
+    """ppo_actor.py: `ActorPPOTrainer`, with hooks around the forward pass, in the loss and after the optimizer."""
+
+    worker: Worker
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hook = plugins.active().hook
+        self.host_loss_fn, self.actor_loss_fn = self.actor_loss_fn, self._loss
+        self.needs = plugins.needs(self.args)
+
+    @overrides("kl_ctl")
+    def ppo_train(self, kl_ctl: float) -> dict[str, Any]:
+        return metrics.means_of(super().ppo_train(kl_ctl))
+
+    @overrides("experience", "kl_ctl", "step", "loss_batch_info")
+    def training_step(
+        self, experience: Any, kl_ctl: float, step: int, loss_batch_info: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """`step` counts micro-batches."""
+        self.micro_batch = micro_batch = MicroBatch(
+            self.worker,
+            experience,
+            self.needs,
+            self._mean(self._loss_mask_info(experience, step), self.host_loss_fn.token_level_loss),
+            self._mean(loss_batch_info or self._loss_batch_info(experience, step), token_level=False),
+            self._rollout_correction,
+        )
+        self.hook.openrlhf_before_forward(micro_batch=micro_batch)
+        if self.args.train.dynamic_batch_enable:
+            # OpenRLHF makes DeepSpeed think that every micro-batch is a step: ZeRO 1 and 2 then drop all but the last.
+            self.actor.model.set_gradient_accumulation_boundary(self._ends_optimizer_step(step))
+        with self.actor.reads(micro_batch):
+            status = super().training_step(experience, kl_ctl, step, loss_batch_info)
+        if self._ends_optimizer_step(step) and self.actor.model.was_step_applied():
+            self.hook.openrlhf_optimizer_step(worker=self.worker)
+        return metrics.report(status, micro_batch.metrics, micro_batch.means)
+
+    @overrides()
+    def broadcast_to_vllm(self) -> None:
+        """Of a LoRA model the engines get merged weights, under the names they know."""
+        if self.vllm_engines is None:
+            return  # OpenRLHF asks for it on a restart, engines or not
+        actor = self.actor
+        if not isinstance(actor.model.module, lora.PeftModel):
+            return super().broadcast_to_vllm()
+        try:
+            for weights in lora.merged_weights(actor.model.module):
+                module = SimpleNamespace(named_parameters=weights.items)
+                self.actor = SimpleNamespace(model=SimpleNamespace(module=module), is_vlm=False)
+                super().broadcast_to_vllm()
+        finally:
+            self.actor = actor
+
+    def _ends_optimizer_step(self, step: int) -> bool:
+        """Whether micro-batch `step` may end an optimizer step: of dynamic ones the buffer knows, else DeepSpeed."""
+        return not self.args.train.dynamic_batch_enable or bool(self.replay_buffer.dynamic_optimizer_step[step])
+
+    def _loss_mask_info(self, experience: Any, step: int) -> dict[str, Any]:
+        """OpenRLHF's normalizers of an optimizer step, for the plugins' loss mask. Collective."""
+        if not self.args.train.dynamic_batch_enable:
+            return experience.loss_mask_info
+        if step == 0 or self._ends_optimizer_step(step - 1):
+            buffer = self.replay_buffer
+            last = buffer.dynamic_optimizer_step.index(1, step)
+            masks = [
+                buffer.items[i].action_mask if (mask := attached_loss_mask(buffer.items[i])) is None else mask
+                for indices in buffer.dynamic_indices[step : last + 1]
+                for i in indices
+            ]
+            padded = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True).to(experience.sequences.device)
+            self.loss_mask_info = get_loss_batch_info(self.strategy, padded)
+        return self.loss_mask_info
+
+    def _loss_batch_info(self, experience: Any, step: int) -> dict[str, Any]:
+        """OpenRLHF's normalizers of an optimizer step of dynamic micro-batches, for its own mask."""
+        return get_loss_batch_info(
+            self.strategy, experience.action_mask, replay_buffer=self.replay_buffer, step=step, dynamic_batch=True
+        )
+
+    def _mean(self, info: dict[str, Any], token_level: bool) -> Aggregate:
+        """OpenRLHF's mean over an optimizer step with the normalizers `info`."""
+        # A step without a single token in the mask has a loss of zero, not 0/0.
+        totals = {name: info[name].clamp(min=1e-8) for name in ("batch_num_tokens", "global_batch_size")}
+        return partial(aggregate_loss, token_level_loss=token_level, dp_size=info["dp_size"], **totals)
+
+    def _rollout_correction(
+        self, old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """What OpenRLHF's PPO loss multiplies a token's advantage with when the policy is the old one."""
+        loss_fn = copy.copy(self.host_loss_fn)
+        loss_fn.token_level_loss, loss_fn.policy_loss_type = True, "ppo"
+        with torch.enable_grad():
+            advantages = torch.ones_like(old_log_probs, requires_grad=True)
+            loss = loss_fn(
+                old_log_probs, old_log_probs, advantages, mask, rollout_log_probs=rollout_log_probs, batch_num_tokens=1
+            )[0]
+        return -torch.autograd.grad(loss, advantages)[0]
+
+    def _loss(
+        self, log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        micro_batch = self.micro_batch
+        if micro_batch.samples is not None:  # nothing is known to have changed about samples that were not read
+            known = kwargs.get("rollout_log_probs")
+            unread = old_log_probs if known is None else known
+            log_probs = torch.where(micro_batch.samples[:, None], log_probs, unread)
+        if not micro_batch.needs["old_log_probs"]:
+            old_log_probs = log_probs.detach()
+        if not micro_batch.needs["log_probs"]:
+            log_probs = undifferentiable(log_probs, "log_probs")
+        if micro_batch.policy_weights is not None:
+            # Every policy loss of OpenRLHF is proportional to a sample's advantages: this weighs the sample.
+            advantages = advantages * micro_batch.policy_weights[:, None]
+        micro_batch.loss, *rest = self.host_loss_fn(log_probs, old_log_probs, advantages, **kwargs)
+        micro_batch.log_probs = log_probs
+        self.hook.openrlhf_policy_loss(micro_batch=micro_batch)
+        return micro_batch.loss, *rest

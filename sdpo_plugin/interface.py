@@ -1,0 +1,381 @@
+"""What plugins and the OpenRLHF side hand each other: the batch, the micro-batch, models, and fragments of weights.
+
+Shapes: B samples of a micro-batch, S tokens of a sequence, A = S - 1 positions that predict a token (OpenRLHF's action
+positions, aligned from the right), N response tokens of the micro-batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from sdpo_plugin.config import ConfigError, chat_template_kwargs
+from sdpo_plugin.context import FramedText, Messages, prompt_as_read
+from sdpo_plugin.fused import Head, Scores
+
+# Entries of OpenRLHF's `Experience.info`, the only field that carries new tensors to the policy workers.
+ATTACHED = "plugin/"
+SCALAR = "plugin scalar/"
+LOSS_MASK = "loss_mask"
+
+# What a micro-batch can provide, with what it does if no plugin has a say (`openrlhf_needs`).
+NEEDS = {"old_log_probs": True, "log_probs": True, "samples": True, "entropy": False}
+
+# The largest tensor that is made, beside what stays, for what is done to all weights.
+PIECE_BYTES = 256 * 2**20
+
+HeadFunction = Callable[[torch.Tensor, Head, torch.Tensor], Scores]
+Aggregate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (loss [B, A], mask [B, A]) -> scalar
+
+
+# ── the controller: all samples of a step ──
+
+
+class RolloutBatch:
+    """All samples of one step, rewarded, in data order: `args.rollout.n_samples_per_prompt` per prompt.
+
+    Attributes:
+        samples: OpenRLHF's `Experience`, one row each, with `record` (the data-set row) and `feedback` (text or None).
+        rewards: float per sample, before length penalties and baselines.
+        args, tokenizer: OpenRLHF's.
+        max_positions: the longest sequence that the policy model is made for, in tokens.
+        metrics: scalars a plugin wants logged for this step.
+    """
+
+    def __init__(
+        self, samples: Sequence[Any], experiences: Sequence[Any], args: Any, tokenizer: Any, max_positions: float
+    ) -> None:
+        self.samples, self.args, self.tokenizer = samples, args, tokenizer
+        self.max_positions = max_positions
+        self.metrics: dict[str, float] = {}
+        self._experiences = experiences
+        self.rewards = [0.0] * len(samples)
+        for experience in experiences:
+            for index, reward in zip(experience.index, experience.rewards.tolist(), strict=True):
+                self.rewards[index] = reward
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def group(self, i: int) -> int:
+        """The number of sample i's prompt in this batch."""
+        return i // self.args.rollout.n_samples_per_prompt
+
+    def prompt(self, i: int) -> Messages:
+        """What sample i's student read before its first action: the row's prompt, or what an agent made of it."""
+        own = prompt_messages(self.samples[i].record, self.args)
+        return prompt_as_read(own, self.prompt_ids(i), self.tokenizer, chat_template_kwargs(self.args))
+
+    def prompt_ids(self, i: int) -> list[int]:
+        """The tokens of `prompt`."""
+        ids = self.samples[i].sequences[0].tolist()
+        return ids[: len(ids) - len(self.response_ids(i))]
+
+    def response_ids(self, i: int) -> list[int]:
+        """Everything after sample i's prompt: its actions and, of an agent, the observations between them.
+
+        Empty where an agent ended before its first action.
+        """
+        sample = self.samples[i]
+        actions = sample.action_mask[0].nonzero()[:, 0].tolist()
+        return sample.sequences[0, actions[0] + 1 :].tolist() if actions else []
+
+    def response_mask(self, i: int) -> torch.Tensor:
+        """Bool [A_i]: the action positions that predict a token of sample i's response."""
+        return self.samples[i].action_mask[0].bool()
+
+    def attach(self, name: str, values: Sequence[torch.Tensor]) -> None:
+        """Send one tensor per sample (any shape) to the worker that trains on it: `micro_batch.data[name]`.
+
+        The name `loss_mask` (bool [A_i] per sample, over its action positions) also defines what
+        `micro_batch.loss_weights` are of.
+        """
+        for experience in self._experiences:
+            experience.info[ATTACHED + name] = [values[i] for i in experience.index]
+
+    def attach_scalar(self, name: str, value: float) -> None:
+        """Send a number along to all workers: `micro_batch.scalars[name]`."""
+        for experience in self._experiences:
+            experience.info[SCALAR + name] = [torch.tensor(value, dtype=torch.float64)] * len(experience.index)
+
+
+def prompt_messages(record: dict[str, Any], args: Any) -> Messages:
+    """The data-set row's chat, or its text in the frame of `--data.input_template`."""
+    prompt = record[args.data.input_key]
+    if args.data.apply_chat_template:
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not args.data.input_template:
+        return prompt
+    before, after = args.data.input_template.format("\0").split("\0")
+    return FramedText(before, prompt, after)
+
+
+# ── every policy worker: a micro-batch on its way from data to loss ──
+
+
+class MicroBatch:
+    """Some samples of an optimizer step on one rank, through one forward and one backward pass.
+
+    Attributes:
+        worker: this rank's.
+        experience: OpenRLHF's batch: `sequences`, `attention_mask` [B, S], `action_mask`, `advantages` [B, A], ...
+        data: what plugins attached on the controller, a list of B tensors per name.
+        scalars: the numbers that plugins attached there.
+        needs: what the micro-batch provides, by the names of `NEEDS`.
+        head: set it to a function `(hidden [N, H], Head, token_ids [N]) -> Scores` to run in place of the LM head.
+        samples: set it to a bool [B] to have only those samples read; None: all. The head then gets their tokens, and
+            the others keep the log-probabilities of the rollout.
+        policy_weights: set it to [B] >= 0, the samples' weights in OpenRLHF's policy loss; None: 1 each.
+        scores: what `head` returned.
+        loss: OpenRLHF's policy loss, a scalar, from there on.
+        log_probs: [B, A], of the student; to differentiate them, need `log_probs`.
+        entropy: [B, A], differentiable, if someone needs it.
+        metrics: scalars to log, averaged over the response tokens of the whole rollout batch.
+        rollout_correction: OpenRLHF's own, `(old_log_probs, rollout_log_probs, mask)`, `[B, A]` each -> `[B, A]`: the
+            factor that its policy loss gives each token by `--algo.advantage.is_correction_*`; 0 outside the mask.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        experience: Any,
+        needs: Mapping[str, bool],
+        token_mean: Aggregate,
+        sample_mean: Aggregate,
+        rollout_correction: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.worker, self.experience, self.needs = worker, experience, needs
+        info = experience.info  # OpenRLHF logs every entry that stays
+        self.data = {k.removeprefix(ATTACHED): info.pop(k) for k in list(info) if k.startswith(ATTACHED)}
+        scalars = [k for k in info if k.startswith(SCALAR)]
+        self.scalars = {k.removeprefix(SCALAR): float(info.pop(k)[0]) for k in scalars}
+        self._loss_mask = self.data.get(LOSS_MASK)
+        self.head: HeadFunction | None = None
+        self.samples: torch.Tensor | None = None
+        self.policy_weights: torch.Tensor | None = None
+        self.scores: Scores | None = None
+        self.loss: torch.Tensor | None = None
+        self.log_probs: torch.Tensor | None = None
+        self.entropy: torch.Tensor | None = None
+        self.metrics: dict[str, float | torch.Tensor] = {}
+        self.means: dict[str, tuple[float, float]] = {}
+        self.rollout_correction = rollout_correction
+        self._token_mean, self._sample_mean = token_mean, sample_mean
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """Bool [B, A]: the mask attached as `loss_mask`, or OpenRLHF's action mask."""
+        return _padded(self.experience.action_mask, self._loss_mask)
+
+    @property
+    def response(self) -> torch.Tensor:
+        """Bool [B, A]: the N response tokens that the student reads."""
+        response = self.experience.action_mask.bool()
+        return response if self.samples is None else response & self.samples[:, None]
+
+    @property
+    def loss_weights(self) -> torch.Tensor:
+        """Float32 [B, A]: each token's share of the mean over `loss_mask` in the whole optimizer step.
+
+        `(loss_weights * x).sum()` is the scalar to backpropagate: over all ranks and accumulated micro-batches it
+        adds up to one mean, the way OpenRLHF's `aggregate_loss` does for its own loss (`--actor.loss_agg_mode`).
+        """
+        return self._weights(self._token_mean)
+
+    @property
+    def sample_weights(self) -> torch.Tensor:
+        """Float32 [B, A]: likewise, of the mean over all samples of each one's mean over `loss_mask`.
+
+        A sample without a token in it counts as zero, unless it has no response at all.
+        """
+        return self._weights(self._sample_mean)
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """[N], of the response tokens that the student reads: from [B, A], or from [B], a value per sample."""
+        response = self.response
+        values = values.to(response.device)
+        return (values if values.ndim == 2 else values[:, None].expand(response.shape))[response]
+
+    def mean(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float) -> None:
+        """Log a mean as sum and number: those of all micro-batches and ranks are added. One of nothing is absent."""
+        self.means[name] = (float(total), float(count))
+
+    def _weights(self, mean: Aggregate) -> torch.Tensor:
+        unit = torch.zeros(self.loss_mask.shape, device=self.experience.sequences.device, requires_grad=True)
+        return torch.autograd.grad(mean(unit, self.loss_mask.float()), unit)[0]
+
+
+def attached_loss_mask(experience: Any) -> list[torch.Tensor] | None:
+    """The masks that a plugin attached, one per sample of the batch (or the one of a single sample), or None."""
+    return experience.info.get(ATTACHED + LOSS_MASK)
+
+
+def loss_mask(experience: Any) -> torch.Tensor:
+    """`MicroBatch.loss_mask` of a batch that has not become one yet."""
+    return _padded(experience.action_mask, attached_loss_mask(experience))
+
+
+def _padded(action_mask: torch.Tensor, attached: list[torch.Tensor] | None) -> torch.Tensor:
+    if attached is None:
+        return action_mask.bool()
+    mask = torch.zeros_like(action_mask, dtype=torch.bool)
+    for row, values in zip(mask, attached, strict=True):
+        row[: len(values)] = values.bool()
+    return mask
+
+
+def response_rows(action_mask: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+    """Positions whose hidden state predicts a response token: bool [B, S] from the mask [B, A], aligned right."""
+    left = sequences.shape[1] - 1 - action_mask.shape[1]
+    return torch.nn.functional.pad(action_mask.bool(), (left, 1))
+
+
+def teacher_inputs(
+    sequences: torch.Tensor,
+    attention_mask: torch.Tensor,
+    action_mask: torch.Tensor,
+    teacher_prompts: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The samples that have a teacher prompt, with it in place of their own.
+
+    Everything behind the student's prompt is replayed as it is, so response tokens keep their order and number. If
+    no sample has a teacher prompt, two tokens stand in: other ranks may wait for this one (ZeRO-3).
+
+    Args:
+        sequences, attention_mask: [B, S], right-padded. action_mask: [B, A]. teacher_prompts: B of int64 [P_i].
+
+    Returns:
+        sequences, attention_mask [B', S'], rows bool [B', S'] of the N' positions that predict response tokens, and
+        bool [B, A], which of the micro-batch's action positions those are.
+    """
+    response = action_mask.bool()
+    chosen = [i for i, prompt in enumerate(teacher_prompts) if len(prompt)]
+    taught = torch.zeros_like(response)
+    taught[chosen] = response[chosen]
+    if not chosen:
+        stand_in = sequences[:1, :2]
+        return stand_in, torch.ones_like(stand_in), torch.zeros_like(stand_in, dtype=torch.bool), taught
+    replayed, positions = [], []
+    for i in chosen:
+        length = int(attention_mask[i].sum())
+        first = int(response[i].nonzero()[0]) + 1  # action position p predicts token p + 1
+        prompt = teacher_prompts[i]
+        replayed.append(torch.cat([prompt, sequences[i, first:length]]))
+        positions.append(response[i].nonzero()[:, 0] - first + len(prompt))
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch = pad(replayed, batch_first=True)
+    mask = pad([torch.ones_like(r) for r in replayed], batch_first=True)
+    rows = torch.zeros_like(batch, dtype=torch.bool)
+    for row, at in zip(rows, positions, strict=True):
+        row[at] = True
+    return batch, mask, rows, taught
+
+
+def combined_needs(said: Iterable[Mapping[str, bool] | None]) -> dict[str, bool]:
+    """What a micro-batch provides: everything that anyone needs, and what nobody has let go of.
+
+    Raises ConfigError for a name that is not in `NEEDS`.
+    """
+    answers = [answer for answer in said if answer is not None]
+    if unknown := {name for answer in answers for name in answer}.difference(NEEDS):
+        raise ConfigError(f"openrlhf_needs: a plugin names {min(unknown)}; choose from {', '.join(NEEDS)}")
+    needs = {}
+    for name, default in NEEDS.items():
+        asked = [answer[name] for answer in answers if name in answer]
+        needs[name] = any(asked) if asked else default
+    return needs
+
+
+class Undifferentiable(torch.autograd.Function):
+    """Values whose gradient is an error rather than a silent zero: `apply(values, name)`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, anchor: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        raise ConfigError(
+            f"a plugin differentiates micro_batch.{ctx.name}, which has no gradient in this run because nobody said "
+            f'that it is needed; let the plugin return {{"{ctx.name}": True}} from openrlhf_needs'
+        )
+
+
+def undifferentiable(values: torch.Tensor, name: str) -> torch.Tensor:
+    return Undifferentiable.apply(values.detach(), torch.zeros((), requires_grad=True), name)
+
+
+# ── models and their weights ──
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of one parameter's fp32 master weight: elements `start : start + len(values)`, no copy."""
+
+    start: int
+    values: torch.Tensor
+
+
+def pieces(numel: int, element_bytes: int = 8) -> Iterator[slice]:
+    """`range(numel)` in slices whose elements (float64, if nothing else is said) fill at most `PIECE_BYTES`."""
+    length = max(PIECE_BYTES // element_bytes, 1)
+    return (slice(start, min(start + length, numel)) for start in range(0, numel, length))
+
+
+class Model(Protocol):
+    """A language model that can be read: the policy's own, or a teacher's."""
+
+    def hidden_states(
+        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor, max_tokens: int
+    ) -> torch.Tensor:
+        """[N, H] at the N positions of `rows` (bool [B, S]), in passes of at most `max_tokens`. Collective."""
+
+    def whole_head(self) -> AbstractContextManager[Head]:
+        """The LM head, whole on every rank while the context lasts. Collective."""
+
+
+class TeacherModel(Model, Protocol):
+    """A model for scoring only, whose weights can be set to follow the student's."""
+
+    def images(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the weights, by the names of `Worker.masters` and laid out like them; views."""
+
+    def publish(self) -> None:
+        """Let all ranks know what was written to `images`. Collective."""
+
+    def export(self, path: str) -> None:
+        """Save the model in Hugging Face form. Collective."""
+
+
+class Masters(Protocol):
+    """The fp32 weights that the student's optimizer holds on this rank."""
+
+    def fragments(self) -> dict[str, Fragment]:
+        """By parameter name; together the ranks hold every element. Valid until the optimizer moves them."""
+
+
+class Worker(Protocol):
+    """A policy worker: one rank of the student.
+
+    Attributes:
+        args: OpenRLHF's nested arguments.
+        actor: the student, OpenRLHF's `Actor`; its model is `actor.model`, `actor.temperature` the rollout's.
+        tokenizer, strategy, trainer: OpenRLHF's.
+        masters: the optimizer's weights.
+        rank, ranks: this policy worker's number, and how many there are.
+    """
+
+    args: Any
+    actor: Any
+    tokenizer: Any
+    masters: Masters
+    rank: int
+    ranks: int
+
+    def initial_model(self, offload: bool, follows: bool) -> TeacherModel:
+        """The student as it was before training; with weights to write to, if it `follows` the student. Collective."""

@@ -1,0 +1,263 @@
+"""Bad input stops before anything loads, with a message that names the flag, the value and the fix."""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdpo_plugin import plugins
+from sdpo_plugin.config import (
+    ConfigError,
+    DiagnosticsConfig,
+    DistillConfig,
+    RepromptConfig,
+    TeacherConfig,
+)
+from sdpo_plugin.host import cli, recipe
+
+
+def host_parser() -> argparse.ArgumentParser:
+    """A stand-in with the host flags these tests name; the real parser is reached in test_host.py."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--actor.model_name_or_path")
+    parser.add_argument("--actor.adam.lr", type=float, default=1e-6)
+    parser.add_argument("--actor.adam.betas", type=float, nargs=2, default=(0.9, 0.95))
+    parser.add_argument("--vllm.enforce_eager", action="store_true", default=False)
+    parser.add_argument("--actor.muon.nesterov", action="store_true", default=True)
+    parser.add_argument("--actor.muon.no_nesterov", dest="actor.muon.nesterov", action="store_false")
+    for flag, value in {
+        "ds.lora.rank": 0, "ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1,
+        "data.max_images_per_prompt": 0, "ds.enable_sleep": False, "algo.kl.init_coef": 0.0,
+        "ds.lora.target_modules": "", "algo.advantage.is_correction_level": "off",
+        "algo.advantage.is_correction_mode": "mask", "algo.advantage.is_correction_gating": "ratio",
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{flag}", default=value, type=type(value))
+    for flag in (
+        "train.async_enable", "train.enable_ema", "algo.kl.use_loss", "ds.deepcompile", "data.apply_chat_template",
+    ):  # fmt: skip
+        parser.add_argument(f"--{flag}", action="store_true")
+    return parser
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    return cli.parse(host_parser(), list(arguments), on_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        (DistillConfig, {"weight": 1.5}, r"--distill.weight 1.5: give a number in \[0, 1\]"),
+        (DistillConfig, {"weight": -0.1}, r"--distill.weight -0.1: give a number in \[0, 1\]"),
+        (DistillConfig, {"weight": float("nan")}, r"--distill.weight nan"),
+        (DistillConfig, {"alpha": 2.0}, r"--distill.alpha 2.0: give a number in \[0, 1\]"),
+        (DistillConfig, {"mode": "sampled", "alpha": 0.5}, r"--distill.alpha 0.5: .* give --distill.alpha 1"),
+        (DistillConfig, {"mode": "topk", "topk": None}, r"--distill.topk None: .* give --distill.topk 100"),
+        (DistillConfig, {"mode": "topk", "topk": 0}, r"--distill.topk 0: give a positive integer"),
+        (DistillConfig, {"mode": "fulll"}, r"--distill.mode fulll: choose one of full, topk, sampled"),
+        (DistillConfig, {"is_clip": 0.0}, r"--distill.is_clip 0.0: give a positive number or none"),
+        (DistillConfig, {"skip_tokens": -1}, r"--distill.skip_tokens -1"),
+        (TeacherConfig, {"update_rate": 0.0}, r"--teacher.update_rate 0.0: .* give --teacher.kind base"),
+        (TeacherConfig, {"update_rate": 1.0}, r"--teacher.update_rate 1.0: .* give --teacher.kind live, or --"),
+        (TeacherConfig, {"update_rate": 1.0, "kind": "trust_region", "sync_steps": 2}, r"give --teacher.kind live$"),
+        (TeacherConfig, {"max_tokens_per_gpu": 0}, r"--teacher.max_tokens_per_gpu 0: give a positive integer"),
+        (TeacherConfig, {"kind": "frozen"}, r"--teacher.kind frozen: choose one of live, base, ema"),
+        (RepromptConfig, {"max_len": 0}, r"--reprompt.max_len 0: give a positive integer"),
+        (RepromptConfig, {"template": "{solution}"}, r"--reprompt.template .*must contain \{prompt\}"),
+        (DiagnosticsConfig, {"interval": 0}, r"--diagnostics.interval 0"),
+    ],
+)
+def test_out_of_range(group, values, message):
+    with pytest.raises(ConfigError, match=message):
+        group(**values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--algo", "spdo"], r"--algo spdo: unknown algorithm; choose one of .*sdpo"),
+        (["--algo", "sdpo", "--distill.weight", "2"], r"--distill.weight 2.0: give a number in \[0, 1\]"),
+        (["--algo", "sdpo", "--ds.deepcompile"], r"--ds.deepcompile is not supported .*leave it out"),
+        (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .*size 1"),
+        (["--algo", "sdpo", "--teacher.kind", "base", "--teacher.save"], r"--teacher.save True: .* --teacher.kind ema"),
+        (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),
+        (["--data.chat_template_kwargs", "enable_thinking=false"], r"kwargs enable_thinking=false: not a JSON object"),
+        (["--data.chat_template_kwargs", "[1]"], r"--data.chat_template_kwargs \[1\]: not a JSON object"),
+        (["--data.chat_template_kwargs", '{"tokenize": true}'], r"OpenRLHF sets tokenize itself; leave it out"),
+        (["--data.chat_template_kwargs", '{"x": 1}'], r'kwargs {"x": 1}: .* give --data.apply_chat_template'),
+        (["--algo", "sdpo", "--algo.advantage.is_correction_level", "seq"], r"level seq, .*; give .*_mode mask"),
+        (["--algo", "sdpo", "--algo.advantage.is_correction_gating", "tv"], r"gating tv: .*; give .*_mode mask"),
+        (
+            ["--algo=sdpo", "--distill.generate_from_teacher", "--reprompt.template", "{prompt}{privileged_context}",
+             "--algo.advantage.is_correction_level", "token"],
+            r"is_correction_level token: .*; give off",
+        ),
+        (["--plugins", "no_such_module"], r"--plugins no_such_module: No module named"),
+        (["--config", "/no/such/recipe.yaml"], r"--config /no/such/recipe.yaml: .*No such file"),
+    ],
+)
+def test_command_line(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize("weight", ["0.5", "1"])
+@pytest.mark.parametrize("mode", [[], ["--train.async_enable"]], ids=["in step", "asynchronous"])
+def test_the_rollout_correction_is_what_the_user_gave(mode, weight):
+    hybrid = ["--algo", "sdpo", "--distill.weight", weight, *mode]
+    asked = ["--algo.advantage.is_correction_level", "seq", "--algo.advantage.is_correction_mode", "mask"]
+    assert vars(parse(*hybrid, *asked))["algo.advantage.is_correction_level"] == "seq"
+    assert vars(parse(*hybrid, *asked[:1], "off"))["algo.advantage.is_correction_level"] == "off"
+    assert vars(parse(*hybrid))["algo.advantage.is_correction_level"] == "token"
+    alone = ["--algo", "sdpo", "--distill.weight", "0", *mode]
+    assert vars(parse(*alone))["algo.advantage.is_correction_level"] == "off"
+    behind = ["--distill.generate_from_teacher", "--reprompt.template", "{prompt}{privileged_context}"]
+    assert vars(parse(*hybrid, *behind))["algo.advantage.is_correction_level"] == "off"
+
+
+def test_a_value_of_the_wrong_type_is_argparse_s_error(capsys):
+    with pytest.raises(SystemExit):
+        parse("--algo", "sdpo", "--distill.alpha", "half")
+    assert "argument --distill.alpha: invalid float value: 'half'" in capsys.readouterr().err
+
+
+def test_defaults_are_the_dataclasses():
+    args = parse("--algo", "sdpo")
+    values = vars(args)
+    for group in (DistillConfig, TeacherConfig, RepromptConfig, DiagnosticsConfig):
+        for name, value in vars(group()).items():
+            assert values[f"{group.prefix}.{name}"] == value, name
+
+
+def test_recipe_is_a_command_line_that_comes_first(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "algo: {name: sdpo}\n"
+        "actor: {adam: {lr: 1e-5, betas: [0.8, 0.9]}, muon: {nesterov: false}}\n"
+        "vllm: {enforce_eager: true}\n"
+        "distill: {alpha: 0.25, is_clip: null, add_tail: false}\n"
+        "reprompt: {template: '{prompt} -- {feedback}'}\n"
+    )
+    args = vars(parse("--config", str(path), "--distill.alpha", "0.75"))
+    assert args["algo.name"] == "sdpo" and args["actor.adam.lr"] == 1e-5 and args["actor.adam.betas"] == [0.8, 0.9]
+    assert args["vllm.enforce_eager"] is True and args["actor.muon.nesterov"] is False
+    assert args["distill.is_clip"] is None and args["distill.add_tail"] is False
+    assert args["distill.alpha"] == 0.75 and args["reprompt.template"] == "{prompt} -- {feedback}"
+
+
+def test_chat_template_arguments_are_json_in_a_recipe_too(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("data: {apply_chat_template: true, chat_template_kwargs: '{\"enable_thinking\": false}'}\n")
+    assert vars(parse("--config", str(path)))["data.chat_template_kwargs"] == '{"enable_thinking": false}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {chat_template_kwargs: {enable_thinking: false}}", "did you mean data.chat_template_kwargs?"),
+        ("distil: {alpha: 1}", "unknown key distil.alpha; did you mean distill.alpha?"),
+        ("actor: {adam: {rl: 1}}", "unknown key actor.adam.rl; did you mean actor.adam.lr?"),
+        ("vllm: {enforce_eager: 3}", "vllm.enforce_eager: 3 is not true or false"),
+        ("[1, 2]", "expected nested keys, found list"),
+        ("a: [", "--config"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse("--config", str(path))
+    assert message in str(error.value)
+
+
+def test_an_algorithm_s_defaults_are_below_recipe_and_command_line(monkeypatch, tmp_path):
+    (tmp_path / "variant.py").write_text(
+        "from sdpo_plugin.sdpo import SDPO\n"
+        "from sdpo_plugin import hookimpl\n"
+        "class Variant(SDPO):\n"
+        "    name = 'variant'\n"
+        "    defaults = {'distill.alpha': 1.0, 'teacher.kind': 'base'}\n"
+        "@hookimpl\n"
+        "def openrlhf_algorithms():\n"
+        "    return [Variant]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    args = vars(parse("--plugins", "variant", "--algo", "variant", "--distill.alpha", "0.5"))
+    assert args["distill.alpha"] == 0.5 and args["teacher.kind"] == "base"
+    assert type(plugins.algorithm()).__name__ == "Variant"
+
+
+def test_the_options_page_is_current():
+    shown = subprocess.run([sys.executable, "-m", "sdpo_plugin.host.cli", "options"], capture_output=True, text=True)
+    assert (Path(__file__).parents[2] / "docs" / "options.md").read_text() == shown.stdout
+
+
+def test_the_variants_have_the_published_defaults():
+    parser = host_parser()
+    for flag in ("reward.remote_url", "reward.model_name_or_path", "train.agent_func_path"):
+        parser.add_argument(f"--{flag}")
+    for flag in ("rollout.temperature", "rollout.top_p", "algo.advantage.is_correction_threshold"):
+        parser.add_argument(f"--{flag}")
+    published = {
+        "sdpo": {"distill.alpha": 0.5, "teacher.update_rate": 0.05, "algo.advantage.is_correction_threshold": [0, 2]},
+        "sdft": {"distill.alpha": 0.0, "teacher.update_rate": 0.01, "distill.skip_tokens": 3, "distill.mode": "full"},
+        "opsd": {"distill.alpha": 0.0, "distill.kl_clip": 0.05, "rollout.temperature": 1.1, "rollout.top_p": 0.95,
+                 "distill.skip_tokens": 0, "teacher.kind": "base", "algo.advantage.is_correction_level": "off"},
+    }  # fmt: skip
+    for algorithm, values in published.items():
+        args = vars(cli.parse(copy.deepcopy(parser), ["--algo", algorithm], on_cpu=False))
+        assert values.items() <= args.items(), algorithm
+
+
+RECIPES = sorted(str(path) for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+PARSE_ALL = """
+import copy, json, sys
+from sdpo_plugin.host import cli
+
+def parse_recipes(parser, arguments, on_cpu):
+    for path in arguments:
+        args = original(copy.deepcopy(parser), ["--config", path], on_cpu=False)
+        print("PARSED", json.dumps([path, vars(args)], default=str))
+    sys.exit()
+
+original, cli.parse = cli.parse, parse_recipes
+cli.train(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def parsed_recipes():
+    """Every recipe's arguments, from OpenRLHF's own parser and all plugins."""
+    run = subprocess.run([sys.executable, "-c", PARSE_ALL, *RECIPES], capture_output=True, text=True, timeout=300)
+    lines = [line.removeprefix("PARSED ") for line in run.stdout.splitlines() if line.startswith("PARSED ")]
+    assert len(lines) == len(RECIPES), run.stderr[-2000:]
+    return dict(json.loads(line) for line in lines)
+
+
+def test_every_recipe_is_understood(parsed_recipes):
+    for path, args in parsed_recipes.items():
+        for key, value in recipe.load(path).items():
+            assert args[key] == value, f"{path}: {key}"
+
+
+def test_the_published_recipes_make_the_published_number_of_updates(parsed_recipes):
+    for name, updates in (("sdpo_generalisation", 1), ("sdpo_rich_feedback", 32)):
+        (args,) = [args for path, args in parsed_recipes.items() if name in path]
+        samples = args["rollout.batch_size"] * args["rollout.n_samples_per_prompt"]
+        assert samples == 32 * 8 and samples // args["train.batch_size"] == updates == args["teacher.sync_steps"]
+
+
+def test_recipe_names_are_flat():
+    assert recipe._flatten({"a": {"b": {"c": 1}, "d": 2}, "e": 3}) == {"a.b.c": 1, "a.d": 2, "e": 3}
+
+
+def test_a_kl_penalty_that_nothing_reads_is_pointed_out(caplog):
+    penalty = ("--algo", "sdpo", "--algo.kl.init_coef", "0.01")
+    parse(*penalty, "--algo.kl.use_loss")
+    parse(*penalty, "--distill.weight", "0.5")
+    assert not caplog.records
+    parse(*penalty)
+    assert "--algo.kl.init_coef 0.01: a penalty on rewards, which nothing reads" in caplog.text

@@ -1,0 +1,54 @@
+"""The policy worker's gradient is the dense definition's, at every ZeRO stage, and no large logits exist in it."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def active(recorded, tmp_path_factory):
+    """`active(n)`: the first recorded step, where only the first n of its 16 samples have a context."""
+
+    @functools.cache
+    def samples(n):
+        step = recorded.samples[0]
+        for sample in step[n:]:
+            sample.feedback, sample.rewards = None, torch.zeros_like(sample.rewards)
+        directory = tmp_path_factory.mktemp(f"active{n}")
+        torch.save(step, directory / "00000.pt")
+        return directory
+
+    return samples
+
+
+def test_each_micro_batch_has_its_share_of_one_mean():
+    """Four micro-batches of two samples, two to an optimizer step; in the second none has a context."""
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
+
+    from sdpo_plugin.host.trainer import PolicyTrainer, windows_with_loss_mask
+    from sdpo_plugin.interface import MicroBatch
+
+    trainer = PolicyTrainer.__new__(PolicyTrainer)
+    batches = [([3, 1], [True, True]), ([2, 4], [False, False]), ([4, 2], [True, False]), ([1, 3], [False, True])]
+    data = []
+    for lengths, active in batches:
+        response = torch.tensor([[i < length for i in range(4)] for length in lengths])
+        mask = response & torch.tensor(active)[:, None]
+        data.append(SimpleNamespace(
+            sequences=torch.zeros(2, 6), action_mask=response.long(), info={"plugin/loss_mask": list(mask)}
+        ))
+    windows = windows_with_loss_mask(iter_grad_accum_global_norm)
+    steps = []
+    for experience, info in windows(iter(data), SimpleNamespace(), 2, lambda e: e.action_mask):
+        means = trainer._mean(experience.loss_mask_info, True), trainer._mean(info, token_level=False)
+        steps.append(MicroBatch(None, experience, {}, *means, None))
+    # DeepSpeed halves the loss of each micro-batch. Four samples a step; four and seven tokens in the loss.
+    for step, shares in zip(steps, ([1 / 12, 1 / 4], [0.0, 0.0], [1 / 16, 0.0], [0.0, 1 / 12]), strict=True):
+        torch.testing.assert_close(step.sample_weights / 2, step.loss_mask * torch.tensor(shares)[:, None])
+    for step, share in zip(steps, (1 / 4, 0.0, 1 / 7, 1 / 7), strict=True):
+        torch.testing.assert_close(step.loss_weights / 2, step.loss_mask * share)

@@ -1,0 +1,63 @@
+"""Killed at any moment and started again, a run ends with the weights of one that was never killed, bit for bit."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from sdpo_plugin.host.checkpoint import flags_win, mend_latest, name_latest, prune
+
+
+def test_latest_names_a_whole_checkpoint(tmp_path):
+    """The host deletes old checkpoints before it saves, by their metric: what `latest` names may be among them."""
+    for tag in ("global_step1", "global_step2", "global_step3"):
+        (tmp_path / tag).mkdir()
+    for tag in ("global_step1", "global_step2"):
+        name_latest(str(tmp_path), tag)
+    mend_latest(str(tmp_path))
+    assert (tmp_path / "latest").read_text() == "global_step2"
+    for file in (tmp_path / "global_step2").iterdir():
+        file.unlink()
+    (tmp_path / "global_step2").rmdir()
+    mend_latest(str(tmp_path))
+    assert (tmp_path / "latest").read_text() == "global_step1"
+    mend_latest(str(tmp_path / "nothing there"))
+
+
+def test_the_newest_checkpoint_is_never_pruned_and_best_ones_do_not_count(tmp_path):
+    """In the host's order: without a metric first, then the worst."""
+    metrics = {"global_step1": 0.9, "global_step2": 0.1, "global_step3": None, "global_step4": 0.0, "best_step1": 0.9}
+    for tag in metrics:
+        (tmp_path / tag).mkdir()
+    for max_num, left in ((3, {"1", "2", "4"}), (2, {"1", "4"}), (1, {"4"})):
+        prune(str(tmp_path), max_num, "global_step4", lambda path: metrics[Path(path).name])
+        assert {path.name for path in tmp_path.iterdir()} == {f"global_step{i}" for i in left} | {"best_step1"}
+
+
+def test_a_restored_optimizer_has_the_settings_that_are_given():
+    """The learning rate where it was on its schedule, which falls with 1/n here."""
+
+    def engine(lr, betas):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=lr, betas=betas)
+        return SimpleNamespace(
+            optimizer=optimizer, lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1))
+        )
+
+    saved = engine(1e-3, (0.9, 0.99))
+    for _ in range(3):
+        saved.optimizer.step()
+        saved.lr_scheduler.step()
+
+    def load(engine):
+        engine.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
+        engine.lr_scheduler.load_state_dict(copy.deepcopy(saved.lr_scheduler.state_dict()))
+
+    for given, at in (((1e-3, (0.9, 0.99)), 1e-3 / 4), ((1e-4, (0.8, 0.9)), 1e-4 / 4)):
+        restored = engine(*given)
+        flags_win(load)(restored)
+        (group,) = restored.optimizer.param_groups
+        assert (group["lr"], group["betas"]) == (at, given[1])
+        restored.optimizer.step()
+        restored.lr_scheduler.step()
+        assert restored.lr_scheduler.get_last_lr() == [group["lr"]] == [given[0] / 5]

@@ -1,0 +1,111 @@
+"""The EMA teacher: right in the last digits at every ZeRO stage, in bounded memory, and after a restart."""
+
+
+import pytest
+import torch
+from common import LargestTensor
+
+from sdpo_plugin import interface
+from sdpo_plugin.config import TeacherConfig
+from sdpo_plugin.interface import Fragment
+from sdpo_plugin.sdpo import SDPO as Algorithm
+from sdpo_plugin.teacher import EmaTeacher
+from sdpo_plugin.testing import fake_worker
+
+# ── units: on a fake worker ──
+
+
+def shard(rank, ranks, shift=0.0):
+    """A worker that has its part of every parameter, the last rank nothing; `shift` tells its student from others."""
+    worker = fake_worker()
+    worker.rank, worker.ranks = rank, ranks
+
+    def part(model):
+        for name, p in model.named_parameters():
+            size = -(-p.numel() // max(ranks - 1, 1))
+            start = rank * size
+            if start < p.numel():
+                yield name, Fragment(start, p.data.view(-1)[start : start + size])
+
+    worker.fragments = lambda: dict(part(worker.actor))
+    worker.images = lambda model: {name: fragment.values for name, fragment in part(model)}
+    for p in worker.actor.parameters():
+        p.data += shift
+    return worker
+
+
+def ema(worker, **options):
+    return EmaTeacher(worker.initial_model(False, True), worker, TeacherConfig(**options))
+
+
+def whole(pairs) -> dict[str, torch.Tensor]:
+    """An average's pieces put together, by parameter."""
+    found = {}
+    for name, values in pairs:
+        found.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def moved(steps, **options) -> list[float]:
+    """Where the teacher is after each step of a student that has moved by 1."""
+    worker = fake_worker(teacher=options)
+    plugin = Algorithm(worker.args)
+    plugin.openrlhf_worker_setup(worker)
+    start = worker.actor.mix.weight.detach().clone()
+    worker.actor.mix.weight.data += 1.0
+    at = []
+    for _ in range(steps):
+        plugin.openrlhf_optimizer_step(worker)
+        at.append((plugin.teacher.model.mix.weight - start).mean().item())
+    return at
+
+
+def test_the_average_waits_for_sync_steps():
+    assert moved(6, sync_steps=3, update_rate=0.5) == pytest.approx([0.0, 0.0, 0.5, 0.5, 0.5, 0.75])
+
+
+def test_rate_1_is_a_copy_every_so_many_steps():
+    assert moved(4, sync_steps=2, update_rate=1.0) == pytest.approx([0.0, 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (3, 1), (1, 3), (4, 3)])
+def test_the_average_survives_a_change_of_ranks(monkeypatch, tmp_path, before, after):
+    monkeypatch.setattr(interface, "PIECE_BYTES", 56)
+    for rank in range(before):
+        ema(shard(rank, before, shift=3.0)).save(str(tmp_path))
+    restored = {}
+    for rank in range(after):
+        worker = shard(rank, after)
+        teacher = ema(worker)
+        teacher.load(str(tmp_path))
+        for name, values in whole(teacher.average()).items():
+            restored.setdefault(name, []).append(values)
+    for name, p in fake_worker().actor.named_parameters():
+        assert torch.equal(torch.cat(restored[name]), (p.data + 3.0).double().view(-1))
+
+
+def test_a_restored_average_moves_at_the_rate_that_is_given(tmp_path):
+    ema(shard(0, 1), update_rate=0.5).save(str(tmp_path))
+    teacher = ema(shard(0, 1), update_rate=0.25)
+    teacher.load(str(tmp_path))
+    assert teacher.rate == 0.25
+
+
+def test_a_rank_may_have_nothing_to_average(tmp_path):
+    worker = shard(2, 3)
+    assert not worker.fragments()
+    teacher = ema(worker)
+    teacher.after_optimizer_step()
+    teacher.save(str(tmp_path))
+    assert teacher.metrics()["teacher/ema_distance"] == 0.0
+
+
+def test_the_average_is_kept_in_pieces(monkeypatch, tmp_path):
+    monkeypatch.setattr(interface, "PIECE_BYTES", 256)
+    worker = shard(0, 1)
+    assert max(p.nbytes for p in worker.actor.parameters()) > 1024
+    teacher = ema(worker)
+    for action, inputs in ((teacher.after_optimizer_step, ()), (teacher.save, [tmp_path]), (teacher.load, [tmp_path])):
+        with LargestTensor() as largest:
+            action(*inputs)
+        assert 0 < largest.bytes <= 256
