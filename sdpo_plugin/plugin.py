@@ -11,7 +11,8 @@ from sdpo_plugin.hookspecs import hookimpl
 
 @hookimpl
 def openrlhf_algorithms() -> list[type]:
-    from sdpo_plugin.sdft import OPSD, SDFT
+    from sdpo_plugin.opsd import OPSD
+    from sdpo_plugin.sdft import SDFT
     from sdpo_plugin.sdpo import SDPO
 
     return [SDPO, SDFT, OPSD]

@@ -22,7 +22,7 @@ from sdpo_plugin.config import ConfigError
 from sdpo_plugin.interface import combined_needs
 
 ENTRY_POINTS = "openrlhf.plugins"
-ALLOWED = "OPENRLHF_PLUGINS"
+ALLOWED = "OPENRLHF_PLUGINS"  # as in host/startup.py, which imports nothing
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +39,9 @@ class Found:
     name: str
     source: str
     problem: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.source})" + (f", not active: {self.problem}" if self.problem else "")
 
 
 def load(modules: Sequence[str] = ()) -> tuple[pluggy.PluginManager, list[Found]]:
@@ -67,7 +70,9 @@ def load(modules: Sequence[str] = ()) -> tuple[pluggy.PluginManager, list[Found]
         sys.path.insert(0, "")  # as `python -m` does; console scripts and Ray workers do not
     for name in modules:
         try:
-            _register(manager, importlib.import_module(name), name)
+            module = importlib.import_module(name)
+            if not manager.is_registered(module):  # else it is installed, too
+                _register(manager, module, name)
         except (ImportError, ValueError, pluggy.PluginValidationError) as error:
             raise ConfigError(f"--plugins {name}: {error}; give an importable module with hooks") from error
         found.append(Found(name, "--plugins"))

@@ -1,4 +1,4 @@
-"""Self-distillation from what the data set knows: a demonstration (SDFT) or a verified solution (OPSD)."""
+"""Self-Distillation Fine-Tuning (arXiv 2601.19897): a demonstration from the data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdpo_plugin.hookspecs import hookimpl
 
 
 class SDFT(SelfDistillation):
-    """Self-Distillation Fine-Tuning (arXiv 2601.19897): the teacher is shown the row's demonstration.
+    """The teacher is shown the row's demonstration.
 
     No reward is needed; without a reward function OpenRLHF, which insists on one, is given zeros.
 
@@ -48,28 +48,3 @@ class SDFT(SelfDistillation):
                 f"--reprompt.privileged_key {args.reprompt.privileged_key}: the data set has no such column; it has "
                 f"{', '.join(dataset.column_names)}"
             )
-
-
-class OPSD(SDFT):
-    """On-Policy Self-Distillation (arXiv 2601.18734): the teacher is shown the verified solution.
-
-    Forward KL over the whole vocabulary, each entry's share clipped, against the initial weights: as published later in
-    github.com/siyan-zhao/OPSD. The first version of the paper has the Jensen-Shannon divergence without a clip
-    (`--distill.alpha 0.5 --distill.kl_clip none`).
-
-    Published samples are also of the 20 likeliest tokens only (`top_k`), for which OpenRLHF 0.11.2 has no flag. With
-    `top_p` the engine's log-probabilities are not of the distribution that the trainer scores, so there is no rollout
-    correction by default, as there is none in the published code.
-    """
-
-    name = "opsd"
-    corrects_rollouts = False
-    defaults: dict[str, Any] = SDFT.defaults | {
-        "teacher.kind": "base",  # `fixed_teacher`
-        "distill.kl_clip": 0.05,  # `jsd_token_clip`
-        "distill.skip_tokens": 0,
-        "rollout.temperature": 1.1,  # of the distributions that are compared, too
-        "rollout.top_p": 0.95,
-        "reprompt.template": "{prompt}\n\nHere is a reference solution:\n{privileged_context}\n\n"
-        "After understanding the reference solution, solve the problem with your own reasoning.",
-    }

@@ -66,7 +66,7 @@ def show_plugins(arguments: list[str]) -> None:
     parser.add_argument("--plugins", nargs="*", default=[], metavar="MODULE", help="modules besides the installed ones")
     manager, found = plugins.load(parser.parse_args(arguments).plugins)
     for one in found:
-        print(f"{one.name} ({one.source})" + (f": not active, {one.problem}" if one.problem else ""))
+        print(one)
         if one.problem is None:
             plugin = manager.get_plugin(one.name)
             offered = getattr(plugin, "openrlhf_algorithms", list)()
@@ -142,6 +142,8 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     plugins.activate(nested, manager).hook.openrlhf_configure(args=nested)
     chat_template_kwargs(nested)
     deterministic.refuse(nested)
+    acting = f"--algo {algorithm}" if plugins.algorithm() else "no self-distillation"
+    print(f"openrlhf-sdpo: {acting}; plugins: {'; '.join(map(str, found))}")
     if on_cpu and (problem := cpu.refuse(nested)):
         raise ConfigError(problem)
     return argparse.Namespace(**_flat(nested))

@@ -1,28 +1,42 @@
 """`python -m openrlhf.cli.train_ppo_ray --algo NAME ...` becomes `openrlhf-sdpo train --algo NAME ...`.
 
-Imported by `startup.pth` when an interpreter starts for OpenRLHF's launcher; OpenRLHF knows neither `--algo` nor
-`--config`, so without them its command line is left alone.
+So does every command line with `--config` or `--plugins`, and any at all where another distribution has installed a
+plugin, which is to act. Else OpenRLHF's command is left alone. Imported by `startup.pth` when an interpreter starts for
+OpenRLHF's launcher.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
+from collections.abc import Iterable
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
+ENTRY_POINTS = "openrlhf.plugins"
+ALLOWED = "OPENRLHF_PLUGINS"  # the names of installed plugins that may be loaded, if not all of them
+FLAGS = ("--algo", "--config", "--plugins")
 
 
-def redirect(command: list[str]) -> list[str] | None:
-    """The command line to run instead of `command` (`sys.orig_argv`), or None."""
+def redirect(command: list[str], installed: Iterable[str]) -> list[str] | None:
+    """The command line to run instead of `command` (`sys.orig_argv`), or None. installed: names of other plugins."""
     if LAUNCHER not in command:
         return None
     at = command.index(LAUNCHER)
     arguments = command[at + 1 :]
-    asked = any(a.split("=", 1)[0] in ("--algo", "--config") for a in arguments)
+    asked = any(a.split("=", 1)[0] in FLAGS for a in arguments) or any(installed)
     if command[at - 1] != "-m" or not asked:
         return None
     return [*command[:at], "sdpo_plugin.host.cli", "train", *arguments]
 
 
-if (_command := redirect(sys.orig_argv)) is not None:
+def other_plugins() -> list[str]:
+    """Entry points of other distributions that are not left out by the environment."""
+    allowed = os.environ.get(ALLOWED)
+    found = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    names = [entry.name for entry in found if not entry.value.startswith("sdpo_plugin.")]
+    return [name for name in names if allowed is None or name in allowed.split(",")]
+
+
+if LAUNCHER in sys.orig_argv and (_command := redirect(sys.orig_argv, other_plugins())) is not None:
     os.execv(sys.executable, [sys.executable, *_command[1:]])

@@ -152,15 +152,15 @@ def _launch(arguments: list[str], plain_samples: str | None, environment: dict[s
     os.dup2(log, 2)
     os.environ.update(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    from sdpo_plugin.testing import nursery
+    from sdpo_plugin.testing.nursery import fork_ray_workers, open_nursery
 
-    nursery.open_nursery(str(output.parent))
-    nursery.fork_ray_workers()
+    open_nursery(str(output.parent))
+    fork_ray_workers()
     if plain_samples is None:
         from sdpo_plugin.host import cli
 
         cli.main(["train", *arguments])
     else:
-        from sdpo_plugin.testing import replay
+        from sdpo_plugin.testing.replay import train_plain
 
-        replay.train_plain(plain_samples, arguments)
+        train_plain(plain_samples, arguments)

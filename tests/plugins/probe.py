@@ -66,7 +66,7 @@ def openrlhf_worker_setup(worker):
 
     engine.module.register_forward_pre_hook(count_samples)
     worker.teacher_read = []  # tokens per pass, padding included
-    teacher = plugins.algorithm().teacher.model
+    teacher = plugins.algorithm().teacher.model.actor
     if worker.args.ds.lora.rank == 0:  # else it is the student's module
         teacher.model.module.register_forward_pre_hook(lambda module, args: worker.teacher_read.append(args[0].numel()))
     step, training_step, ppo_train = engine.step, trainer.training_step, trainer.ppo_train

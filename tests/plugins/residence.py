@@ -14,7 +14,7 @@ def places(module):
 
 @hookimpl(trylast=True)
 def openrlhf_worker_setup(worker):
-    module = plugins.algorithm().teacher.model.model.module
+    module = plugins.algorithm().teacher.model.actor.model.module
     kept = places(module)
 
     def note(*_):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdpo_plugin import fused
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.fused import Head, TeacherStates, linear_distillation_loss, linear_log_probs
-from sdpo_plugin.loss import distillation_loss, objective_of, per_token_loss
+from sdpo_plugin.loss import Tokens, distillation_loss, objective_of, per_token_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "self_distillation_loss.json").read_text())
 quick = settings(deadline=None, max_examples=25, derandomize=True)
@@ -527,3 +527,65 @@ def test_without_gradients_only_logits_are_made():
         linear_distillation(*case.arguments, case.weights, CONFIGS[0])
         linear_log_probs(case.hidden, case.head, case.token_ids)
     assert tracer.products == [(50, 21)] * 3
+
+
+# The seam: any loss of single tokens
+
+
+def by_entropy(tokens):
+    """Forward KL, weighted by both entropies, the log-probabilities of the sampled token and what is known besides."""
+    weight = (-tokens.teacher_entropy).exp() + tokens.student_entropy * tokens["reward"]
+    weight = weight * (tokens.teacher_log_probs - tokens.log_probs).exp().clamp(max=2.0)
+    return (tokens.teachers[0].exp() * (tokens.teachers[0] - tokens.student)).sum(-1) * weight.detach()
+
+
+def against_a_wrong_one(tokens):
+    """A policy gradient by the difference of two teachers."""
+    right, wrong = map(tokens.of_sampled, tokens.teachers)
+    return -(right - wrong) * tokens.log_probs
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("objective", [by_entropy, against_a_wrong_one])
+def test_any_loss_of_tokens_has_the_gradient_of_its_definition(objective, differentiable):
+    case = Case(v=17, bias=True)
+    second = Case(seed=1, v=17, bias=True)
+    teachers = [TeacherStates(c.teacher_hidden, c.teacher_head) for c in (case, second)]
+    reward = torch.arange(13.0, dtype=torch.float64)
+    scores = fused.linear_distillation(
+        case.hidden, case.head, teachers, case.token_ids, case.weights, objective, data={"reward": reward},
+        temperature=0.7, differentiable_log_probs=differentiable, chunk_size=4,
+    )
+    logits = [(h.logits(x @ h.weight.T) / 0.7).log_softmax(-1) for x, h in ((case.hidden, case.head), *teachers)]
+    tokens = Tokens(logits[0], [x.detach() for x in logits[1:]], case.token_ids, torch.arange(13), {"reward": reward})
+    losses = objective(tokens)
+    torch.testing.assert_close(scores.token_loss[case.weights != 0], losses[case.weights != 0].detach())
+    dense = torch.autograd.grad((losses * case.weights).sum(), case.leaves)
+    assert any(g.abs().sum() > 0 for g in dense)
+    assert_same(torch.autograd.grad(scores.loss, case.leaves), dense)
+
+
+@pytest.mark.parametrize("objective", [by_entropy, against_a_wrong_one])
+def test_memory_does_not_grow_with_the_rows_for_any_loss(objective):
+    def run(case, _):
+        teachers = [TeacherStates(case.teacher_hidden[:, :5], case.head)] * 2
+        return fused.linear_distillation(
+            case.hidden, case.head, teachers, case.token_ids, torch.ones_like(case.weights), objective,
+            data={"reward": case.weights},
+        ).loss
+
+    short, long = trace(1024, None, run), trace(4096, None, run)
+    assert long.rows <= 256 and long.peak <= 1.05 * short.peak
+
+
+def test_only_what_a_loss_asks_for_is_computed():
+    """Entropies are sums over the vocabulary."""
+    case, asked = Case(), []
+
+    def objective(tokens):
+        asked.append(tokens)
+        return tokens.log_probs * tokens.student_entropy
+
+    teacher = TeacherStates(case.teacher_hidden, case.teacher_head)
+    fused.linear_distillation(case.hidden, case.head, [teacher], case.token_ids, case.weights, objective)
+    assert asked and not any("teacher_entropy" in vars(tokens) for tokens in asked)

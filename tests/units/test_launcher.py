@@ -17,11 +17,13 @@ from sdpo_plugin.host.startup import redirect
 def test_only_the_hosts_launcher_with_our_flags_is_redirected():
     run = ["python", "-u", "-m", "openrlhf.cli.train_ppo_ray"]
     ours = ["python", "-u", "-m", "sdpo_plugin.host.cli", "train"]
-    assert redirect([*run, "--algo", "sdpo", "--x", "1"]) == [*ours, "--algo", "sdpo", "--x", "1"]
-    assert redirect([*run, "--algo=sdpo"]) == [*ours, "--algo=sdpo"]
-    assert redirect([*run, "--config", "r.yaml"]) == [*ours, "--config", "r.yaml"]
-    assert redirect([*run, "--algo.advantage.estimator", "rloo"]) is None
-    assert redirect(["python", "tool.py", "openrlhf.cli.train_ppo_ray", "--algo", "x"]) is None
+    assert redirect([*run, "--algo", "sdpo", "--x", "1"], []) == [*ours, "--algo", "sdpo", "--x", "1"]
+    assert redirect([*run, "--algo=sdpo"], []) == [*ours, "--algo=sdpo"]
+    assert redirect([*run, "--config", "r.yaml"], []) == [*ours, "--config", "r.yaml"]
+    assert redirect([*run, "--plugins", "mine"], []) == [*ours, "--plugins", "mine"]
+    assert redirect([*run, "--algo.advantage.estimator", "rloo"], []) is None
+    assert redirect([*run, "--x", "1"], ["toy"]) == [*ours, "--x", "1"]  # an installed plugin acts without --algo
+    assert redirect(["python", "tool.py", "openrlhf.cli.train_ppo_ray", "--algo", "x"], ["toy"]) is None
 
 
 def test_start_up_file_is_installed_and_costs_nothing():
