@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench matrix kills install clean
+.PHONY: demo test bench matrix kills variants install clean
 
 demo: .venv/installed
 	$(PY) recipes/quickstart/run.py
@@ -23,6 +23,10 @@ matrix: .venv/installed
 # Kills twenty runs at random moments and continues them: most of an hour.
 kills: .venv/installed
 	$(PY) -m pytest -s tests/slow/kills.py
+
+# Every algorithm on the quickstart's task, three seeds: writes docs/variants.png and runs/variants/table.md, most of an hour.
+variants: .venv/installed
+	$(PY) tests/slow/variants.py
 
 install: .venv/installed
 

@@ -11,11 +11,12 @@ from sdpo_plugin.hookspecs import hookimpl
 
 @hookimpl
 def openrlhf_algorithms() -> list[type]:
+    from sdpo_plugin.gsd import GSD
     from sdpo_plugin.opsd import OPSD
     from sdpo_plugin.sdft import SDFT
     from sdpo_plugin.sdpo import SDPO
 
-    return [SDPO, SDFT, OPSD]
+    return [SDPO, SDFT, OPSD, GSD]
 
 
 @hookimpl

@@ -75,9 +75,10 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                 "data": {"apply_chat_template": True, "input_key": "prompt", "chat_template_kwargs": "{}"},
                 "reward": {"remote_url": ["reward.py"]},
             }  # fmt: skip
-            self.args = SimpleNamespace(
-                **{name: SimpleNamespace(**{**values, **groups.get(name, {})}) for name, values in defaults.items()}
-            )
+            self.args = SimpleNamespace(**{
+                name: SimpleNamespace(**{**defaults.get(name, {}), **groups.get(name, {})})
+                for name in {**defaults, **groups}
+            })  # fmt: skip
             torch.manual_seed(0)
             self.actor, self.masters = Actor(), self
 

@@ -6,19 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES, gradient
 
 from sdpo_plugin.config import ConfigError, DistillConfig
 from sdpo_plugin.interface import NEEDS, RolloutBatch, combined_needs, teacher_inputs
 from sdpo_plugin.loss import per_token_loss
 from sdpo_plugin.sdpo import SDPO
 from sdpo_plugin.testing import fake_worker
-
-# Prompts of 2, 3 and 1 tokens; the second sample is an agent's: two actions, an observation (9, 9), one action.
-SEQUENCES = torch.tensor([[1, 2, 11, 12, 13, 0, 0, 0], [3, 4, 5, 21, 22, 9, 9, 23], [6, 0, 1, 0, 0, 0, 0, 0]])
-ATTENTION = torch.tensor([[1] * 5 + [0] * 3, [1] * 8, [1] * 3 + [0] * 5])
-ACTION = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0]])
-PROMPTS = [torch.tensor([7, 7, 7, 7, 2]), torch.tensor([8, 5]), torch.tensor([], dtype=torch.long)]
-MASKS = [ACTION[i].bool() & (len(PROMPTS[i]) > 0) for i in range(3)]
 
 
 def algorithm(worker) -> SDPO:
@@ -180,12 +174,6 @@ def test_a_sample_s_mean_is_over_its_tokens_in_the_loss():
     got = step(worker, algorithm(worker), masks=[one, *MASKS[1:]])
     shares = torch.tensor([1 / 3] + [1 / 9] * 3)
     torch.testing.assert_close(got.loss.detach(), (got.scores.token_loss[[1, 3, 4, 5]] * shares).sum())
-
-
-def gradient(worker, loss) -> torch.Tensor:
-    worker.actor.zero_grad()
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in worker.actor.parameters()])
 
 
 def test_hybrid_mixes_gradients_and_zero_is_the_host():

@@ -1,0 +1,126 @@
+"""Every algorithm on the quickstart's task, with equal generations, over seeds: `make variants`.
+
+    python tests/slow/variants.py [--seeds 1 2 3] [--only sdpo srpo]
+
+60 steps of 96 samples each, from the same warm-started model; greedy accuracy on the 24 vaults every 5 steps. A run
+takes one to two minutes, is written to runs/variants/NAME-SEED as it ends, and is not repeated. Writes the table and
+the picture of docs/variants.md (runs/variants/table.md, docs/variants.png).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from tqdm import tqdm
+
+from sdpo_plugin.report import read_scalars
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "quickstart"
+OUT = ROOT / "runs" / "variants"
+SHOWN = (10, 20, 30, 40, 50, 60)
+# The recipe of SDPO for all of them: KL(teacher||student) over the whole vocabulary, initial weights teach. What an
+# algorithm must have different is behind its name; SEED stands for the run's.
+RUNS: dict[str, tuple[str, ...]] = {
+    "grpo": (),
+    "sdpo": ("--algo", "sdpo"),
+    "srpo": ("--algo", "srpo"),
+    "rlsd": ("--algo", "rlsd"),
+    "rlcsd": ("--algo", "rlcsd"),
+    "sdpg": ("--algo", "sdpg"),
+    "opd": (
+        "--algo", "opd", "--teacher.kind", "model",
+        "--teacher.model_name_or_path", str(OUT / "sdpo-SEED" / "model"), "--reprompt.template", "{prompt}",
+    ),
+    "gsd": ("--algo", "gsd"),
+    "gsd, scale 2": ("--algo", "gsd", "--gsd.scale", "2"),
+}  # fmt: skip
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """What is to be known about a run, trained if it was not."""
+    directory = OUT / f"{name.replace(', ', '-').replace(' ', '')}-{seed}"
+    summary = directory / "summary.json"
+    if summary.exists():
+        return json.loads(summary.read_text())
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {"logger.tensorboard_dir": "tensorboard", "ckpt.output_dir": "model", "ckpt.path": "checkpoints"}
+    flags = [flag.replace("SEED", str(seed)) for flag in RUNS[name]]
+    flags += ["--train.seed", str(seed), *(f"--{flag}={directory / at}" for flag, at in paths.items())]
+    recipe = RECIPE / ("sdpo.yaml" if RUNS[name] else "grpo.yaml")
+    began = time.monotonic()
+    with open(directory / "log.txt", "w") as log:
+        command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--config", str(recipe), *flags]
+        subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
+    scalars = read_scalars(str(directory / "tensorboard"))
+    found = {
+        "name": name, "seed": seed, "wall_s": round(time.monotonic() - began, 1),
+        "step_s": statistics.median(s for _, s in scalars["train/timing/step_total"]),
+        "accuracy": scalars["eval/eval_default_pass1"],
+        "loss": scalars.get("train/self_distillation/loss", []),
+    }  # fmt: skip
+    summary.write_text(json.dumps(found))
+    return found
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Mean accuracy over the seeds, with the least and the greatest; seconds of a step beside SDPO's."""
+    base = statistics.mean(run["step_s"] for run in found["sdpo"]) if "sdpo" in found else None
+    lines = [
+        "| | " + " | ".join(f"step {step}" for step in SHOWN) + " | a step's time / SDPO's |",
+        "| --- " * (len(SHOWN) + 2) + "|",
+    ]
+    for name, runs in found.items():
+        cells = []
+        for step in SHOWN:
+            values = [dict(map(tuple, run["accuracy"]))[step] for run in runs]
+            cells.append(f"{statistics.mean(values):.0%} ({min(values):.0%}–{max(values):.0%})")
+        ratio = f"{statistics.mean(run['step_s'] for run in runs) / base:.2f}" if base else ""
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {ratio} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name, runs in found.items():
+        steps = [step for step, _ in runs[0]["accuracy"]]
+        values = list(zip(*([value for _, value in run["accuracy"]] for run in runs), strict=True))
+        (line,) = axes.plot(steps, [statistics.mean(v) for v in values], marker="o", markersize=3, label=name)
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="step (96 generations each)", ylabel="greedy accuracy, 24 vaults", ylim=(-0.02, 1.02))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    args = parser.parse_args()
+    subprocess.run([sys.executable, RECIPE / "vault.py", ROOT / "runs" / "quickstart"], check=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tqdm(total=len(args.seeds) * len(args.only), desc="variants") as bar:
+        for seed in args.seeds:
+            for name in args.only:
+                bar.set_postfix(run=f"{name}, seed {seed}")
+                found.setdefault(name, []).append(run(name, seed))
+                bar.update()
+    OUT.joinpath("table.md").write_text(table(found) + "\n")
+    plot(found, ROOT / "docs" / "variants.png")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
