@@ -7,6 +7,7 @@ and the divergence between teacher and student (`loss.py`, computed by `fused.py
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -39,7 +40,6 @@ from sdpo_plugin.no_reward import is_rewarded
 from sdpo_plugin.teacher import Teacher, make_teacher
 
 PREFIX = "self_distillation/"
-TEACHER_PROMPT = "teacher_prompt"  # of the first teacher context; those after it have a number behind
 logger = logging.getLogger(__name__)
 
 # A token counts by min(policy before the update / engine, 2) (fengyao.notion.site/off-policy-rl): what trainer and
@@ -49,6 +49,17 @@ TRUNCATED_IMPORTANCE_SAMPLING: dict[str, Any] = {
     "algo.advantage.is_correction_mode": "clip",
     "algo.advantage.is_correction_threshold": [0.0, 2.0],
 }
+
+
+def numbered(name: str, k: int) -> str:
+    """Of teacher context k, from 0: the first has no number."""
+    return f"{name}/{k}" if k else name
+
+
+def teacher_prompts(micro_batch: MicroBatch) -> list[list[torch.Tensor]]:
+    """Of each teacher context, one prompt (int64 [P_i]) per sample; empty where the sample has none."""
+    names = (numbered("teacher_prompt", k) for k in itertools.count())
+    return [micro_batch.data[name] for name in itertools.takewhile(micro_batch.data.__contains__, names)]
 
 
 class SelfDistillation:
@@ -87,24 +98,31 @@ class SelfDistillation:
         """Who is shown what: for each teacher context, one `TeacherContext` per sample. Here there is one."""
         return [build_teacher_contexts(rollouts, self.reprompt)]
 
-    def loss_mask(self, batch: RolloutBatch, i: int, active: bool) -> torch.Tensor:
-        """Which tokens count: bool [A_i] over sample i's action positions. `active`: all its contexts are.
+    def loss_mask(self, batch: RolloutBatch, i: int, active: Sequence[bool]) -> torch.Tensor:
+        """Which tokens count: bool [A_i] over sample i's action positions. `active`: which of its contexts are.
 
         Here the response tokens of a sample with a teacher context, but for the first `skip_tokens`; with
         `mask_truncated` none of a response that OpenRLHF counts as truncated.
         """
-        active = active and not (self.distill.mask_truncated and bool(batch.samples[i].truncated))
+        left_out = not all(active) or (self.distill.mask_truncated and bool(batch.samples[i].truncated))
         response = batch.response_mask(i)
-        return response & (response.cumsum(0) > self.distill.skip_tokens) & active
+        return response & (response.cumsum(0) > self.distill.skip_tokens) & (not left_out)
 
     def token_weights(self, tokens: Tokens) -> torch.Tensor | None:
         """How much each token counts: [r], without a gradient; None: 1. The mean's denominator does not change.
 
-        Of a token are known, beside its distributions, `position` in the response, `reward` of its sample, `advantage`
-        by OpenRLHF's estimator, `active` (its sample has a teacher context), `old_log_probs` where a rollout makes
-        several updates, and what a variant adds in `token_data`.
+        Of a token are known, beside its distributions: see `token_data`.
         """
         return None
+
+    # Whether `token_weights` are divided by their mean over the distilled tokens of the micro-batch.
+    normalizes_token_weights = False
+
+    # A variant that has the teacher decide how much of its sample's advantage a token gets defines a method
+    # `token_advantages(log_probs, teacher_log_probs, data)`: of the N sampled tokens the student's log-probabilities
+    # [N], those of each teacher context [K, N] (0 where `data["in_loss"]` is not), and `token_data`; returns what
+    # OpenRLHF's policy loss takes for advantages, [N].
+    token_advantages: Callable[..., torch.Tensor] | None = None
 
     def token_loss(self, student: torch.Tensor, teacher: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """The loss of each token, [r], from the log-probabilities of the student and of its first teacher, [r, V] each.
@@ -215,7 +233,7 @@ class SelfDistillation:
                 too_long += asked and not ids
                 # Without a token in the loss, or a prompt that leaves room for the response, a sample has no teacher.
                 shown[i] = shown[i] if ids else TeacherContext(rollouts[i].messages, False)
-            batch.attach(f"{TEACHER_PROMPT}/{k}" if k else TEACHER_PROMPT, prompts)
+            batch.attach(numbered("teacher_prompt", k), prompts)
         batch.attach("loss_mask", self._loss_masks(batch, contexts))
         batch.attach("reward", [torch.tensor(float("nan") if r is None else float(r)) for r in batch.rewards])
         batch.metrics.update(context_metrics(rollouts, contexts[0], self.reprompt))
@@ -226,9 +244,10 @@ class SelfDistillation:
         batch.metrics[PREFIX + "too_long_fraction"] = too_long / (len(batch) * len(contexts))
         batch.metrics.update(length_metrics(batch.samples))
         self._watch(batch, rollouts, contexts[0])
+        batch.attach_scalar("step", self.watch.steps)
 
     def _loss_masks(self, batch: RolloutBatch, contexts: list[list[TeacherContext]]) -> list[torch.Tensor]:
-        return [self.loss_mask(batch, i, all(shown[i].active for shown in contexts)) for i in range(len(batch))]
+        return [self.loss_mask(batch, i, [shown[i].active for shown in contexts]) for i in range(len(batch))]
 
     def _watch(self, batch: RolloutBatch, rollouts: list[Rollout], contexts: list[TeacherContext]) -> None:
         due = self.watch.due()
@@ -296,16 +315,16 @@ class SelfDistillation:
         needs, temperature = micro_batch.needs, micro_batch.worker.actor.temperature
         if not needs["samples"]:
             micro_batch.samples = micro_batch.loss_mask.any(dim=1)
-        prompts = [values for name, values in micro_batch.data.items() if name.startswith(TEACHER_PROMPT)]
-        taught = [self._teacher_hidden(micro_batch, shown) for shown in prompts]
+        taught = [self._teacher_hidden(micro_batch, prompts) for prompts in teacher_prompts(micro_batch)]
         watched = self._watched(micro_batch)
         policy_weights, shares = self.join(micro_batch)
         if self.uses_policy_loss:
             micro_batch.policy_weights = policy_weights
         mean = micro_batch.sample_weights if self.distill.mean == "samples" else micro_batch.loss_weights
         weights = micro_batch.per_token(mean * micro_batch.loss_mask * shares[:, None])
-        data = self.token_data(micro_batch)
+        distilled, data = weights != 0, self.token_data(micro_batch)
         token_weights = torch.ones_like(weights)
+        sampled = torch.zeros(len(taught), len(weights), device=weights.device)  # log-probabilities by the teachers
         correction = self._rollout_correction(micro_batch)
 
         def objective(tokens: Tokens) -> torch.Tensor:
@@ -313,6 +332,8 @@ class SelfDistillation:
             if factor is not None:
                 token_weights[tokens.rows] = factor = factor.detach()
                 loss = loss * factor
+            if self.token_advantages is not None:
+                sampled[:, tokens.rows] = torch.stack([tokens.of_sampled(t) for t in tokens.teachers])
             return loss if correction is None else loss * correction(tokens)
 
         def head(hidden: torch.Tensor, student: Head, token_ids: torch.Tensor) -> Scores:
@@ -328,29 +349,48 @@ class SelfDistillation:
                 scores = linear_distillation(
                     hidden, student, [TeacherStates(states, teacher) for states in taught], token_ids, weights,
                     objective, data=data, temperature=temperature,
+                    read=data["in_loss"] if self.token_advantages is not None else None,
                     differentiable_log_probs=needs["log_probs"] or needs["entropy"],
                     with_entropy=needs["entropy"] or self.args.actor.entropy_coef is not None,
                 )
-            distilled = weights != 0
+            micro_batch.mean(PREFIX + "loss", scores.token_loss[distilled].sum(), distilled.sum())
             micro_batch.mean(PREFIX + "token_weight", token_weights[distilled].sum(), distilled.sum())
+            if self.normalizes_token_weights and distilled.any():
+                scores = replace(scores, loss=scores.loss / token_weights[distilled].mean())
+            if self.token_advantages is not None:
+                micro_batch.advantages = self._advantages(micro_batch, scores.log_probs.detach(), sampled, data)
             return scores
 
         micro_batch.head = head
 
     def token_data(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """What `token_weights` and `token_loss` may read of the N tokens besides their distributions, [N] each."""
+        """What is known of the N tokens besides their distributions, [N] each; a variant may add to it.
+
+        `position` in the response, `reward` of the sample, `advantage` by OpenRLHF's estimator, `step` (number of the
+        rollout batch, from 1), `old_log_probs` where a rollout makes several updates, whether the token is `in_loss`
+        (the loss mask), and whether its sample has the teacher context: `active`, of further ones `active/1`, ...
+        """
         batch = micro_batch.experience
-        response = batch.action_mask.bool()
-        prompts = micro_batch.data[TEACHER_PROMPT]
         found = {
-            "position": response.cumsum(dim=1) - 1,
-            "active": torch.tensor([len(ids) > 0 for ids in prompts]),
+            numbered("active", k): torch.tensor([len(ids) > 0 for ids in prompts])
+            for k, prompts in enumerate(teacher_prompts(micro_batch))
+        } | {
+            "in_loss": micro_batch.loss_mask,
+            "position": batch.action_mask.cumsum(dim=1) - 1,
+            "step": torch.full((len(batch.sequences),), micro_batch.scalars.get("step", 0.0)),
             "advantage": batch.advantages,
             "reward": torch.stack(micro_batch.data["reward"]) if "reward" in micro_batch.data else None,
             # The policy before the rollout's first update; where there is only one, the student itself.
             "old_log_probs": batch.action_log_probs if self.reads_old_log_probs else None,
-        }
+        }  # fmt: skip
         return {name: micro_batch.per_token(values) for name, values in found.items() if values is not None}
+
+    def _advantages(
+        self, micro_batch: MicroBatch, log_probs: torch.Tensor, sampled: torch.Tensor, data: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """[B, A]: those of `token_advantages` at the response tokens."""
+        own = micro_batch.experience.advantages
+        return own.masked_scatter(micro_batch.response, self.token_advantages(log_probs, sampled, data).to(own.dtype))
 
     def _rollout_correction(self, micro_batch: MicroBatch) -> Callable[[Tokens], torch.Tensor] | None:
         """Each token's factor by `--algo.advantage.is_correction_*`, [r]; None: 1."""
@@ -396,7 +436,7 @@ class SelfDistillation:
             return None
         self.first_micro_batch = False
         batch = micro_batch.experience
-        taught = torch.tensor([len(ids) > 0 for ids in micro_batch.data[TEACHER_PROMPT]])
+        taught = torch.tensor([len(ids) > 0 for ids in micro_batch.data["teacher_prompt"]])
         active = micro_batch.loss_mask.any(dim=1) & taught.to(micro_batch.loss_mask.device)
         failed = torch.stack(micro_batch.data["failed"]).to(active.device)
         order = sorted(active.nonzero()[:, 0].tolist(), key=lambda i: not failed[i])
@@ -415,11 +455,9 @@ class SelfDistillation:
     def openrlhf_policy_loss(self, micro_batch: MicroBatch) -> None:
         scores = micro_batch.scores
         micro_batch.loss = micro_batch.loss + scores.loss if self.uses_policy_loss else scores.loss
-        in_loss = micro_batch.per_token(micro_batch.loss_mask)
-        distilled = torch.where(in_loss, scores.token_loss, 0.0).sum()
-        micro_batch.mean(PREFIX + "loss", distilled, in_loss.sum())
-        micro_batch.mean(PREFIX + "token_fraction", in_loss.sum(), micro_batch.experience.action_mask.sum())
-        micro_batch.metrics[PREFIX + "empty_target_batch"] = float(not in_loss.any())
+        in_loss, tokens = micro_batch.loss_mask.sum(), micro_batch.experience.action_mask.sum()
+        micro_batch.mean(PREFIX + "token_fraction", in_loss, tokens)
+        micro_batch.metrics[PREFIX + "empty_target_batch"] = float(in_loss == 0)
         if self.diagnostics.guard != "off":
             micro_batch.metrics |= self.teacher.metrics()
 

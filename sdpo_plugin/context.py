@@ -92,12 +92,15 @@ def build_teacher_contexts(rollouts: Sequence[Rollout], config: RepromptConfig) 
             found["feedback"] = _feedback(rollout, config)
         found["privileged_context"] = _text(rollout.privileged_context, "privileged_context", rollout)
         shown = {name: text for name, text in found.items() if text is not None and "{" + name + "}" in config.template}
-        if shown:
-            messages = _fill(rollout.messages, shown, config)
-            contexts.append(TeacherContext(messages, True, shown, rollout.messages))
-        else:
-            contexts.append(TeacherContext(rollout.messages, False))
+        contexts.append(context_showing(rollout, shown, config))
     return contexts
+
+
+def context_showing(rollout: Rollout, sections: Mapping[str, str], config: RepromptConfig) -> TeacherContext:
+    """The rollout's prompt with `sections` (untrusted text by section name) in the template; inactive without any."""
+    if not sections:
+        return TeacherContext(rollout.messages, False)
+    return TeacherContext(_fill(rollout.messages, sections, config), True, sections, rollout.messages)
 
 
 def context_metrics(

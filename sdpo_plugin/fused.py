@@ -92,6 +92,7 @@ def linear_distillation(
     objective: Objective,
     *,
     data: Mapping[str, Tensor] | None = None,
+    read: Tensor | None = None,
     temperature: float = 1.0,
     differentiable_log_probs: bool = False,
     with_entropy: bool = False,
@@ -100,7 +101,8 @@ def linear_distillation(
     """`sum(weights * objective(tokens))` of all models' logits / temperature, without the logits.
 
     Student hidden states `[N, H]`; token_ids, weights and all of `data` `[N]`. Rows of weight 0 get neither teacher
-    logits nor a loss, but log-probabilities and entropy like all others. Gradients reach the student's hidden states,
+    logits nor a loss, but log-probabilities and entropy like all others; those of `read` (bool `[N]`) are shown to
+    `objective` all the same, without being part of the sum. Gradients reach the student's hidden states,
     weight and bias; they are summed in float32 (float64 for float64) and returned in the dtype of what they belong to.
 
     `objective` maps `loss.Tokens`, a few rows at a time, to their losses: any function of the student's and the
@@ -111,7 +113,7 @@ def linear_distillation(
     """
     lesson = _Lesson(
         [TeacherStates(t.hidden.detach(), t.head.effective(temperature)) for t in teachers],
-        weights.detach(), objective, data or {},
+        weights.detach(), objective, data or {}, read,
     )
     job = _Job(token_ids, temperature, with_entropy, chunk_size, lesson)
     return _run(student_hidden, student_head, job, differentiable_log_probs)
@@ -162,6 +164,7 @@ class _Lesson(NamedTuple):
     weights: Tensor
     objective: Objective
     data: Mapping[str, Tensor]
+    read: Tensor | None = None
 
 
 class _Job(NamedTuple):
@@ -235,7 +238,8 @@ class _Pass(torch.autograd.Function):
                             gradient.mul_(loss)
         else:
             hidden, weight, bias = ctx.saved_tensors
-            job = ctx.job if loss is not None else ctx.job._replace(lesson=None)
+            lesson = ctx.job.lesson if loss is not None else None
+            job = ctx.job._replace(lesson=None if lesson is None else lesson._replace(read=None))
             reached = [job.lesson.weights] if job.lesson is not None else []
             reached += [x for x in (log_probs, entropy) if x is not None]
             job = job._replace(rows=torch.stack([x != 0 for x in reached]).any(dim=0))
@@ -273,6 +277,8 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
 
     visited = torch.ones_like(token_loss, dtype=torch.bool) if job.rows is None else job.rows
     taught = torch.zeros_like(visited) if job.lesson is None else visited & (job.lesson.weights != 0)
+    if job.lesson is not None and job.lesson.read is not None:
+        taught |= visited & job.lesson.read
     untaught = (visited & ~taught, job._replace(lesson=None), upstream._replace(loss=None))
     for mask, part, arriving in ((taught, job, upstream), untaught):
         lesson, differentiate = part.lesson, any(x is not None for x in arriving)

@@ -130,6 +130,8 @@ class MicroBatch:
         samples: set it to a bool [B] to have only those samples read; None: all. The head then gets their tokens, and
             the others keep the log-probabilities of the rollout.
         policy_weights: set it to [B] >= 0, the samples' weights in OpenRLHF's policy loss; None: 1 each.
+        advantages: set it to [B, A] while the head runs, what OpenRLHF's policy loss takes for advantages; None: its
+            own.
         scores: what `head` returned.
         loss: OpenRLHF's policy loss, a scalar, from there on.
         log_probs: [B, A], of the student; to differentiate them, need `log_probs`.
@@ -157,6 +159,7 @@ class MicroBatch:
         self.head: HeadFunction | None = None
         self.samples: torch.Tensor | None = None
         self.policy_weights: torch.Tensor | None = None
+        self.advantages: torch.Tensor | None = None
         self.scores: Scores | None = None
         self.loss: torch.Tensor | None = None
         self.log_probs: torch.Tensor | None = None

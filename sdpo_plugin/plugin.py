@@ -13,10 +13,14 @@ from sdpo_plugin.hookspecs import hookimpl
 def openrlhf_algorithms() -> list[type]:
     from sdpo_plugin.gsd import GSD
     from sdpo_plugin.opsd import OPSD
+    from sdpo_plugin.rlcsd import RLCSD
+    from sdpo_plugin.rlsd import RLSD
     from sdpo_plugin.sdft import SDFT
+    from sdpo_plugin.sdpg import SDPG
     from sdpo_plugin.sdpo import SDPO
+    from sdpo_plugin.srpo import SRPO
 
-    return [SDPO, SDFT, OPSD, GSD]
+    return [SDPO, SDFT, OPSD, SRPO, RLSD, RLCSD, SDPG, GSD]
 
 
 @hookimpl

@@ -181,6 +181,8 @@ class PolicyTrainer(seam(f"{_PPO_ACTOR}:ActorPPOTrainer")):
             old_log_probs = log_probs.detach()
         if not micro_batch.needs["log_probs"]:
             log_probs = undifferentiable(log_probs, "log_probs")
+        if micro_batch.advantages is not None:
+            advantages = micro_batch.advantages
         if micro_batch.policy_weights is not None:
             # Every policy loss of OpenRLHF is proportional to a sample's advantages: this weighs the sample.
             advantages = advantages * micro_batch.policy_weights[:, None]

@@ -115,6 +115,8 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             log_probs = log_probs.masked_scatter(micro_batch.response, micro_batch.scores.log_probs)
             if not micro_batch.needs["log_probs"]:
                 log_probs = undifferentiable(log_probs, "log_probs")
+            if micro_batch.advantages is not None:
+                advantages = micro_batch.advantages
             if micro_batch.policy_weights is not None:
                 advantages = advantages * micro_batch.policy_weights[:, None]
             micro_batch.log_probs = log_probs

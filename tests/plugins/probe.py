@@ -135,4 +135,5 @@ def dense(hidden, head, teachers, token_ids, weights, objective, data, temperatu
     taught = [log_probs(t.hidden.float() @ t.head.weight.detach().float().T / temperature) for t in teachers]
     tokens = Tokens(student, taught, token_ids, torch.arange(len(token_ids)), data)
     loss = objective(tokens)
-    return Scores((loss * weights).sum(), loss.detach(), tokens.log_probs.detach(), None)
+    chosen = tokens.log_probs if kwargs["differentiable_log_probs"] else tokens.log_probs.detach()
+    return Scores((loss * weights).sum(), loss.detach(), chosen, None)

@@ -305,8 +305,8 @@ def test_skipped_tokens_leave_the_loss():
     args = fake_worker(distill={"skip_tokens": 2}).args
     sample, experience = SimpleNamespace(action_mask=ACTION[1:2]), SimpleNamespace(index=[0], rewards=torch.zeros(1))
     batch = RolloutBatch([sample], [experience], args, None, math.inf)
-    assert SDPO(args).loss_mask(batch, 0, active=True).tolist() == [False] * 6 + [True]
-    assert not SDPO(args).loss_mask(batch, 0, active=False).any()
+    assert SDPO(args).loss_mask(batch, 0, active=[True]).tolist() == [False] * 6 + [True]
+    assert not SDPO(args).loss_mask(batch, 0, active=[False]).any()
 
 
 @pytest.mark.parametrize(("kind", "follows"), [("live", 1.0), ("base", 0.0), ("ema", 0.25)])

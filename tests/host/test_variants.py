@@ -1,0 +1,49 @@
+"""Every variant on the real host: it runs, it is no other algorithm, and its gradient is its definition's."""
+
+import pytest
+import torch
+from common import ROWS, ZERO, same
+from test_gradients import distance, twice  # noqa: F401
+
+TOKENS = ("--distill.topk", "20", "--algo.advantage.is_correction_level", "off")
+SDPG = ("--algo.kl.init_coef", "0.1", "--sdpg.beta", "0.5")  # that two steps show what 0.001 does
+# Two prompts' samples succeed by chance: all have feedback, so what a variant does must show in these.
+VARIANTS = {
+    "srpo": (), "rlsd": ("--teacher.kind", "base"), "sdpg": SDPG, "gsd": (),
+    "rlcsd": ("--rlcsd.wrong_hints", "1", "--rlcsd.temperature", "0.5", "--reprompt.template", "{prompt}{feedback}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_is_an_algorithm_of_its_own(replay, recorded, name):
+    run = replay("--algo", name, *TOKENS, *VARIANTS[name], *ZERO[2])
+    plain = replay("--algo.advantage.estimator", "group_norm", *ZERO[2], plain=True)
+    assert not same(run, plain) and not same(run, recorded)
+    losses = [value for _, value in run.metrics["train/policy_loss"]]
+    assert len(losses) == 2 and all(abs(loss) < 10 for loss in losses)
+
+
+def test_without_its_share_rlsd_is_the_policy_loss(replay):
+    """The same rewards, the same loss: what the teacher adds is all there is to it."""
+    flags = (*TOKENS, "--teacher.kind", "base", *ZERO[2])
+    plain = replay("--algo.advantage.estimator", "group_norm", *ZERO[2], plain=True)
+    none, some = (replay("--algo", "rlsd", "--rlsd.mix", mix, *flags) for mix in ("0", "1"))
+    norms = [run.metrics["train/actor_grad_norm"][0][1] for run in (plain, none, some)]
+    assert norms[1] == pytest.approx(norms[0], rel=5e-3) and abs(norms[2] / norms[0] - 1) > 0.01
+
+
+@pytest.mark.parametrize(("name", "stage"), [("srpo", 2), ("gsd", 3)])
+def test_gradient_is_the_definition_s(openrlhf, model, reward, recorded, twice, tmp_path, name, stage):  # noqa: F811
+    """Token weights from the teacher's entropy beside the policy loss, and two teacher contexts."""
+    probe = ["--probe.out", str(tmp_path / "gradients.pt"), "--probe.fp32", "--plugins", "probe"]
+    flags = ["--algo", name, *TOKENS, *ZERO[stage], "--actor.adam.lr", "0", "--testing.replay", str(twice)]
+    openrlhf(model, ROWS, reward, *flags, *probe, replay=recorded)
+    fused, dense = torch.load(tmp_path / "gradients.pt")
+    difference = distance(fused, dense)
+    print(f"{name}, stage {stage}: relative difference {difference:.1e}")
+    assert difference <= 1e-5
+
+
+def test_a_variant_at_weight_0_is_openrlhf(replay):
+    assert same(replay("--algo", "srpo", "--distill.weight", "0", *ZERO[2], "--algo.advantage.estimator", "group_norm"),
+                replay("--algo.advantage.estimator", "group_norm", *ZERO[2], plain=True))
