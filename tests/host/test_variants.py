@@ -10,7 +10,7 @@ SDPG = ("--algo.kl.init_coef", "0.1", "--sdpg.beta", "0.5")  # that two steps sh
 # Two prompts' samples succeed by chance: all have feedback, so what a variant does must show in these.
 VARIANTS = {
     "srpo": (), "rlsd": ("--teacher.kind", "base"), "sdpg": SDPG, "gsd": (),
-    "rlcsd": ("--rlcsd.wrong_hints", "1", "--rlcsd.temperature", "0.5", "--reprompt.template", "{prompt}{feedback}"),
+    "rlcsd": ("--rlcsd.wrong_hints", "1", "--rlcsd.temperature", "0.5", "--reprompt.template", "{prompt}{solution}{feedback}"),
 }  # fmt: skip
 
 
