@@ -1,4 +1,4 @@
-"""`make demo`: warm-start a tiny model, train it with SDPO and with GRPO on the real host, and compare.
+"""`make demo`: warm-start a tiny model, train it with SDPO and with GRPO in OpenRLHF, and compare.
 
 Writes below runs/quickstart: report.json, curve.png, and of each run its log, TensorBoard files and final model.
 """
@@ -28,7 +28,7 @@ STEPPED = re.compile(r"Global step (\d+):")
 
 
 def train(name: str, accuracy_at_start: float) -> dict[str, Any]:
-    """One run of the host on `recipes/quickstart/NAME.yaml`, as the report has it."""
+    """One run of OpenRLHF on `recipes/quickstart/NAME.yaml`, as the report has it."""
     recipe = Path(__file__).with_name(f"{name}.yaml")
     settings = yaml.safe_load(recipe.read_text())
     directory = OUT / name

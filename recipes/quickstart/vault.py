@@ -96,7 +96,7 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Bytes, so that any text can be read, and the task's own phrases as one token each.
 
     The teacher's prompt is 18 tokens long instead of about 45 with a token per word, and tokens are what a CPU spends
-    its time on. What is returned is what `AutoTokenizer` makes of the saved files, as the host and vLLM load it:
+    its time on. What is returned is what `AutoTokenizer` makes of the saved files, as OpenRLHF and vLLM load it:
     `llama` is a model type for which that is the tokenizer as built; `qwen2` would replace its pre-tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -249,7 +249,7 @@ def build(out: Path, settings: Settings) -> dict:
 
     began = time.monotonic()
     tokenizer = build_tokenizer(out / "model")
-    model = warm_start(settings, tokenizer).to(torch.bfloat16)  # as the host trains it and vLLM serves it
+    model = warm_start(settings, tokenizer).to(torch.bfloat16)  # as OpenRLHF trains it and vLLM serves it
     model.save_pretrained(out / "model")
     lessons = Lessons(settings, tokenizer, "held out")
     (out / "data").mkdir(exist_ok=True)

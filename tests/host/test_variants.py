@@ -7,10 +7,11 @@ from test_gradients import distance, twice  # noqa: F401
 
 TOKENS = ("--distill.topk", "20", "--algo.advantage.is_correction_level", "off")
 SDPG = ("--algo.kl.init_coef", "0.1", "--sdpg.beta", "0.5")  # that two steps show what 0.001 does
-# Two prompts' samples succeed by chance: all have feedback, so what a variant does must show in these.
+HINTS = "{prompt}{solution}{feedback}"  # of two samples none has a right and a wrong sibling
+# Half of the samples succeed, by chance, and all have feedback.
 VARIANTS = {
     "srpo": (), "rlsd": ("--teacher.kind", "base"), "sdpg": SDPG, "gsd": (),
-    "rlcsd": ("--rlcsd.wrong_hints", "1", "--rlcsd.temperature", "0.5", "--reprompt.template", "{prompt}{solution}{feedback}"),
+    "rlcsd": ("--rlcsd.wrong_hints", "1", "--rlcsd.temperature", "0.5", "--reprompt.template", HINTS),
 }  # fmt: skip
 
 

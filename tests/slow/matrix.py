@@ -25,8 +25,8 @@ def page():
     found = {}
     yield found
     lines = [
-        "# What was seen to train", "",
-        "Made by `make matrix`, which trains every cell on the real host on CPU, two policy ranks, two steps of SDPO:",
+        "# Which combinations were trained", "",
+        "Made by `make matrix`, which trains every cell with OpenRLHF on CPU, two policy ranks, two steps of SDPO:",
         "yes, if weights moved and tokens were distilled, or the message it was refused with.", "",
         "| teacher | weights | ZeRO | sync | async |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
