@@ -10,7 +10,7 @@ SDPG = ("--algo.kl.init_coef", "0.1", "--sdpg.beta", "0.5")  # that two steps sh
 HINTS = "{prompt}{solution}{feedback}"  # of two samples none has a right and a wrong sibling
 # Half of the samples succeed, by chance, and all have feedback.
 VARIANTS = {
-    "srpo": (), "rlsd": ("--teacher.kind", "base"), "sdpg": SDPG, "gsd": (),
+    "srpo": (), "rlsd": ("--teacher.kind", "base"), "sdpg": SDPG, "fsd": (),
     "rlcsd": ("--rlcsd.wrong_hints", "1", "--rlcsd.temperature", "0.5", "--reprompt.template", HINTS),
 }  # fmt: skip
 
@@ -33,11 +33,11 @@ def test_without_its_share_rlsd_is_the_policy_loss(replay):
     assert norms[1] == pytest.approx(norms[0], rel=5e-3) and abs(norms[2] / norms[0] - 1) > 0.01
 
 
-@pytest.mark.parametrize(("name", "stage"), [("srpo", 2), ("gsd", 3)])
+@pytest.mark.parametrize(("name", "stage"), [("srpo", 2), ("rlcsd", 3)])
 def test_gradient_is_the_definition_s(openrlhf, model, reward, recorded, twice, tmp_path, name, stage):  # noqa: F811
     """Token weights from the teacher's entropy beside the policy loss, and two teacher contexts."""
     probe = ["--probe.out", str(tmp_path / "gradients.pt"), "--probe.fp32", "--plugins", "probe"]
-    flags = ["--algo", name, *TOKENS, *ZERO[stage], "--actor.adam.lr", "0", "--testing.replay", str(twice)]
+    flags = ["--algo", name, *TOKENS, *VARIANTS[name], *ZERO[stage], "--actor.adam.lr", "0", "--testing.replay", str(twice)]
     openrlhf(model, ROWS, reward, *flags, *probe, replay=recorded)
     fused, dense = torch.load(tmp_path / "gradients.pt")
     difference = distance(fused, dense)

@@ -46,14 +46,13 @@ RUNS: dict[str, tuple[str, ...]] = {
         "--algo", "opd", "--teacher.kind", "model",
         "--teacher.model_name_or_path", str(OUT / "sdpo-SEED" / "model"), "--reprompt.template", "{prompt}",
     ),
-    "gsd": ("--algo", "gsd"),
-    "gsd, scale 2": ("--algo", "gsd", "--gsd.scale", "2"),
+    "fsd": ("--algo", "fsd"),
 }  # fmt: skip
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
     """What is to be known about a run, trained if it was not."""
-    directory = OUT / f"{name.replace(', ', '-').replace(' ', '')}-{seed}"
+    directory = OUT / f"{name}-{seed}"
     summary = directory / "summary.json"
     if summary.exists():
         return json.loads(summary.read_text())

@@ -9,6 +9,7 @@ from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES, gradient
 
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.context import Rollout
+from sdpo_plugin.fsd import FSD, FsdConfig
 from sdpo_plugin.loss import entropy_of, token_divergence
 from sdpo_plugin.rlcsd import RLCSD, RlcsdConfig
 from sdpo_plugin.rlsd import RLSD, RlsdConfig
@@ -181,6 +182,23 @@ def test_sdpg_adds_the_reverse_kl_to_the_policy_loss(positive_only):
     torch.testing.assert_close(got.loss, policy + 0.5 * distilled, rtol=1e-4, atol=1e-6)
 
 
+# ── Focal Self-Distillation ──
+
+
+@pytest.mark.parametrize("focus", [0.0, 1.0, 2.0])
+def test_fsd_weighs_tokens_by_their_total_variation(focus):
+    worker, plugin = made(FSD, FsdConfig(focus=focus), mode="full", alpha=0.0)
+    got = run(worker, plugin)
+    tokens = distributions(worker, plugin)
+    weights = torch.stack([(s.exp() - t.exp()).abs().sum() / 2 for _, s, t, _ in tokens]) ** focus
+    losses = torch.stack([token_divergence(s, t, 0.0) for _, s, t, _ in tokens])
+    weights = (weights / weights.mean()).detach()
+    expected = (losses * weights).sum() / 9  # three samples, of three tokens in the loss each
+    torch.testing.assert_close(got.loss, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient(worker, got.loss), gradient(worker, expected), rtol=1e-3, atol=1e-6)
+    assert focus == 0.0 or weights.max() / weights.min() > 1.1
+
+
 # ── their options ──
 
 
@@ -192,6 +210,7 @@ def test_sdpg_adds_the_reverse_kl_to_the_policy_loss(positive_only):
         (RlsdConfig, {"decay_steps": -1}, "--rlsd.decay_steps -1: give an integer >= 0"),
         (RlcsdConfig, {"wrong_hints": 0}, "--rlcsd.wrong_hints 0: give a positive integer"),
         (SdpgConfig, {"beta": 0.0}, "--sdpg.beta 0.0: give a positive number"),
+        (FsdConfig, {"focus": -1.0}, "--fsd.focus -1.0: give a number >= 0"),
     ],
 )
 def test_out_of_range(group, values, message):
