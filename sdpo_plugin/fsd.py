@@ -1,8 +1,8 @@
 """Focal Self-Distillation: the mean belongs to the tokens on which student and teacher disagree. Ours; not published.
 
 In SDPO's mean every token of a response has the same share. Most say nothing new: the student has learned them, or the
-context has nothing to add to them. What is left of their gradient is noise, of the teacher's other weights or of rounding,
-and their share of the mean is taken from those that matter. Here a token counts by
+context has nothing to add to them. What is left of their gradient is noise, of the teacher's other weights or of
+rounding, and their share of the mean is taken from those that matter. Here a token counts by
 
     w = TV(S, T)^focus / mean of it over the distilled tokens,   TV = 1/2 sum_v |S(v) - T(v)|,
 

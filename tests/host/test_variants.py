@@ -37,7 +37,8 @@ def test_without_its_share_rlsd_is_the_policy_loss(replay):
 def test_gradient_is_the_definition_s(openrlhf, model, reward, recorded, twice, tmp_path, name, stage):  # noqa: F811
     """Token weights from the teacher's entropy beside the policy loss, and two teacher contexts."""
     probe = ["--probe.out", str(tmp_path / "gradients.pt"), "--probe.fp32", "--plugins", "probe"]
-    flags = ["--algo", name, *TOKENS, *VARIANTS[name], *ZERO[stage], "--actor.adam.lr", "0", "--testing.replay", str(twice)]
+    flags = ["--algo", name, *TOKENS, *VARIANTS[name], *ZERO[stage], "--actor.adam.lr", "0"]
+    flags += ["--testing.replay", str(twice)]
     openrlhf(model, ROWS, reward, *flags, *probe, replay=recorded)
     fused, dense = torch.load(tmp_path / "gradients.pt")
     difference = distance(fused, dense)
