@@ -74,12 +74,14 @@ class SelfDistillation:
         options: the variant's own flag groups; `self.PREFIX` is the instance with the values given.
         corrects_rollouts: whether `--algo.advantage.is_correction_*` are those of truncated importance sampling, if
             nothing else is said.
+        mixes: whether `--distill.weight` between 0 and 1 has a meaning; not where `join` has weights of its own.
     """
 
     name: str
     defaults: dict[str, Any] = {}
     options: tuple[type[Group], ...] = ()
     corrects_rollouts = True
+    mixes = True
 
     def __init__(self, args: Any) -> None:
         self.args = args
@@ -168,6 +170,11 @@ class SelfDistillation:
     @hookimpl
     def openrlhf_configure(self, args: Any) -> None:
         refuse(args)
+        if not self.mixes and self.distill.weight != 1.0:
+            raise ConfigError(
+                f"--distill.weight {self.distill.weight}: --algo {self.name} joins OpenRLHF's policy loss in its own "
+                "way; give 1, or 0 for OpenRLHF alone"
+            )
         if not self.uses_policy_loss and args.algo.kl.init_coef > 0.0 and not args.algo.kl.use_loss:
             logger.warning(
                 f"--algo.kl.init_coef {args.algo.kl.init_coef}: a penalty on rewards, which nothing reads with "
@@ -325,11 +332,13 @@ class SelfDistillation:
         distilled, data = weights != 0, self.token_data(micro_batch)
         token_weights = torch.ones_like(weights)
         sampled = torch.zeros(len(taught), len(weights), device=weights.device)  # log-probabilities by the teachers
-        correction = self._rollout_correction(micro_batch)
+        correction, weighed = self._rollout_correction(micro_batch), False
 
         def objective(tokens: Tokens) -> torch.Tensor:
+            nonlocal weighed
             loss, factor = self.token_loss(tokens.student, tokens.teachers[0], tokens), self.token_weights(tokens)
             if factor is not None:
+                weighed = True
                 token_weights[tokens.rows] = factor = factor.detach()
                 loss = loss * factor
             if self.token_advantages is not None:
@@ -354,7 +363,8 @@ class SelfDistillation:
                     with_entropy=needs["entropy"] or self.args.actor.entropy_coef is not None,
                 )
             micro_batch.mean(PREFIX + "loss", scores.token_loss[distilled].sum(), distilled.sum())
-            micro_batch.mean(PREFIX + "token_weight", token_weights[distilled].sum(), distilled.sum())
+            if weighed:
+                micro_batch.mean(PREFIX + "token_weight", token_weights[distilled].sum(), distilled.sum())
             if self.normalizes_token_weights and distilled.any():
                 scores = replace(scores, loss=scores.loss / token_weights[distilled].mean())
             if self.token_advantages is not None:

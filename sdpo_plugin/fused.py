@@ -111,11 +111,11 @@ def linear_distillation(
     `differentiable_log_probs` lets gradients through `log_probs` and `entropy`, at the price of all heads' products
     once more in the backward pass, where the weights must be in place again (ZeRO-3 gathers them for the forward).
     """
-    lesson = _Lesson(
+    distilled = _Distillation(
         [TeacherStates(t.hidden.detach(), t.head.effective(temperature)) for t in teachers],
         weights.detach(), objective, data or {}, read,
     )
-    job = _Job(token_ids, temperature, with_entropy, chunk_size, lesson)
+    job = _Job(token_ids, temperature, with_entropy, chunk_size, distilled)
     return _run(student_hidden, student_head, job, differentiable_log_probs)
 
 
@@ -138,8 +138,8 @@ def linear_distillation_loss(
     weights = loss_mask.to(sums) / loss_mask.sum(dtype=sums).clamp(min=1)
     teacher = TeacherStates(teacher_hidden.detach(), Head(teacher_head).effective(temperature))
     data = {} if old_log_probs is None else {"old_log_probs": old_log_probs}
-    lesson = _Lesson([teacher], weights, objective_of(config), data)
-    job = _Job(token_ids, temperature, False, None, lesson, rows=weights != 0)
+    distilled = _Distillation([teacher], weights, objective_of(config), data)
+    job = _Job(token_ids, temperature, False, None, distilled, rows=weights != 0)
     return _run(student_hidden, Head(student_head), job, differentiable_log_probs=False).loss
 
 
@@ -157,7 +157,7 @@ def linear_log_probs(
     return scores.log_probs, scores.entropy
 
 
-class _Lesson(NamedTuple):
+class _Distillation(NamedTuple):
     """What a pass distils."""
 
     teachers: Sequence[TeacherStates]
@@ -174,7 +174,7 @@ class _Job(NamedTuple):
     temperature: float
     with_entropy: bool
     chunk_size: int | None
-    lesson: _Lesson | None = None
+    distilled: _Distillation | None = None
     rows: Tensor | None = None  # [N] bool, the rows to visit; None: all
 
 
@@ -238,9 +238,9 @@ class _Pass(torch.autograd.Function):
                             gradient.mul_(loss)
         else:
             hidden, weight, bias = ctx.saved_tensors
-            lesson = ctx.job.lesson if loss is not None else None
-            job = ctx.job._replace(lesson=None if lesson is None else lesson._replace(read=None))
-            reached = [job.lesson.weights] if job.lesson is not None else []
+            distilled = ctx.job.distilled if loss is not None else None
+            job = ctx.job._replace(distilled=None if distilled is None else distilled._replace(read=None))
+            reached = [job.distilled.weights] if job.distilled is not None else []
             reached += [x for x in (log_probs, entropy) if x is not None]
             job = job._replace(rows=torch.stack([x != 0 for x in reached]).any(dim=0))
             head = replace(ctx.head, weight=weight, bias=bias)
@@ -256,7 +256,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     """
     student_head, sums, n = head.effective(job.temperature), _sum_dtype(head.weight), len(hidden)
     vocab = len(student_head.weight)
-    teachers = () if job.lesson is None else job.lesson.teachers
+    teachers = () if job.distilled is None else job.distilled.teachers
     for teacher in teachers:
         if len(teacher.head.weight) != vocab:
             raise ValueError(
@@ -276,16 +276,16 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     teacher_buffers = [torch.empty_like(student_buffer) for _ in teachers]
 
     visited = torch.ones_like(token_loss, dtype=torch.bool) if job.rows is None else job.rows
-    taught = torch.zeros_like(visited) if job.lesson is None else visited & (job.lesson.weights != 0)
-    if job.lesson is not None and job.lesson.read is not None:
-        taught |= visited & job.lesson.read
-    untaught = (visited & ~taught, job._replace(lesson=None), upstream._replace(loss=None))
+    taught = torch.zeros_like(visited) if job.distilled is None else visited & (job.distilled.weights != 0)
+    if job.distilled is not None and job.distilled.read is not None:
+        taught |= visited & job.distilled.read
+    untaught = (visited & ~taught, job._replace(distilled=None), upstream._replace(loss=None))
     for mask, part, arriving in ((taught, job, upstream), untaught):
-        lesson, differentiate = part.lesson, any(x is not None for x in arriving)
+        distilled, differentiate = part.distilled, any(x is not None for x in arriving)
         for rows in _split(mask.nonzero().squeeze(-1), chunk_rows):
             states = hidden[rows].to(_product_dtype(student_head.weight))
             student = _products(states, student_head, student_buffer)
-            taught_by = [] if lesson is None else [
+            taught_by = [] if distilled is None else [
                 _products(teacher.hidden[rows], teacher.head, buffer)
                 for teacher, buffer in zip(teachers, teacher_buffers, strict=True)
             ]  # fmt: skip
@@ -302,7 +302,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
             if differentiate:
                 _accumulate(student, states, student_head.weight, rows, grad_hidden, grad_weight, grad_bias)
 
-    loss = (token_loss * job.lesson.weights.to(sums)).sum() if job.lesson is not None else None
+    loss = (token_loss * job.distilled.weights.to(sums)).sum() if job.distilled is not None else None
     grad_weight = None if grad_weight is None else grad_weight.to(head.weight.dtype)
     grad_bias = None if grad_bias is None else grad_bias.to(head.bias.dtype)
     return (loss, token_loss, log_probs, entropy), (grad_hidden, grad_weight, grad_bias)
@@ -313,23 +313,23 @@ def _score(
     upstream: _Upstream,
 ):
     """A tile of rows: (token_loss, log_probs, entropy) `[r]`, and the gradient of its student products `[r, V]`."""
-    lesson, differentiate = job.lesson, any(x is not None for x in upstream)
+    distilled, differentiate = job.distilled, any(x is not None for x in upstream)
     with torch.set_grad_enabled(differentiate):
         products = student_products.detach().requires_grad_(differentiate)
         # Unlike `loss.log_probs` without a floor under log 0: logits of finite products are finite.
         student = torch.log_softmax(head.logits(products), dim=-1)
         teachers = [
             torch.log_softmax(teacher.head.logits(x), dim=-1)
-            for teacher, x in zip(lesson.teachers if lesson else (), teacher_products, strict=True)
+            for teacher, x in zip(distilled.teachers if distilled else (), teacher_products, strict=True)
         ]
-        tokens = Tokens(student, teachers, job.token_ids[rows], rows, lesson.data if lesson else {})
+        tokens = Tokens(student, teachers, job.token_ids[rows], rows, distilled.data if distilled else {})
         student_entropy = entropy_of(student) if job.with_entropy else None
-        loss = None if lesson is None else lesson.objective(tokens)
+        loss = None if distilled is None else distilled.objective(tokens)
         token = tokens.log_probs
     gradient = None
     if differentiate:
         arriving = (
-            None if upstream.loss is None else upstream.loss * lesson.weights[rows].to(loss.dtype),
+            None if upstream.loss is None else upstream.loss * distilled.weights[rows].to(loss.dtype),
             None if upstream.log_probs is None else upstream.log_probs[rows],
             None if upstream.entropy is None else upstream.entropy[rows],
         )

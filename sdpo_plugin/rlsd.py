@@ -46,7 +46,7 @@ class RLSD(SDPO):
     name = "rlsd"
     options = (RlsdConfig,)
     defaults: dict[str, Any] = SDPO.defaults | {"algo.advantage.estimator": "group_norm", "teacher.kind": "live"}
-    uses_policy_loss = True
+    uses_policy_loss, mixes = True, False
     rlsd: RlsdConfig
 
     def join(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

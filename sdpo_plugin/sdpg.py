@@ -49,7 +49,7 @@ class SDPG(SDPO):
         "algo.advantage.estimator": "group_norm", "algo.kl.use_loss": True, "algo.kl.init_coef": 0.001,
         "algo.kl.estimator": "k2", "teacher.kind": "live", "distill.mode": "full", "distill.alpha": 1.0,
     }  # fmt: skip
-    uses_policy_loss = True
+    uses_policy_loss, mixes = True, False
     sdpg: SdpgConfig
 
     def join(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from sdpo_plugin.config import Group, option
+from sdpo_plugin.context import Rollout, TeacherContext
 from sdpo_plugin.interface import MicroBatch, RolloutBatch
 from sdpo_plugin.loss import Tokens
 from sdpo_plugin.sdpo import SDPO
@@ -47,20 +48,22 @@ class SRPO(SDPO):
     options = (SrpoConfig,)
     # One mean over all tokens for both losses: OpenRLHF's default is the mean over tokens, too.
     defaults: dict[str, Any] = SDPO.defaults | {"algo.advantage.estimator": "group_norm", "distill.mean": "tokens"}
-    uses_policy_loss = True
+    uses_policy_loss, mixes = True, False
     normalizes_token_weights = True
     srpo: SrpoConfig
 
+    def contexts(self, batch: RolloutBatch, rollouts: Sequence[Rollout]) -> list[list[TeacherContext]]:
+        (shown,) = super().contexts(batch, rollouts)
+        failed = [r.reward is None or r.reward < self.reprompt.success_threshold for r in rollouts]
+        return [[c if f else TeacherContext(c.messages, False) for c, f in zip(shown, failed, strict=True)]]
+
     def loss_mask(self, batch: RolloutBatch, i: int, active: Sequence[bool]) -> torch.Tensor:
-        """All response tokens, so that both losses have their number for a denominator; `join` routes."""
+        """All response tokens, so that both losses have their number for a denominator."""
         return batch.response_mask(i)
 
     def join(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        device = micro_batch.experience.sequences.device
-        rewards = torch.stack(micro_batch.data["reward"]).to(device)
-        failed = ~(rewards >= self.reprompt.success_threshold)  # nan: the reward function failed
-        taught = torch.tensor([len(ids) > 0 for ids in micro_batch.data["teacher_prompt"]], device=device)
-        routed = (failed & taught).float()
+        prompts, device = micro_batch.data["teacher_prompt"], micro_batch.experience.sequences.device
+        routed = torch.tensor([float(len(ids) > 0) for ids in prompts], device=device)
         return 1.0 - routed, routed
 
     def token_weights(self, tokens: Tokens) -> torch.Tensor:

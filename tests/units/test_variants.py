@@ -64,7 +64,8 @@ def test_srpo_routes_failures_with_a_teacher_to_distillation_and_all_others_to_t
     """Of three samples the first is a success, the second failed with a teacher, the third failed without."""
     config = SrpoConfig(beta=2.0)
     worker, plugin = made(SRPO, config, mode="full", alpha=0.0, mean="tokens")
-    got = run(worker, plugin, masks=RESPONSE)
+    shown = [NONE, PROMPTS[1], NONE]
+    got = run(worker, plugin, shown, masks=RESPONSE)
     assert got.policy_weights.tolist() == [1.0, 0.0, 1.0]
     routed = [(s, t) for i, s, t, _ in distributions(worker, plugin) if i == 1]
     weights = torch.stack([torch.exp(-2.0 * entropy_of(t)) for _, t in routed])
@@ -73,7 +74,7 @@ def test_srpo_routes_failures_with_a_teacher_to_distillation_and_all_others_to_t
     policy = -(ADVANTAGES * got.log_probs)[[0, 2]].sum() / 8
     torch.testing.assert_close(got.loss, distilled + policy, rtol=1e-4, atol=1e-6)
     whole = gradient(worker, got.loss)
-    again = -(ADVANTAGES * run(worker, plugin, masks=RESPONSE).log_probs)[[0, 2]].sum() / 8
+    again = -(ADVANTAGES * run(worker, plugin, shown, masks=RESPONSE).log_probs)[[0, 2]].sum() / 8
     torch.testing.assert_close(whole, gradient(worker, distilled + again), rtol=1e-3, atol=1e-6)
     assert weights.max() / weights.min() > 1.01  # the entropies differ
     assert got.means["self_distillation/token_weight"][1] == 3
@@ -81,12 +82,15 @@ def test_srpo_routes_failures_with_a_teacher_to_distillation_and_all_others_to_t
 
 def test_srpo_is_the_policy_loss_where_all_succeed():
     worker, plugin = made(SRPO, SrpoConfig())
-    got = run(worker, plugin, masks=RESPONSE, rewards=(1.0, 1.0, 1.0))
+    got = run(worker, plugin, [NONE] * 3, masks=RESPONSE)
     torch.testing.assert_close(got.loss, -(ADVANTAGES * got.log_probs).sum() / 8)
 
 
-def test_srpo_counts_all_response_tokens():
+def test_srpo_shows_nothing_to_successes_and_counts_all_response_tokens():
     args = fake_worker(srpo={"beta": 1.0}).args
+    rollouts = [Rollout(0, "Q?", text, reward) for text, reward in (("r1", 1.0), ("r2", 1.0), ("w", 0.0), ("x", None))]
+    (shown,) = SRPO(args).contexts(None, rollouts)
+    assert [c.active for c in shown] == [False, False, True, True]
     batch = SimpleNamespace(response_mask=lambda i: RESPONSE[i])
     assert SRPO(args).loss_mask(batch, 0, [False]).tolist() == RESPONSE[0].tolist()
 
@@ -216,6 +220,25 @@ def test_fsd_weighs_tokens_by_their_total_variation(focus):
 def test_out_of_range(group, values, message):
     with pytest.raises(ConfigError, match=message):
         group(**values)
+
+
+@pytest.mark.parametrize("algorithm", [SRPO, RLSD, RLCSD, SDPG])
+def test_a_weight_that_would_be_ignored_is_refused(algorithm):
+    groups = {group.prefix: vars(group()) for group in algorithm.options}
+    args = fake_worker(distill={"weight": 0.5}, **groups).args
+    plugin = algorithm(args)
+    with pytest.raises(ConfigError, match=f"--distill.weight 0.5: --algo {algorithm.name} joins .*; give 1, or 0"):
+        plugin.openrlhf_configure(full(args))
+
+
+def full(args):
+    """`args` with what `compatibility.refuse` reads."""
+    args.train.enable_ema, args.ds = False, SimpleNamespace(
+        lora=SimpleNamespace(rank=0), ring_attn_size=1, tensor_parallel_size=1, deepcompile=False, enable_sleep=False
+    )
+    args.data.max_images_per_prompt = 0
+    args.algo.advantage.is_correction_mode = "mask"
+    return args
 
 
 def test_a_hybrid_weighs_each_sample_as_one_weight_would():
