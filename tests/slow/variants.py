@@ -50,9 +50,15 @@ RUNS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def run(name: str, seed: int) -> dict[str, Any]:
+# With a part of the reward for each right digit, a policy loss has something to learn from.
+GRADED = ("--reward.remote_url", str(Path(__file__).with_name("graded_reward.py")))
+WITH_POLICY_LOSS = ("grpo", "sdpo", "srpo", "rlsd", "rlcsd", "sdpg")
+FULL_MARKS = ("--reprompt.success_threshold", "1")
+
+
+def run(name: str, seed: int, graded: bool) -> dict[str, Any]:
     """What is to be known about a run, trained if it was not."""
-    directory = OUT / f"{name}-{seed}"
+    directory = OUT / f"{name}{'-graded' if graded else ''}-{seed}"
     summary = directory / "summary.json"
     if summary.exists():
         return json.loads(summary.read_text())
@@ -60,6 +66,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
     paths = {"logger.tensorboard_dir": "tensorboard", "ckpt.output_dir": "model", "ckpt.path": "checkpoints"}
     flags = [flag.replace("SEED", str(seed)) for flag in RUNS[name]]
     flags += ["--train.seed", str(seed), *(f"--{flag}={directory / at}" for flag, at in paths.items())]
+    flags += (*GRADED, *(FULL_MARKS if RUNS[name] else ())) if graded else ()
     recipe = RECIPE / ("sdpo.yaml" if RUNS[name] else "grpo.yaml")
     began = time.monotonic()
     with open(directory / "log.txt", "w") as log:
@@ -87,17 +94,23 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, runs in found.items():
-        steps = [step for step, _ in runs[0]["accuracy"]]
-        values = list(zip(*([value for _, value in run["accuracy"]] for run in runs), strict=True))
-        (line,) = axes.plot(steps, [statistics.mean(v) for v in values], marker="o", markersize=3, label=name)
-        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15)
-    axes.set(xlabel="step (96 generations each)", ylabel="greedy accuracy, 24 vaults", ylim=(-0.02, 1.02))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+def plot(found: dict[bool, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for axes, (graded, runs_of) in zip(both, found.items(), strict=True):
+        for name, runs in runs_of.items():
+            steps = [step for step, _ in runs[0]["accuracy"]]
+            values = list(zip(*([value for _, value in run["accuracy"]] for run in runs), strict=True))
+            color = f"C{list(RUNS).index(name)}"
+            axes.plot(steps, [statistics.mean(v) for v in values], marker="o", markersize=3, label=name, color=color)
+            axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
+        axes.set(
+            title=f"reward: {'a part for each right digit' if graded else 'right or wrong'}",
+            xlabel="step (96 generations each)", ylim=(-0.02, 1.02),
+        )
+        axes.legend()
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel("greedy accuracy, 24 vaults")
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -106,16 +119,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     args = parser.parse_args()
     subprocess.run([sys.executable, RECIPE / "vault.py", ROOT / "runs" / "quickstart"], check=True)
-    found: dict[str, list[dict[str, Any]]] = {}
-    with tqdm(total=len(args.seeds) * len(args.only), desc="variants") as bar:
+    tasks = [(name, False) for name in args.only] + [(name, True) for name in args.only if name in WITH_POLICY_LOSS]
+    found: dict[bool, dict[str, list[dict[str, Any]]]] = {False: {}, True: {}}
+    with tqdm(total=len(args.seeds) * len(tasks), desc="variants") as bar:
         for seed in args.seeds:
-            for name in args.only:
-                bar.set_postfix(run=f"{name}, seed {seed}")
-                found.setdefault(name, []).append(run(name, seed))
+            for name, graded in tasks:
+                bar.set_postfix(run=f"{name}{', graded' if graded else ''}, seed {seed}")
+                found[graded].setdefault(name, []).append(run(name, seed, graded))
                 bar.update()
-    OUT.joinpath("table.md").write_text(table(found) + "\n")
+    tables = [table(runs) for runs in found.values() if runs]
+    OUT.joinpath("table.md").write_text("\n\n".join(tables) + "\n")
     plot(found, ROOT / "docs" / "variants.png")
-    print(table(found))
+    print(*tables, sep="\n\n")
 
 
 if __name__ == "__main__":
