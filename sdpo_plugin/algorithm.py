@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 
-from sdpo_plugin.compatibility import policy_loss_needs_log_probs, reads_old_log_probs, refuse
+from sdpo_plugin import no_reward
+from sdpo_plugin.compatibility import (
+    policy_loss_needs_log_probs,
+    reads_old_log_probs,
+    refuse,
+    require_same_tokenizer,
+)
 from sdpo_plugin.config import (
     ConfigError,
     DiagnosticsConfig,
@@ -32,11 +38,10 @@ from sdpo_plugin.config import (
 )
 from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts, context_metrics, teacher_prompt_ids
 from sdpo_plugin.diagnostics import GAIN, WATCHED_SAMPLES, Watch, length_metrics, measure
-from sdpo_plugin.fused import Head, Scores, TeacherStates, linear_distillation
+from sdpo_plugin.fused import Head, Scores, TeacherStates, linear_distillation, of_one_size
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.interface import MicroBatch, RolloutBatch, Worker, prompt_messages, teacher_inputs
 from sdpo_plugin.loss import Tokens, loss_from_log_probs
-from sdpo_plugin.no_reward import is_rewarded
 from sdpo_plugin.teacher import Teacher, make_teacher
 
 PREFIX = "self_distillation/"
@@ -74,6 +79,7 @@ class SelfDistillation:
         options: the variant's own flag groups; `self.PREFIX` is the instance with the values given.
         corrects_rollouts: whether `--algo.advantage.is_correction_*` are those of truncated importance sampling, if
             nothing else is said.
+        needs_reward: whether there must be a reward; else OpenRLHF, which insists on one, is given zeros.
         mixes: whether `--distill.weight` between 0 and 1 has a meaning; not where `join` has weights of its own.
     """
 
@@ -81,6 +87,7 @@ class SelfDistillation:
     defaults: dict[str, Any] = {}
     options: tuple[type[Group], ...] = ()
     corrects_rollouts = True
+    needs_reward = True
     mixes = True
 
     def __init__(self, args: Any) -> None:
@@ -165,11 +172,17 @@ class SelfDistillation:
         error.
         """
         corrected = cls.corrects_rollouts and cls.acts(args) and not args.distill.generate_from_teacher
-        return TRUNCATED_IMPORTANCE_SAMPLING if corrected else {}
+        found = dict(TRUNCATED_IMPORTANCE_SAMPLING) if corrected else {}
+        if not cls.needs_reward:
+            reward = args.reward.remote_url or args.reward.model_name_or_path or args.train.agent_func_path
+            found |= {} if reward else {"reward.remote_url": no_reward.PATH}
+        return found
 
     @hookimpl
     def openrlhf_configure(self, args: Any) -> None:
         refuse(args)
+        if self.teacher_config.kind == "model":
+            require_same_tokenizer(args.actor.model_name_or_path, self.teacher_config.model_name_or_path)
         if not self.mixes and self.distill.weight != 1.0:
             raise ConfigError(
                 f"--distill.weight {self.distill.weight}: --algo {self.name} joins OpenRLHF's policy loss in its own "
@@ -265,7 +278,8 @@ class SelfDistillation:
             return
         threshold = self.reprompt.success_threshold
         failed = [rollout.reward is None or rollout.reward < threshold for rollout in rollouts]
-        batch.attach("failed", [torch.tensor(f) for f in failed])
+        if any(context.sections for context in contexts):  # else there is no context to watch the effect of
+            batch.attach("failed", [torch.tensor(f) for f in failed])
         lengths = [int(sample.action_mask.sum()) for sample in batch.samples]
         batch.metrics[PREFIX + "response_length_drift"] = self.watch.drift(sum(lengths) / len(lengths))
         left_out = sum(bool(sample.truncated) for sample in batch.samples) if self.distill.mask_truncated else 0
@@ -347,6 +361,7 @@ class SelfDistillation:
 
         def head(hidden: torch.Tensor, student: Head, token_ids: torch.Tensor) -> Scores:
             with self.teacher.head() as teacher:
+                student, teacher = of_one_size(student, teacher)
                 if watched is not None:
                     tokens, without, failed = watched
                     looks = measure(
@@ -491,7 +506,7 @@ class SelfDistillation:
 
     @hookimpl
     def openrlhf_metrics(self, status: dict[str, Any], args: Any) -> None:
-        if GAIN in status and is_rewarded(args):
+        if GAIN in status and no_reward.is_rewarded(args):
             for warning in self.watch.at_gain(status[GAIN], f"{args.teacher.kind}, {args.teacher.update_rate}"):
                 if self.diagnostics.guard == "stop":
                     raise StopTraining(warning)

@@ -6,6 +6,9 @@ from typing import Any
 
 from sdpo_plugin.config import ConfigError
 
+# Text in which tokenizers differ: white space, digits, code, other scripts.
+PROBE = "Let x = 12345.678;\n\n\tif (x >= 10) { return  naïve_Größe(x); }  # 你好, мир! 🙂"
+
 
 def policy_loss_needs_log_probs(args: Any) -> bool:
     """Whether a term that OpenRLHF adds to its policy loss backpropagates through the student's log-probabilities."""
@@ -35,8 +38,8 @@ def refuse(args: Any) -> None:
         )
     if args.teacher.save and args.teacher.kind != "ema":
         raise ConfigError(
-            f"--teacher.save True: a {args.teacher.kind} teacher is made of the initial and the final model, nothing "
-            "else is there to save; leave it out, or train with --teacher.kind ema"
+            f"--teacher.save True: a {args.teacher.kind} teacher has no weights but those of models that are there "
+            "already; leave it out, or train with --teacher.kind ema"
         )
     if args.train.enable_ema and args.ds.lora.rank > 0:
         raise ConfigError(
@@ -61,3 +64,23 @@ def refuse(args: Any) -> None:
     ):
         if asked:
             raise ConfigError(f"{flag} is not supported with --algo {args.algo.name} yet; {fix}")
+
+
+def require_same_tokenizer(student: str, teacher: str) -> None:
+    """Raise ConfigError unless the models at both paths read the same tokens for the same texts."""
+    from transformers import AutoTokenizer
+
+    tokenizers = [AutoTokenizer.from_pretrained(path, trust_remote_code=True) for path in (student, teacher)]
+    names = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
+    differing = sorted(i for i in names[0].keys() | names[1].keys() if names[0].get(i) != names[1].get(i))
+    split = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in tokenizers]
+    if not differing and split[0] == split[1]:
+        return
+    found = (
+        f"token {differing[0]} is {names[0].get(differing[0])!r} there and {names[1].get(differing[0])!r} here"
+        if differing else "the same tokens, but text is split differently"
+    )  # fmt: skip
+    raise ConfigError(
+        f"--teacher.model_name_or_path {teacher}: another tokenizer than that of --actor.model_name_or_path {student} "
+        f"({found}), so it cannot score the student's tokens; give a model of the same family"
+    )

@@ -113,11 +113,16 @@ class TeacherConfig(Group):
 
     kind: str = option(
         "ema", "live: the student itself; base: the initial weights; ema: their moving average; "
-        "trust_region: logits between base and student", ("live", "base", "ema", "trust_region"),
+        "trust_region: logits between base and student; model: another model, with the same tokenizer",
+        ("live", "base", "ema", "trust_region", "model"),
     )
     update_rate: float = option(0.05, "ema: teacher = (1-rate) x teacher + rate x student; trust_region: the share "
                                 "of the student's logits")
     sync_steps: int = option(1, "optimizer steps between updates of the ema teacher")
+    model_name_or_path: str | None = option(None, "the model of --teacher.kind model")
+    zero_stage: int | None = option(
+        None, "of --teacher.kind model: 0, whole on every GPU, or 3, partitioned over them; none: as the student is"
+    )
     offload: bool = option(False, "keep the teacher's weights in host memory between its forward passes")
     max_tokens_per_gpu: int = option(
         32768, "tokens of the teacher's forward pass, padding included; a micro-batch of the student with more is read "
@@ -126,6 +131,13 @@ class TeacherConfig(Group):
     save: bool = option(False, "also export the teacher as a Hugging Face model")
 
     def check(self) -> None:
+        if self.kind == "model" and self.model_name_or_path is None:
+            self.fail("kind", "give --teacher.model_name_or_path, too")
+        for name in ("model_name_or_path", "zero_stage"):
+            if self.kind != "model" and getattr(self, name) is not None:
+                self.fail(name, f"--teacher.kind {self.kind} does not read it; give --teacher.kind model")
+        if self.zero_stage not in (None, 0, 3):
+            self.fail("zero_stage", "a model that is only read is whole or partitioned; give 0 or 3")
         self.positive("sync_steps", integer=True)
         self.positive("max_tokens_per_gpu", integer=True)
         if self.kind in ("ema", "trust_region"):

@@ -66,6 +66,12 @@ class Head:
         return products
 
 
+def of_one_size(a: Head, b: Head) -> tuple[Head, Head]:
+    """Two heads of one tokenizer whose vocabularies are padded differently, without what only one of them has."""
+    rows = min(len(a.weight), len(b.weight))
+    return (a, b) if len(a.weight) == len(b.weight) else (replace(a, vocab_size=rows), replace(b, vocab_size=rows))
+
+
 class TeacherStates(NamedTuple):
     """A teacher's side of a pass: hidden states `[N, H]`, which may be another width than the student's, and a head."""
 

@@ -382,3 +382,6 @@ class Worker(Protocol):
 
     def initial_model(self, offload: bool, follows: bool) -> TeacherModel:
         """The student as it was before training; with weights to write to, if it `follows` the student. Collective."""
+
+    def model_at(self, path: str, offload: bool, zero_stage: int | None) -> TeacherModel:
+        """The model at `path`, without adapters; zero_stage 0 or 3, or None for the student's. Collective."""

@@ -12,6 +12,7 @@ from sdpo_plugin.hookspecs import hookimpl
 @hookimpl
 def openrlhf_algorithms() -> list[type]:
     from sdpo_plugin.fsd import FSD
+    from sdpo_plugin.opd import OPD
     from sdpo_plugin.opsd import OPSD
     from sdpo_plugin.rlcsd import RLCSD
     from sdpo_plugin.rlsd import RLSD
@@ -20,7 +21,7 @@ def openrlhf_algorithms() -> list[type]:
     from sdpo_plugin.sdpo import SDPO
     from sdpo_plugin.srpo import SRPO
 
-    return [SDPO, SDFT, OPSD, SRPO, RLSD, RLCSD, SDPG, FSD]
+    return [SDPO, SDFT, OPSD, SRPO, RLSD, RLCSD, SDPG, OPD, FSD]
 
 
 @hookimpl

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdpo_plugin import no_reward
 from sdpo_plugin.algorithm import SelfDistillation
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.hookspecs import hookimpl
@@ -23,6 +22,7 @@ class SDFT(SelfDistillation):
     """
 
     name = "sdft"
+    needs_reward = False
     defaults: dict[str, Any] = {
         "algo.advantage.estimator": "reinforce",
         "algo.kl.init_coef": 0.0,
@@ -34,11 +34,6 @@ class SDFT(SelfDistillation):
         "reprompt.template": "{prompt}\n\nThis is an example for a response to the question:\n{privileged_context}\n\n"
         "Now answer with a response of your own, including the thinking process.",
     }
-
-    @classmethod
-    def defaults_for(cls, args: Any) -> dict[str, Any]:
-        rewarded = args.reward.remote_url or args.reward.model_name_or_path or args.train.agent_func_path
-        return super().defaults_for(args) | ({} if rewarded else {"reward.remote_url": no_reward.PATH})
 
     @hookimpl
     def openrlhf_dataset(self, dataset: Any, evaluation: bool, args: Any) -> None:

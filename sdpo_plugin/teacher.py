@@ -26,6 +26,8 @@ def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
     """The teacher of `--teacher.kind`, on this rank."""
     if config.kind == "live":
         return Teacher(worker.actor)
+    if config.kind == "model":
+        return Teacher(worker.model_at(config.model_name_or_path, config.offload, config.zero_stage))
     initial = worker.initial_model(config.offload, follows=config.kind == "ema")
     if config.kind == "ema":
         return EmaTeacher(initial, worker, config)
@@ -35,7 +37,7 @@ def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
 
 
 class Teacher:
-    """`live` (a teacher whose model is the student) and `base` (whose model never changes)."""
+    """`live` (a teacher whose model is the student), `base` and `model` (whose model never changes)."""
 
     def __init__(self, model: Model) -> None:
         self.model = model

@@ -53,15 +53,20 @@ class PolicyWorker(seam("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")):
         """As it was before training. A LoRA model has it inside: without its adapter, or under a second one."""
         if isinstance(self.actor.model.module, lora.PeftModel):
             return AdapterTeacher(self, lora.TEACHER if follows else None)
-        return self.model_at(self.pretrain, offload)
+        return self.model_at(self.pretrain, offload, zero_stage=None)
 
-    def model_at(self, path: str, offload: bool) -> TeacherModel:
-        """The model at `path`, as OpenRLHF builds its reference model. Collective."""
-        ds_config = self.strategy.get_ds_eval_config(offload=offload)
-        kind = OffloadedActor if offload and self.args.ds.zero_stage < 3 else PolicyActor
-        actor = kind(path, **{**self.actor.built_with, "ds_config": ds_config})
-        actor._offload = offload
-        actor = self.strategy.prepare(actor)
+    def model_at(self, path: str, offload: bool, zero_stage: int | None) -> TeacherModel:
+        """As OpenRLHF builds its reference model."""
+        stage = self.args.ds.zero_stage if zero_stage is None else zero_stage
+        students, self.strategy.stage = self.strategy.stage, stage
+        try:
+            ds_config = self.strategy.get_ds_eval_config(offload=offload)
+            kind = OffloadedActor if offload and stage < 3 else PolicyActor
+            actor = kind(path, **{**self.actor.built_with, "ds_config": ds_config, "lora_rank": 0})
+            actor._offload = offload
+            actor = self.strategy.prepare(actor)
+        finally:
+            self.strategy.stage = students
         actor.eval()
         actor.tap_head()
         return SeparateTeacher(self, actor)

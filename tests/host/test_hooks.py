@@ -1,25 +1,19 @@
-"""The plugins of docs/hooks.md, on the real host. (`openrlhf_generation_prompt` is seen to act in test_sdft.py.)"""
+"""The plugins of docs/hooks.md, with the real OpenRLHF. (That a generation prompt acts is in test_sdft.py.)"""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
 from common import ROWS, SDPO, same
-
-PAGE = (Path(__file__).parents[2] / "docs" / "hooks.md").read_text()
+from documented import install_toy, modules
 
 
 @pytest.fixture
 def documented(tmp_path, monkeypatch):
-    """The page's Python blocks as modules, by the name in their first line."""
-    found = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    blocks = {re.search(r"\w+(?=\.py)", block)[0]: block for block in found}
-    for name, block in blocks.items():
-        (tmp_path / f"{name}.py").write_text(block)
+    """The page's modules, where a run finds them."""
+    for name, text in modules().items():
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return blocks
 
 
 def test_the_example_weighs_prompts_and_survives_a_restart(
@@ -43,8 +37,18 @@ def test_the_example_weighs_prompts_and_survives_a_restart(
     assert not same(weighed, floored)
 
 
-def test_the_variant_is_offered(openrlhf, model, reward, recorded, documented):
-    flags = ("--algo", "variant", "--distill.topk", "20", "--plugins", "variant", "sdpo_plugin.testing")
-    run = openrlhf(model, ROWS, reward, *flags, replay=recorded)
-    assert "train/teacher/ema_distance" not in run.metrics  # its teacher is the initial model
-    assert not same(run, recorded)
+def test_the_algorithm_is_offered_and_has_its_option(openrlhf, model, reward, recorded, documented):
+    flags = ("--algo", "early", "--distill.topk", "20", "--plugins", "early")
+    soon, late = (openrlhf(model, ROWS, reward, *flags, "--early.half_life", h, replay=recorded) for h in ("1", "99"))
+    assert "train/teacher/ema_distance" not in soon.metrics  # its teacher is the initial model
+    weights = [run.metrics["train/self_distillation/token_weight"][0][1] for run in (soon, late)]
+    assert 0 < weights[0] < weights[1] < 1
+    assert not same(soon, recorded) and not same(soon, late)
+
+
+def test_the_package_s_own_test_passes(openrlhf, tmp_path, monkeypatch):
+    """Installed, the plugin acts without being named."""
+    monkeypatch.setenv("PYTHONPATH", str(install_toy(tmp_path)))
+    test = {}
+    exec(modules()["test_toy"], test)
+    test["test_toy"](openrlhf, tmp_path)

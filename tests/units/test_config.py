@@ -64,6 +64,12 @@ def parse(*arguments: str) -> argparse.Namespace:
         (TeacherConfig, {"update_rate": 1.0}, r"--teacher.update_rate 1.0: .* give --teacher.kind live, or --"),
         (TeacherConfig, {"update_rate": 1.0, "kind": "trust_region", "sync_steps": 2}, r"give --teacher.kind live$"),
         (TeacherConfig, {"max_tokens_per_gpu": 0}, r"--teacher.max_tokens_per_gpu 0: give a positive integer"),
+        (TeacherConfig, {"kind": "model"}, r"--teacher.kind model: give --teacher.model_name_or_path, too"),
+        (TeacherConfig, {"model_name_or_path": "x"}, r"_or_path x: --teacher.kind ema does not read it; give"),
+        (
+            TeacherConfig, {"kind": "model", "model_name_or_path": "x", "zero_stage": 2},
+            r"--teacher.zero_stage 2: a model that is only read is whole or partitioned; give 0 or 3",
+        ),
         (TeacherConfig, {"kind": "frozen"}, r"--teacher.kind frozen: choose one of live, base, ema"),
         (RepromptConfig, {"max_len": 0}, r"--reprompt.max_len 0: give a positive integer"),
         (RepromptConfig, {"template": "{solution}"}, r"--reprompt.template .*must contain \{prompt\}"),

@@ -1,27 +1,83 @@
-"""The plugins of docs/hooks.md, on the real host. (`openrlhf_generation_prompt` is seen to act in test_sdft.py.)"""
+"""docs/hooks.md: every hook is there, its package is one, and what is active is told."""
 
+import os
 import re
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
+from documented import PAGE, install_toy, modules
 
-from sdpo_plugin import hookspecs
+import sdpo_plugin
+from sdpo_plugin import hookspecs, plugins
 
-PAGE = (Path(__file__).parents[2] / "docs" / "hooks.md").read_text()
-
-
-@pytest.fixture
-def documented(tmp_path, monkeypatch):
-    """The page's Python blocks as modules, by the name in their first line."""
-    found = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    blocks = {re.search(r"\w+(?=\.py)", block)[0]: block for block in found}
-    for name, block in blocks.items():
-        (tmp_path / f"{name}.py").write_text(block)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return blocks
+HOOKS = {name for name in vars(hookspecs) if name.startswith("openrlhf_")}
 
 
-def test_the_example_has_every_hook(documented):
-    hooks = {name for name in vars(hookspecs) if name.startswith("openrlhf_")}
-    assert hooks - set(re.findall(r"def (openrlhf_\w+)", documented["curriculum"])) == {"openrlhf_algorithms"}
-    assert "def openrlhf_algorithms" in documented["variant"]
+def run(*command, path, **environment) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(path), **environment}
+    return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=env, cwd="/")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    return install_toy(tmp_path_factory.mktemp("package"))
+
+
+def test_every_hook_has_its_place_on_the_page():
+    assert {name for name in HOOKS if f"`{name}(" in PAGE} == HOOKS
+    found = modules()
+    assert HOOKS - set(re.findall(r"def (openrlhf_\w+)", found["curriculum"])) == {"openrlhf_algorithms"}
+    assert "def openrlhf_algorithms" in found["early"]
+
+
+def test_what_is_active_is_told_as_the_page_says(tmp_path):
+    (tmp_path / "toy.py").write_text(modules()["toy"])
+    shown = run("sdpo_plugin.host.cli", "plugins", "--plugins", "toy", path=tmp_path).stdout
+    expected = re.search(r"--plugins toy\n(.*?)```", PAGE, re.DOTALL)[1]
+    offered = ", ".join(plugins.algorithms(plugins.load()[0]))
+    assert shown == expected.replace("VERSION", sdpo_plugin.__version__).replace("ALGORITHMS", offered)
+
+
+def test_the_page_s_package_is_found_and_can_be_left_out(installed):
+    command = ("sdpo_plugin.host.cli", "plugins")
+    assert "toy (openrlhf-toy 1.0)\n  hooks   openrlhf_add_arguments" in run(*command, path=installed).stdout
+    narrowed = run(*command, path=installed, OPENRLHF_PLUGINS="sdpo").stdout
+    assert "toy (openrlhf-toy 1.0), not active: OPENRLHF_PLUGINS=sdpo leaves it out" in narrowed
+
+
+def test_an_installed_plugin_acts_in_openrlhf_s_plain_command(installed, tmp_path):
+    """Without `--algo`: the start-up file finds it. Its own check ends the command, seconds before Ray would start."""
+    check = "@hookimpl\ndef openrlhf_configure(args):\n    raise sdpo_plugin.ConfigError('no toys')"
+    (tmp_path / "toy.py").write_text(modules()["toy"] + "import sdpo_plugin\n" + check)
+    path = f"{tmp_path}{os.pathsep}{installed}"
+    plain = ("openrlhf.cli.train_ppo_ray", "--actor.model_name_or_path", "x")
+    assert run(*plain, path=path).stderr.rstrip().endswith("openrlhf-sdpo: error: no toys")
+    without = run(*plain, path=path, OPENRLHF_PLUGINS="sdpo")  # OpenRLHF's own command, which this CPU cannot run
+    assert without.returncode != 0 and "openrlhf-sdpo" not in without.stdout + without.stderr
+
+
+def test_a_plugin_that_cannot_be_loaded_is_named_and_left_out(installed, tmp_path, monkeypatch, caplog):
+    (tmp_path / "toy.py").write_text("raise RuntimeError('out of toys')")
+    for path in (str(installed), str(tmp_path)):
+        monkeypatch.syspath_prepend(path)
+    monkeypatch.delitem(sys.modules, "toy", raising=False)
+    manager, found = plugins.load()
+    assert {one.name: one.problem for one in found} == {"sdpo": None, "toy": "RuntimeError: out of toys"}
+    assert "plugin toy (toy) is left out, it cannot be loaded: RuntimeError: out of toys" in caplog.text
+    assert "sdpo" in plugins.algorithms(manager)
+
+
+def test_a_hook_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    misspelt = "from sdpo_plugin import hookimpl\n@hookimpl\ndef openrlhf_polcy_loss(micro_batch):\n    pass\n"
+    (tmp_path / "misspelt.py").write_text(misspelt)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(sdpo_plugin.ConfigError, match="--plugins misspelt: unknown hook 'openrlhf_polcy_loss'"):
+        plugins.load(["misspelt"])
+
+
+def test_what_a_plugin_author_needs_is_importable_from_the_top():
+    for name in sdpo_plugin.__all__:
+        assert getattr(sdpo_plugin, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        sdpo_plugin.no_such_name  # noqa: B018
