@@ -83,7 +83,7 @@ def run(name: str, seed: int, graded: bool) -> dict[str, Any]:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean accuracy over the seeds, with the least and the greatest."""
+    """Mean reward of the greedy answers, over the seeds, with the least and the greatest."""
     lines = ["| | " + " | ".join(f"step {step}" for step in SHOWN) + " |", "| --- " * (len(SHOWN) + 1) + "|"]
     for name, runs in found.items():
         cells = []
@@ -109,7 +109,7 @@ def plot(found: dict[bool, dict[str, list[dict[str, Any]]]], path: Path) -> None
         )
         axes.legend()
         axes.grid(alpha=0.3)
-    both[0].set_ylabel("greedy accuracy, 24 vaults")
+    both[0].set_ylabel("mean reward of greedy answers, 24 vaults")
     figure.savefig(path, dpi=100)
 
 
