@@ -69,9 +69,8 @@ def show_plugins(arguments: list[str]) -> None:
         print(one)
         if one.problem is None:
             plugin = manager.get_plugin(one.name)
-            offered = getattr(plugin, "openrlhf_algorithms", list)()
-            if offered:
-                print("  --algo  " + ", ".join(algorithm.name for algorithm in offered))
+            for algorithm in getattr(plugin, "openrlhf_algorithms", list)():
+                print(f"  --algo {algorithm.name:6} {(algorithm.__doc__ or '').strip().splitlines()[0]}")
             print("  hooks   " + ", ".join(sorted(caller.name for caller in manager.get_hookcallers(plugin))))
 
 

@@ -35,8 +35,7 @@ def test_what_is_active_is_told_as_the_page_says(tmp_path):
     (tmp_path / "toy.py").write_text(modules()["toy"])
     shown = run("sdpo_plugin.host.cli", "plugins", "--plugins", "toy", path=tmp_path).stdout
     expected = re.search(r"--plugins toy\n(.*?)```", PAGE, re.DOTALL)[1]
-    offered = ", ".join(plugins.algorithms(plugins.load()[0]))
-    assert shown == expected.replace("VERSION", sdpo_plugin.__version__).replace("ALGORITHMS", offered)
+    assert shown == expected
 
 
 def test_the_page_s_package_is_found_and_can_be_left_out(installed):
