@@ -1,15 +1,15 @@
 """Focal Self-Distillation: the mean belongs to the tokens on which student and teacher disagree. Ours; not published.
 
-In SDPO's mean every token of a response has the same share. Most say nothing new: the student has learned them, or the
-context has nothing to add to them. What is left of their gradient is noise, of the teacher's other weights or of
+In SDPO's mean every token of a response has the same share. Most say nothing new: the student has learned them, or
+the context has nothing to add to them. What is left of their gradient is noise, of the teacher's other weights or of
 rounding, and their share of the mean is taken from those that matter. Here a token counts by
 
     w = TV(S, T)^focus / mean of it over the distilled tokens,   TV = 1/2 sum_v |S(v) - T(v)|,
 
-the probability that the two would say different things if they could agree as often as possible. As the student learns,
-the whole step goes to what it has not learned yet. The idea is that of the focal loss (arXiv 1708.02002), whose weight
-is of a label's probability. Total variation is bounded by 1 and looks at likely tokens, so a token that both
-find nearly impossible cannot take the step over, as it can with a weight made of log-ratios.
+the probability that the two would say different things if they could agree as often as possible. As the student
+learns, the whole step goes to what it has not learned yet. The idea is that of the focal loss (arXiv 1708.02002),
+whose weight is of a label's probability. Total variation is bounded by 1 and looks at likely tokens, so a token that
+both find nearly impossible cannot take the step over, as it can with a weight made of log-ratios.
 
 The mean of w is taken over a micro-batch. A focus of 0 is SDPO.
 """

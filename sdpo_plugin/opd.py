@@ -1,12 +1,13 @@
 """On-policy distillation from another model (GKD, arXiv 2306.13649; thinkingmachines.ai/blog/on-policy-distillation).
 
-The student samples, a model that knows more scores the same tokens, and its distribution is distilled. The generalised
-Jensen-Shannon divergence of GKD is `--distill.alpha`; the default is the blog's, the reverse KL on the student's own
-samples, without a reward. Known from abstracts and excerpts. OpenRLHF's open pull request 1276 does it as a trainer of
-its own, without ZeRO-3.
+The student samples, a model that knows more scores the same tokens, and its distribution is distilled. The
+generalised Jensen-Shannon divergence of GKD is `--distill.alpha`; the default is the blog's, the reverse KL on the
+student's own samples, without a reward. Known from abstracts and excerpts. OpenRLHF's open pull request 1276 does it
+as a trainer of its own, without an engine or ZeRO-3, with the same loss: KL(student||teacher) over the student's
+top-k and a tail.
 
-With the template `{prompt}` the teacher reads what the student read, token by token, and every response is distilled. A
-template with sections shows the teacher a context besides, and only samples that have one are distilled.
+With the template `{prompt}` the teacher reads what the student read, token by token, and every response is distilled.
+A template with sections shows the teacher a context besides, and only samples that have one are distilled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """RL with Contrastive on-policy Self-Distillation (arXiv 2606.11709): a right hint against wrong ones.
 
-Read: the paper's opening, and its code (github.com/THU-BPM/RLCSD: `core_algos.py`, `self_distill_main.py`).
-Any hint makes a model more direct and shorter; what a right one does beyond a wrong one is about the task. With T
-behind a correct sibling, T_k behind up to 4 failed ones (never the response itself), all in one template:
+Read: the opening, notes of the rest, and the code (github.com/THU-BPM/RLCSD: `core_algos.py`,
+`self_distill_main.py`). Any hint makes a model more direct and shorter; what a right one does beyond a wrong one is
+about the task. With T behind a correct sibling, T_k behind up to 4 failed ones (never the response itself), all in
+one template:
 
     e_t = log T(y_t) - log mean_k T_k(y_t),   r_t = clip(beta lambda tanh(e_t / tau), -2, 2)
     A_t = A + r_t where |r_t| > delta, without changing A's sign; 0 stays 0
@@ -10,8 +11,8 @@ behind a correct sibling, T_k behind up to 4 failed ones (never the response its
 and the policy loss is the mean over the tokens that are left alone plus that over the changed ones. The teacher is a
 copy of the student, taken every 10 steps.
 
-Interpretation: the two means are of a micro-batch, as there. A response that lacks a right or any wrong hint keeps its
-advantage, where the code leaves it out of the batch.
+Interpretation: the two means are of a micro-batch, as in the code; the notes have them of each response. A response
+that lacks a right or any wrong hint keeps its advantage, where the code leaves it out of the batch.
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
 """RLVR with Self-Distillation (arXiv 2604.03128): the reward gives the direction, the teacher only the magnitude.
 
-Read: the paper's opening, and two implementations made for comparison, which agree (`compute_policy_loss_rlsd` in
-github.com/lauyikfung/SDPG and github.com/THU-BPM/RLCSD). With A the group-relative advantage of a response, and T and S
-what teacher and student give its token y_t:
+Read: sections 1 to 4 in a translation, and the code (github.com/iie-ycx/RLSD, `dp_opsd_actor.py`). With A the
+group-relative advantage of a response, and T and S what teacher and student give its token y_t (13-15):
 
     D_t = sg(log T(y_t) - log S(y_t)),   w_t = clip(exp(sign(A) D_t), 1 - eps, 1 + eps)
     A_t = A (1 - lambda + lambda w_t)
 
 A_t stands in for A in the policy loss, and nothing is distilled: no token's advantage changes its sign, so what the
-teacher reads cannot leak. lambda falls from 0.5 to 0 within 50 rollout batches. The teacher is the student itself.
+teacher reads cannot leak. lambda falls from 0.5 to 0 within 50 rollout batches. The teacher is the student itself;
+the authors' launch script has a copy, taken every 20 steps (`--teacher.kind ema --teacher.update_rate 1
+--teacher.sync_steps 20`).
+
+Interpretation: the equation that mixes in lambda is the code's. There the context is the answer, which every sample
+has; here a sample without a context keeps its advantage.
 """
 
 from __future__ import annotations

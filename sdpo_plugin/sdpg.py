@@ -1,18 +1,18 @@
 """Self-Distilled Policy Gradient (arXiv 2606.04036): verifier advantages, self-distillation and a reference KL.
 
-Read: the project page, the README and the code (github.com/lauyikfung/SDPG: `core_algos.py`, and the script
-`run_qwen3_4b_sdpg_boxed.sh`).
+Read: the abstract, the project page, notes of the rest, and the code (github.com/lauyikfung/SDPG: `core_algos.py`,
+and the script `run_qwen3_4b_sdpg_boxed.sh`).
 
-    L = l_clip(A) + beta KL(S || T) + alpha / 2 (log S(y_t) - log S_ref(y_t))^2
+    L = l_clip(A) + beta 1[A > 0] KL(S || T) + alpha / 2 (log S(y_t) - log S_ref(y_t))^2   (5)
 
-A is the group-relative advantage with normalised standard deviation, T the student itself behind the context, without a
-gradient, and the KL is over the whole vocabulary. Published are beta = alpha = 0.001. The page speaks of distilling
-responses with a positive advantage only, the script leaves that off: `--sdpg.positive_only`. The last term is
-OpenRLHF's own, `--algo.kl.use_loss` with the estimator k2 (there: mode `urkl`).
+A is the group-relative advantage with normalised standard deviation, T the student itself behind the context, without
+a gradient, and the KL is over the whole vocabulary. Published are beta = alpha = 0.001. Only responses with a
+positive advantage are distilled, the opposite of SRPO; the script leaves that gate open (`--no-sdpg.positive_only`).
+The last term is OpenRLHF's own, `--algo.kl.use_loss` with the estimator k2 (there: mode `urkl`).
 
-There the context is the row's answer («The correct answer to this problem is: ...»): a column, {privileged_context}
-in `--reprompt.template`. Here it is what SDPO shows, if the template says nothing else. Schedules of beta,
-which the script leaves off, are left out.
+Interpretation: there the context is the row's answer («The correct answer to this problem is: ...»), which is a
+column here, {privileged_context} in `--reprompt.template`; what SDPO shows is the default. The paper lets beta rise
+for 50 steps and fall for the last 350, the script does not, and nor does this.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SdpgConfig(Group):
     prefix = "sdpg"
 
     beta: float = option(0.001, "weight of the distillation beside OpenRLHF's policy loss")
-    positive_only: bool = option(False, "distil only responses with a positive advantage")
+    positive_only: bool = option(True, "distil only responses with a positive advantage")
 
     def check(self) -> None:
         self.positive("beta")

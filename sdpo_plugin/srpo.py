@@ -1,16 +1,18 @@
 """Sample-Routed Policy Optimization (arXiv 2604.02288): successes to GRPO, failures to self-distillation.
 
-Read: the abstract, and the implementation that the authors of RLCSD made for comparison (github.com/THU-BPM/RLCSD,
-`compute_policy_loss_srpo`), which cites the paper's L_final and section 3.2. With c = 1 for a correct response, m = 1
-where a teacher context exists, z = (1 - c) m routes sample i:
+Read: the full text; its hyperparameters only in somebody's audit of a reproduction; no code of the authors was found.
+With c = 1 for a correct response and m = 1 where a teacher context exists, z = (1 - c) m routes sample i (3.1):
 
-    L = ( sum (1 - z_i) l_GRPO(i,t) + sum z_i w(i,t) l_SDPO(i,t) ) / number of all response tokens
-    w(i,t) = exp(-beta H_T(i,t)) / mean of it over the routed tokens,
+    L = ( sum (1 - z_i) l_GRPO(i,t) + sum z_i w(i,t) l_SDPO(i,t) ) / number of all response tokens   (3.3)
+    w(i,t) = exp(-beta H_T(i,t)) / mean of it over the routed tokens   (3.2)
 
-H_T the entropy of the teacher: what it does not know itself it should not teach.
+H_T the entropy of the teacher: what it does not know itself it should not teach. Correct is a reward of 0.5 and more
+(`--reprompt.success_threshold`), beta is 1. A failure with a context gets no policy gradient, though its reward is in
+its group's mean; where a whole group fails and nothing is shown, GRPO has no gradient either.
 
-Interpretation: a response is correct if its reward reaches `--reprompt.success_threshold` (there: if its advantage is
-positive). The mean of w is taken over a micro-batch, as there, so it depends on `--train.micro_batch_size` a little.
+Interpretation: the mean of w is taken over a micro-batch, so it depends on `--train.micro_batch_size` a little; the
+paper says over the routed tokens, and not of what. The paper shows siblings only; here feedback counts as a context,
+too.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ from common import ROWS, ZERO, same
 from test_gradients import distance, twice  # noqa: F401
 
 TOKENS = ("--distill.topk", "20", "--algo.advantage.is_correction_level", "off")
-SDPG = ("--algo.kl.init_coef", "0.1", "--sdpg.beta", "0.5")  # that two steps show what 0.001 does
+# That two steps show what 0.001 does.
+SDPG = ("--algo.kl.init_coef", "0.1", "--sdpg.beta", "0.5", "--no-sdpg.positive_only")
 HINTS = "{prompt}{solution}{feedback}"  # of two samples none has a right and a wrong sibling
 # Half of the samples succeed, by chance, and all have feedback.
 VARIANTS = {

@@ -40,6 +40,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "rlcsd": ("--algo", "rlcsd", "--teacher.kind", "ema"),  # a copy of the student every 10 steps
     "sdpg": (
         "--algo", "sdpg", "--teacher.kind", "live", "--distill.alpha", "1", "--algo.kl.init_coef", "0.001",
+        "--no-sdpg.positive_only",  # as in the authors' script: no response is right at the start
         "--ref.num_gpus_per_node", "1",
     ),
     "opd": (
