@@ -203,6 +203,19 @@ class MicroBatch:
         values = values.to(response.device)
         return (values if values.ndim == 2 else values[:, None].expand(response.shape))[response]
 
+    def policy_loss_inputs(
+        self, log_probs: torch.Tensor, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What OpenRLHF's policy loss is given for its log-probabilities and advantages, [B, A] each."""
+        if not self.needs["log_probs"]:
+            log_probs = undifferentiable(log_probs, "log_probs")
+        if self.advantages is not None:
+            advantages = self.advantages
+        if self.policy_weights is not None:
+            # Every policy loss of OpenRLHF is proportional to a sample's advantages: this weighs the sample.
+            advantages = advantages * self.policy_weights[:, None]
+        return log_probs, advantages
+
     def mean(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float) -> None:
         """Log a mean as sum and number: those of all micro-batches and ranks are added. One of nothing is absent."""
         self.means[name] = (float(total), float(count))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from sdpo_plugin import plugins
 from sdpo_plugin.host import lora, metrics
 from sdpo_plugin.host.seams import overrides, seam
-from sdpo_plugin.interface import Aggregate, MicroBatch, Worker, attached_loss_mask, loss_mask, undifferentiable
+from sdpo_plugin.interface import Aggregate, MicroBatch, Worker, attached_loss_mask, loss_mask
 
 _PPO_ACTOR = "openrlhf.trainer.ray.ppo_actor"
 _BUFFER = "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer"
@@ -179,13 +179,7 @@ class PolicyTrainer(seam(f"{_PPO_ACTOR}:ActorPPOTrainer")):
             log_probs = torch.where(micro_batch.samples[:, None], log_probs, unread)
         if not micro_batch.needs["old_log_probs"]:
             old_log_probs = log_probs.detach()
-        if not micro_batch.needs["log_probs"]:
-            log_probs = undifferentiable(log_probs, "log_probs")
-        if micro_batch.advantages is not None:
-            advantages = micro_batch.advantages
-        if micro_batch.policy_weights is not None:
-            # Every policy loss of OpenRLHF is proportional to a sample's advantages: this weighs the sample.
-            advantages = advantages * micro_batch.policy_weights[:, None]
+        log_probs, advantages = micro_batch.policy_loss_inputs(log_probs, advantages)
         micro_batch.loss, *rest = self.host_loss_fn(log_probs, old_log_probs, advantages, **kwargs)
         micro_batch.log_probs = log_probs
         self.hook.openrlhf_policy_loss(micro_batch=micro_batch)

@@ -39,7 +39,7 @@ def open_nursery(directory: str) -> str:
 
 def fork_ray_workers() -> None:
     """Let `ray.init` in this process make its workers with the script."""
-    import ray
+    from sdpo_plugin.host.install import ray
 
     init = ray.init
 

@@ -1,4 +1,4 @@
-"""Recorded rollouts in the place of generated ones (`testing.py`). Importable, because Ray carries classes by name."""
+"""Recorded rollouts in the place of generated ones (`harness.py`). Importable, because Ray carries classes by name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import runpy
 import sys
 from typing import Any
 
-import ray
 import torch
-from openrlhf.trainer import ppo_trainer
 
 from sdpo_plugin.host import cli, cpu, seams
+from sdpo_plugin.host.controller import ppo_trainer
+from sdpo_plugin.host.install import ray
 
 DIRECTORY = "SDPO_PLUGIN_REPLAY"  # where `PlainController` finds the samples
 

@@ -11,8 +11,6 @@ from sdpo_plugin.host import cpu  # noqa: E402
 
 cpu.enable()
 
-import openrlhf.trainer.ppo_trainer_async  # noqa: E402, F401
-
 from sdpo_plugin.host import controller, engine, worker  # noqa: E402, F401
 
 for name in RAY:

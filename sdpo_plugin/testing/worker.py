@@ -28,7 +28,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
 
     from sdpo_plugin.config import GROUPS
     from sdpo_plugin.fused import Head
-    from sdpo_plugin.interface import ATTACHED, Fragment, MicroBatch, combined_needs, response_rows, undifferentiable
+    from sdpo_plugin.interface import ATTACHED, Fragment, MicroBatch, combined_needs, response_rows
 
     class Actor(torch.nn.Module):
         temperature = 1.0
@@ -113,12 +113,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                 micro_batch.scores = micro_batch.head(states, head, targets)
             log_probs = torch.zeros(action_mask.shape)
             log_probs = log_probs.masked_scatter(micro_batch.response, micro_batch.scores.log_probs)
-            if not micro_batch.needs["log_probs"]:
-                log_probs = undifferentiable(log_probs, "log_probs")
-            if micro_batch.advantages is not None:
-                advantages = micro_batch.advantages
-            if micro_batch.policy_weights is not None:
-                advantages = advantages * micro_batch.policy_weights[:, None]
+            log_probs, advantages = micro_batch.policy_loss_inputs(log_probs, advantages)
             micro_batch.log_probs = log_probs
             micro_batch.loss = -(advantages * log_probs)[action_mask.bool()].mean()
             plugin.openrlhf_policy_loss(micro_batch)

@@ -1,26 +1,9 @@
-"""The policy worker's gradient is the dense definition's, at every ZeRO stage, and no large logits exist in it."""
+"""Each micro-batch has its share of one mean over the optimizer step."""
 
-import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-
-@pytest.fixture(scope="session")
-def active(recorded, tmp_path_factory):
-    """`active(n)`: the first recorded step, where only the first n of its 16 samples have a context."""
-
-    @functools.cache
-    def samples(n):
-        step = recorded.samples[0]
-        for sample in step[n:]:
-            sample.feedback, sample.rewards = None, torch.zeros_like(sample.rewards)
-        directory = tmp_path_factory.mktemp(f"active{n}")
-        torch.save(step, directory / "00000.pt")
-        return directory
-
-    return samples
 
 
 def test_each_micro_batch_has_its_share_of_one_mean():
@@ -52,3 +35,22 @@ def test_each_micro_batch_has_its_share_of_one_mean():
         torch.testing.assert_close(step.sample_weights / 2, step.loss_mask * torch.tensor(shares)[:, None])
     for step, share in zip(steps, (1 / 4, 0.0, 1 / 7, 1 / 7), strict=True):
         torch.testing.assert_close(step.loss_weights / 2, step.loss_mask * share)
+
+
+@pytest.mark.parametrize("settings", [{}, {"dual_clip": 3.0}, {"token_level_loss": False}, {"policy_loss_type": "gspo"}])
+def test_openrlhf_s_policy_loss_is_proportional_to_a_sample_s_advantages(settings):
+    """What makes a weight on the advantages a weight of the sample (`MicroBatch.policy_weights`)."""
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from openrlhf.models import PolicyLoss
+
+    torch.manual_seed(0)
+    log_probs, old, advantages = torch.randn(3, 4, 6)
+    mask, weights = torch.ones(4, 6), torch.tensor([0.5, 0.0, 2.0, 1.0])[:, None]
+
+    def loss(advantages):
+        return PolicyLoss(**settings)(log_probs, old, advantages, mask)[0]
+
+    alone = [loss(advantages * one[:, None]) for one in torch.eye(4)]
+    torch.testing.assert_close(loss(advantages * weights), sum(w * x for w, x in zip(weights[:, 0], alone, strict=True)))
