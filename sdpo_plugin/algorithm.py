@@ -117,14 +117,10 @@ class SelfDistillation:
         response = batch.response_mask(i)
         return response & (response.cumsum(0) > self.distill.skip_tokens) & (not left_out)
 
-    def token_weights(self, tokens: Tokens) -> torch.Tensor | None:
-        """How much each token counts: [r], without a gradient; None: 1. The mean's denominator does not change.
-
-        Of a token are known, beside its distributions: see `token_data`.
-        """
-        return None
-
-    # Whether `token_weights` are divided by their mean over the distilled tokens of the micro-batch.
+    # How much each token counts is 1, but in a variant that defines a method `token_weights(tokens)`: [r], without a
+    # gradient. The mean's denominator does not change; `normalizes_token_weights` divides them by their mean over the
+    # distilled tokens of the micro-batch.
+    token_weights: Callable[[Tokens], torch.Tensor] | None = None
     normalizes_token_weights = False
 
     # A variant that has the teacher decide how much of its sample's advantage a token gets defines a method
@@ -346,14 +342,12 @@ class SelfDistillation:
         distilled, data = weights != 0, self.token_data(micro_batch)
         token_weights = torch.ones_like(weights)
         sampled = torch.zeros(len(taught), len(weights), device=weights.device)  # log-probabilities by the teachers
-        correction, weighed = self._rollout_correction(micro_batch), False
+        correction = self._rollout_correction(micro_batch)
 
         def objective(tokens: Tokens) -> torch.Tensor:
-            nonlocal weighed
-            loss, factor = self.token_loss(tokens.student, tokens.teachers[0], tokens), self.token_weights(tokens)
-            if factor is not None:
-                weighed = True
-                token_weights[tokens.rows] = factor = factor.detach()
+            loss = self.token_loss(tokens.student, tokens.teachers[0], tokens)
+            if self.token_weights is not None:
+                token_weights[tokens.rows] = factor = self.token_weights(tokens).detach()
                 loss = loss * factor
             if self.token_advantages is not None:
                 sampled[:, tokens.rows] = torch.stack([tokens.of_sampled(t) for t in tokens.teachers])
@@ -378,7 +372,7 @@ class SelfDistillation:
                     with_entropy=needs["entropy"] or self.args.actor.entropy_coef is not None,
                 )
             micro_batch.mean(PREFIX + "loss", scores.token_loss[distilled].sum(), distilled.sum())
-            if weighed:
+            if self.token_weights is not None:  # not where a rank has weighed some: all ranks must report alike
                 micro_batch.mean(PREFIX + "token_weight", token_weights[distilled].sum(), distilled.sum())
             if self.normalizes_token_weights and distilled.any():
                 scores = replace(scores, loss=scores.loss / token_weights[distilled].mean())

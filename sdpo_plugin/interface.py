@@ -136,7 +136,8 @@ class MicroBatch:
         loss: OpenRLHF's policy loss, a scalar, from there on.
         log_probs: [B, A], of the student; to differentiate them, need `log_probs`.
         entropy: [B, A], differentiable, if someone needs it.
-        metrics: scalars to log, averaged over the response tokens of the whole rollout batch.
+        metrics: scalars to log, averaged over the response tokens of the whole rollout batch. Ranks add them up one by
+            one, so every rank must have the same names, of `mean` too.
         rollout_correction: OpenRLHF's own, `(old_log_probs, rollout_log_probs, mask)`, `[B, A]` each -> `[B, A]`: the
             factor that its policy loss gives each token by `--algo.advantage.is_correction_*`; 0 outside the mask.
     """

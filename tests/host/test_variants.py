@@ -3,7 +3,7 @@
 import pytest
 import torch
 from common import ROWS, ZERO, same
-from test_gradients import distance, twice  # noqa: F401
+from test_gradients import active, distance, twice  # noqa: F401
 
 TOKENS = ("--distill.topk", "20", "--algo.advantage.is_correction_level", "off")
 # That two steps show what 0.001 does.
@@ -32,6 +32,14 @@ def test_without_its_share_rlsd_is_the_policy_loss(replay):
     none, some = (replay("--algo", "rlsd", "--rlsd.mix", mix, *flags) for mix in ("0", "1"))
     norms = [run.metrics["train/actor_grad_norm"][0][1] for run in (plain, none, some)]
     assert norms[1] == pytest.approx(norms[0], rel=5e-3) and abs(norms[2] / norms[0] - 1) > 0.01
+
+
+def test_a_rank_without_a_token_to_weigh_reports_like_the_others(openrlhf, model, reward, recorded, active):  # noqa: F811
+    """One of sixteen samples has a context: on two ranks, in two micro-batches each."""
+    samples = ("--testing.replay", str(active(1)))
+    run = openrlhf(model, ROWS, reward, "--algo", "fsd", *TOKENS, *ZERO[2], *samples, replay=recorded)
+    assert run.metrics["train/self_distillation/token_weight"][0][1] > 0.0
+    assert run.metrics["train/self_distillation/empty_target_batch"][0][1] > 0.5
 
 
 @pytest.mark.parametrize(("name", "stage"), [("srpo", 2), ("rlcsd", 3)])
