@@ -31,7 +31,8 @@ def test_without_its_share_rlsd_is_the_policy_loss(replay):
     plain = replay("--algo.advantage.estimator", "group_norm", *ZERO[2], plain=True)
     none, some = (replay("--algo", "rlsd", "--rlsd.mix", mix, *flags) for mix in ("0", "1"))
     norms = [run.metrics["train/actor_grad_norm"][0][1] for run in (plain, none, some)]
-    assert norms[1] == pytest.approx(norms[0], rel=5e-3) and abs(norms[2] / norms[0] - 1) > 0.01
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)  # chunks of logits in bf16, and all at once
+    assert norms[2] != norms[1] and not same(some, none)
 
 
 def test_a_rank_without_a_token_to_weigh_reports_like_the_others(openrlhf, model, reward, recorded, active):  # noqa: F811
