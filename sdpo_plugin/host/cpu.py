@@ -11,6 +11,7 @@ engines assume about CUDA is met at the place where it is assumed, and only once
 | the device mesh is made of CUDA devices             | `init_device_mesh` on `cpu` (openrlhf.utils.deepspeed)     |
 | weights reach vLLM through NCCL                     | a gloo group on both sides (openrlhf.utils.distributed_util) |
 | vLLM keeps the weights it loaded                    | no packed copies of linear weights (vllm layers)           |
+| an engine has a core to wait for its worker on      | both in one process (vllm.platforms.cpu)                   |
 | C++ kernels are worth building                      | gloo and torch's AdamW (deepspeed): no compiler, no waiting |
 """
 
@@ -69,6 +70,7 @@ def enable() -> None:
     when_imported("openrlhf.utils.distributed_util")(_sync_weights_through_gloo)
     when_imported("openrlhf.trainer.ray.vllm_worker_wrap")(_receive_weights_on_cpu)
     when_imported("vllm.model_executor.layers.utils")(_keep_loaded_weights)
+    when_imported("vllm.platforms.cpu")(_engine_and_worker_in_one_process)
 
 
 def vllm_general_plugin() -> None:
@@ -256,3 +258,17 @@ def _keep_loaded_weights(module: Any) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     module.dispatch_cpu_unquantized_gemm = plain_linear
+
+
+def _engine_and_worker_in_one_process(module: Any) -> None:
+    check = module.CpuPlatform.check_and_update_config.__func__
+
+    # vLLM gives the worker a process of its own, so that it can bind threads to cores; here it has one thread. The
+    # engine then waits for the worker by spinning on a core.
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        parallel = vllm_config.parallel_config
+        asked = parallel.distributed_executor_backend
+        check(cls, vllm_config)
+        parallel.distributed_executor_backend = asked
+
+    module.CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
