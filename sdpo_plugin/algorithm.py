@@ -326,6 +326,10 @@ class SelfDistillation:
         self.teacher = self.make_teacher(worker)
 
     @hookimpl
+    def openrlhf_device_tensors(self, worker: Worker) -> list[torch.Tensor]:
+        return self.teacher.device_tensors()
+
+    @hookimpl
     def openrlhf_before_forward(self, micro_batch: MicroBatch) -> None:
         if "update_rate" in micro_batch.scalars:
             self.teacher.rate = micro_batch.scalars["update_rate"]

@@ -60,7 +60,6 @@ def refuse(args: Any) -> None:
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),
         ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),
         ("--ds.deepcompile", args.ds.deepcompile, "leave it out"),
-        ("--ds.enable_sleep", args.ds.enable_sleep, "leave it out"),
     ):
         if asked:
             raise ConfigError(f"{flag} is not supported with --algo {args.algo.name} yet; {fix}")

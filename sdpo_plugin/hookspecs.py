@@ -5,13 +5,15 @@ What they are given is in `interface.py`; `args` are OpenRLHF's nested arguments
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
     import argparse
+
+    import torch
 
     from sdpo_plugin.interface import MicroBatch, RolloutBatch, Worker
 
@@ -110,6 +112,14 @@ def openrlhf_model(actor: Any, args: Any) -> None:
 @hookspec
 def openrlhf_worker_setup(worker: Worker) -> None:
     """Model, optimizer and tokenizer of this rank are ready."""
+
+
+@hookspec
+def openrlhf_device_tensors(worker: Worker) -> Iterable[torch.Tensor]:
+    """This plugin's tensors in device memory that outlast a step, always in the same order.
+
+    With `--ds.enable_sleep` they are in host memory while the optimizer is: their `data` points there.
+    """
 
 
 @hookspec

@@ -368,12 +368,21 @@ class TeacherModel(Model, Protocol):
     def export(self, path: str) -> None:
         """Save the model in Hugging Face form. Collective."""
 
+    def device_tensors(self) -> list[torch.Tensor]:
+        """Weights of its own in device memory, all that are there between two passes. Collective."""
+
 
 class Masters(Protocol):
-    """The fp32 weights that the student's optimizer holds on this rank."""
+    """The fp32 weights that the student's optimizer holds on this rank.
+
+    Attributes:
+        layout: of each rank, (name, start, number of elements) of its fragments, in order.
+    """
+
+    layout: Sequence[Sequence[tuple[str, int, int]]]
 
     def fragments(self) -> dict[str, Fragment]:
-        """By parameter name; together the ranks hold every element. Valid until the optimizer moves them."""
+        """By parameter name; together the ranks hold every element. Valid until the optimizer moves or sleeps."""
 
 
 class Worker(Protocol):

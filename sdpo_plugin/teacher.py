@@ -58,6 +58,10 @@ class Teacher:
         """About the teacher, after the last optimizer step."""
         return {}
 
+    def device_tensors(self) -> list[torch.Tensor]:
+        """What it adds to the device's memory between two steps."""
+        return getattr(self.model, "device_tensors", list)()  # the student's own are not the teacher's
+
     def save(self, directory: str) -> None:
         """Write what a restart cannot rebuild into OpenRLHF's checkpoint."""
 
@@ -146,6 +150,9 @@ class EmaTeacher(Teacher):
             kept.copy_(rest)
         return difference.norm()
 
+    def device_tensors(self) -> list[torch.Tensor]:
+        return [*super().device_tensors(), *([] if self.config.offload else self.rest.values())]
+
     def metrics(self) -> dict[str, float]:
         """`ema_distance`: of student and teacher, relative to the student's norm, on this rank's part of both."""
         return {"teacher/ema_distance": self.distance, "teacher/update_rate": self.rate}
@@ -165,9 +172,9 @@ class EmaTeacher(Teacher):
 
     def save(self, directory: str) -> None:
         places, position = {}, 0
-        for name, fragment in self.worker.masters.fragments().items():
-            places[name] = (fragment.start, len(fragment.values), position)
-            position += len(fragment.values)
+        for name, start, numel in self.worker.masters.layout[self.worker.rank]:
+            places[name] = (start, numel, position)
+            position += numel
         path = os.path.join(directory, STATE.format(rank=self.worker.rank))
         with open(path + VALUES, "wb") as file:
             for _, values in self.average():

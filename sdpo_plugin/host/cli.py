@@ -11,7 +11,7 @@ from typing import Any
 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import GROUPS, ConfigError, StopTraining, add_group, chat_template_kwargs, options_page
-from sdpo_plugin.host import deterministic, recipe
+from sdpo_plugin.host import deterministic, recipe, sleep
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
 USAGE = """usage: openrlhf-sdpo train [--config RECIPE.yaml] [--algo NAME] [any flag of openrlhf.cli.train_ppo_ray]
@@ -141,6 +141,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     plugins.activate(nested, manager).hook.openrlhf_configure(args=nested)
     chat_template_kwargs(nested)
     deterministic.refuse(nested)
+    sleep.refuse(nested)
     acting = f"--algo {algorithm}" if plugins.algorithm() else "no self-distillation"
     print(f"openrlhf-sdpo: {acting}; plugins: {'; '.join(map(str, found))}")
     if on_cpu and (problem := cpu.refuse(nested)):

@@ -71,6 +71,7 @@ def enable() -> None:
     when_imported("openrlhf.trainer.ray.vllm_worker_wrap")(_receive_weights_on_cpu)
     when_imported("vllm.model_executor.layers.utils")(_keep_loaded_weights)
     when_imported("vllm.platforms.cpu")(_engine_and_worker_in_one_process)
+    when_imported("vllm.platforms.cpu")(_engines_may_sleep)
 
 
 def vllm_general_plugin() -> None:
@@ -82,9 +83,6 @@ def vllm_general_plugin() -> None:
 def refuse(args: Any) -> str | None:
     """What these (nested) arguments ask of a CPU that it cannot do, or None."""
     needs_gpu = {
-        "--train.colocate_all": args.train.colocate_all,
-        "--vllm.enable_sleep": args.vllm.enable_sleep,
-        "--ds.enable_sleep": args.ds.enable_sleep,
         "--ds.load_in_4bit": args.ds.load_in_4bit,
         "--ds.use_liger_kernel": args.ds.use_liger_kernel,
         "--ds.ring_attn_size": args.ds.ring_attn_size > 1,
@@ -194,7 +192,7 @@ def _plain_adam(module: Any) -> None:
                 settings.pop(of_the_kernels, None)
             super().__init__(params, **settings)
 
-    module.FusedAdam = module.DeepSpeedCPUAdam = Adam
+    module.FusedAdam = module.DeepSpeedCPUAdam = module.fused_adam.FusedAdam = Adam
 
 
 def _mesh_on_cpu(module: Any) -> None:
@@ -272,3 +270,7 @@ def _engine_and_worker_in_one_process(module: Any) -> None:
         parallel.distributed_executor_backend = asked
 
     module.CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _engines_may_sleep(module: Any) -> None:
+    module.CpuPlatform.is_sleep_mode_available = lambda self: True  # its worker does nothing and says so

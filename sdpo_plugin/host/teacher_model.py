@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sdpo_plugin.host import lora
-from sdpo_plugin.host.zero import images, publish
+from sdpo_plugin.host.zero import device_tensors, images, publish
 from sdpo_plugin.interface import Model, Worker
 
 
@@ -19,13 +19,16 @@ class SeparateTeacher:
         self.hidden_states, self.whole_head = actor.hidden_states, actor.whole_head
 
     def images(self) -> dict[str, torch.Tensor]:
-        return images(self.worker.masters.fragments(), self.actor.model.module)
+        return images(self.worker.masters.layout[self.worker.rank], self.actor.model.module)
 
     def publish(self) -> None:
         publish(self.worker.masters.layout, self.actor.model.module)
 
     def export(self, path: str) -> None:
         self.worker.strategy.save_model(self.actor, self.worker.tokenizer, path)
+
+    def device_tensors(self) -> list[torch.Tensor]:
+        return [] if self.actor._offload else device_tensors(self.actor.model.module)
 
 
 class AdapterTeacher:
@@ -41,17 +44,22 @@ class AdapterTeacher:
             return self.actor.hidden_states(*inputs)
 
     def images(self) -> dict[str, torch.Tensor]:
-        fragments = self.worker.masters.fragments()
-        named = {self._teacher_s(name): fragment for name, fragment in fragments.items()}
-        return dict(zip(fragments, images(named, self.actor.model.module).values(), strict=True))
+        names = [name for name, *_ in self.worker.masters.layout[self.worker.rank]]
+        found = images(self._layout()[self.worker.rank], self.actor.model.module)
+        return dict(zip(names, found.values(), strict=True))
 
     def publish(self) -> None:
-        layout = [[(self._teacher_s(name), *place) for name, *place in part] for part in self.worker.masters.layout]
-        publish(layout, self.actor.model.module)
+        publish(self._layout(), self.actor.model.module)
+
+    def device_tensors(self) -> list[torch.Tensor]:
+        return []  # adapters stay awake with the model they are in
 
     def export(self, path: str) -> None:
         lora.save_teacher(self.actor.model.module, path, write=self.worker.rank == 0)
 
-    def _teacher_s(self, name: str) -> str:
-        """The name of the weight that follows the student's of this name."""
-        return name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}.")
+    def _layout(self) -> list[list[tuple[str, int, int]]]:
+        """The student's, under the names of the weights that follow it."""
+        return [
+            [(name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}."), *place) for name, *place in part]
+            for part in self.worker.masters.layout
+        ]

@@ -15,6 +15,7 @@ from sdpo_plugin.host import checkpoint, lora
 from sdpo_plugin.host.actor import PolicyActor
 from sdpo_plugin.host.offload import OffloadedActor
 from sdpo_plugin.host.seams import overrides, seam
+from sdpo_plugin.host.sleep import Sleeper
 from sdpo_plugin.host.teacher_model import AdapterTeacher, SeparateTeacher
 from sdpo_plugin.host.trainer import PolicyTrainer, data_loader, windows_with_loss_mask
 from sdpo_plugin.host.zero import MasterWeights
@@ -41,6 +42,9 @@ class PolicyWorker(seam("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")):
             strategy.load_ckpt = checkpoint.flags_win(strategy.load_ckpt)
         super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
         self.trainer.worker = self
+        self.sleeper = Sleeper()
+        if self.args.ds.enable_sleep:  # OpenRLHF has put the optimizer to sleep already
+            super().reload_states()
         self.masters = MasterWeights(self.actor.model)
         self.hook.openrlhf_worker_setup(worker=self)
         if self.checkpoint_states:
@@ -48,6 +52,18 @@ class PolicyWorker(seam("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")):
                 path = self._checkpoint(latest.read().strip())
             self.hook.openrlhf_load_checkpoint(worker=self, path=path)
             checkpoint.load_random_state(path, self.rank)  # last, because setting up consumes random numbers
+        if self.args.ds.enable_sleep:
+            self.offload_states()
+
+    @overrides()
+    def offload_states(self) -> None:
+        self.sleeper.sleep(t for tensors in self.hook.openrlhf_device_tensors(worker=self) for t in tensors)
+        super().offload_states()
+
+    @overrides()
+    def reload_states(self) -> None:
+        super().reload_states()
+        self.sleeper.wake()
 
     def initial_model(self, offload: bool, follows: bool) -> TeacherModel:
         """As it was before training. A LoRA model has it inside: without its adapter, or under a second one."""
@@ -100,6 +116,7 @@ class PolicyWorker(seam("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")):
     def save_model(self) -> None:
         with lora.student_alone(self.actor.model.module):
             super().save_model()
+        self.sleeper.wake()
         self.hook.openrlhf_save_model(worker=self, path=self.args.ckpt.output_dir)
 
     def _checkpoint(self, tag: str) -> str:

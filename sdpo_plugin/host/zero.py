@@ -77,16 +77,29 @@ class MasterWeights:
         return found
 
 
-def images(fragments: Mapping[str, Fragment], module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parts of `module`'s own weights that correspond to `fragments`, matched by name; views to read and write."""
+def images(part: Sequence[tuple[str, int, int]], module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`module`'s own weights at the places of `part` (a rank's in `MasterWeights.layout`); views to read and write."""
     parameters = dict(module.named_parameters())
     found = {}
-    for name, fragment in fragments.items():
+    for name, start, numel in part:
         parameter = parameters[name]
         if is_partitioned(parameter):
-            found[name] = parameter.ds_tensor.data[: len(fragment.values)]
+            found[name] = parameter.ds_tensor.data[:numel]
         else:
-            found[name] = parameter.data.view(-1)[fragment.start : fragment.start + len(fragment.values)]
+            found[name] = parameter.data.view(-1)[start : start + numel]
+    return found
+
+
+def device_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What holds the weights on this device: parameters, or this rank's parts of them. Collective."""
+    found = []
+    for parameter in module.parameters():
+        if is_partitioned(parameter):
+            if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
+                parameter.partition()  # DeepSpeed keeps small ones whole
+            found.append(parameter.ds_tensor)
+        else:
+            found.append(parameter)
     return found
 
 
