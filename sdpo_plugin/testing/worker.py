@@ -85,6 +85,11 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
         def fragments(self) -> dict[str, Any]:
             return {name: Fragment(0, p.data.view(-1)) for name, p in self.actor.named_parameters()}
 
+        @property
+        def layout(self) -> list[list[tuple[str, int, int]]]:
+            mine = [(name, fragment.start, len(fragment.values)) for name, fragment in self.fragments().items()]
+            return [mine] * self.ranks
+
         def initial_model(self, offload: bool, follows: bool) -> Actor:
             return copy.deepcopy(self.actor)
 
