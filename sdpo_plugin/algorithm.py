@@ -196,8 +196,7 @@ class SelfDistillation:
     def openrlhf_dataset(self, dataset: Any, evaluation: bool, args: Any) -> None:
         if evaluation:  # only students answer there
             return
-        for row, record in enumerate(dataset):
-            messages = record[args.data.input_key]
+        for row, messages in enumerate(dataset[args.data.input_key]):
             if isinstance(messages, list) and (not messages or messages[-1].get("role") != "user"):
                 raise ConfigError(
                     f"--data.input_key {args.data.input_key}: row {row} has no user turn at its end, which is where "

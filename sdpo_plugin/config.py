@@ -210,6 +210,26 @@ class DiagnosticsConfig(Group):
         self.positive("tolerance", integer=True)
 
 
+@dataclass(frozen=True)
+class RewardConfig(Group):
+    """What happens when a reward function or service fails. For every run, with an algorithm or without."""
+
+    prefix = "reward"
+
+    on_error: str = option(
+        "stop", "after the last attempt, stop the run, or skip the sample: none of its tokens is in a loss, and its "
+        "group's statistics are those of the others", ("stop", "skip"),
+    )
+    attempts: int = option(1, "calls until a sample counts as failed, with 1, 2, 4, ... s between them")
+    timeout: float = option(600.0, "seconds until a call counts as failed; the run goes on without its thread")
+    max_skipped: float = option(0.1, "share of a rollout batch that may be skipped; above it the run stops")
+
+    def check(self) -> None:
+        self.positive("attempts", integer=True)
+        self.positive("timeout")
+        self.in_unit_interval("max_skipped")
+
+
 GROUPS: tuple[type[Group], ...] = (DistillConfig, TeacherConfig, RepromptConfig, DiagnosticsConfig)
 
 

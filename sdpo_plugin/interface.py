@@ -39,8 +39,10 @@ class RolloutBatch:
     """All samples of one step, rewarded, in data order: `args.rollout.n_samples_per_prompt` per prompt.
 
     Attributes:
-        samples: OpenRLHF's `Experience`, one row each, with `record` (the data-set row) and `feedback` (text or None).
-        rewards: float per sample, before length penalties and baselines.
+        samples: OpenRLHF's `Experience`, one row each, with `record` (the data-set row), `feedback` (text or None) and
+            `skipped` (why it has no reward, or None).
+        rewards: float per sample, before length penalties and baselines; None where the reward function failed and the
+            sample is skipped (`--reward.on_error`).
         args, tokenizer: OpenRLHF's.
         max_positions: the longest sequence that the policy model is made for, in tokens.
         metrics: scalars a plugin wants logged for this step.
@@ -53,10 +55,10 @@ class RolloutBatch:
         self.max_positions = max_positions
         self.metrics: dict[str, float] = {}
         self._experiences = experiences
-        self.rewards = [0.0] * len(samples)
+        self.rewards: list[float | None] = [0.0] * len(samples)
         for experience in experiences:
             for index, reward in zip(experience.index, experience.rewards.tolist(), strict=True):
-                self.rewards[index] = reward
+                self.rewards[index] = None if getattr(samples[index], "skipped", None) else reward
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -7,10 +7,16 @@ import pytest
 from common import REWARD, ROWS, SDPO, TWO_RANKS
 from safetensors.torch import load_file
 
+from sdpo_plugin.host.cluster import HIDDEN
 from sdpo_plugin.testing import Run, tiny_model
 
 # Where the processes of a run find the plugins that tests name in `--plugins`.
+os.environ["CUDA_VISIBLE_DEVICES"] = HIDDEN  # the tests stay on the CPU, whatever is there
 os.environ["PYTHONPATH"] = str(Path(__file__).parent / "plugins")
+
+
+def pytest_report_header() -> str:
+    return "OpenRLHF runs on the CPU in all tests; GPUs are hidden from them"
 
 
 @pytest.fixture(scope="session")

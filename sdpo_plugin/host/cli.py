@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import GROUPS, ConfigError, StopTraining, add_group, chat_template_kwargs, options_page
+from sdpo_plugin.config import GROUPS, RewardConfig, add_group, chat_template_kwargs, from_namespace, options_page
 from sdpo_plugin.host import deterministic, recipe, sleep
+from sdpo_plugin.host.cluster import PLATFORMS, VARIABLE
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
 USAGE = """usage: openrlhf-sdpo train [--config RECIPE.yaml] [--algo NAME] [any flag of openrlhf.cli.train_ppo_ray]
@@ -26,10 +27,20 @@ def main(command: Sequence[str] | None = None) -> None:
         sys.exit(USAGE if name in ("-h", "--help") else f"unknown command {name}\n{USAGE}")
     try:
         commands[name](arguments)
-    except ConfigError as error:
-        sys.exit(f"openrlhf-sdpo: error: {getattr(error, 'cause', error)}")  # Ray's error is of its cause's type, too
-    except StopTraining as reason:
-        sys.exit(f"openrlhf-sdpo: stopped: {getattr(reason, 'cause', reason)}")
+    except Exception as error:
+        from sdpo_plugin.host import failures
+
+        _end_quietly()
+        code, message = failures.told(error)
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(code)
+
+
+def _end_quietly() -> None:
+    """End Ray, if it runs, so that nothing is printed after the error, and nothing stays behind."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+    sys.stdout.flush()
 
 
 def train(arguments: list[str]) -> None:
@@ -39,13 +50,14 @@ def train(arguments: list[str]) -> None:
         ConfigError: before Ray starts or a model loads.
         SeamError: the installed OpenRLHF cannot be extended.
     """
-    import torch
+    from sdpo_plugin.host import cluster
 
-    on_cpu = not torch.cuda.is_available()
+    joined = cluster.joined()
+    on_cpu = cluster.on_cpu(_early(arguments)[0].platform, joined)
     if on_cpu:
         from sdpo_plugin.host import cpu
 
-        print("openrlhf-sdpo: no CUDA here, running OpenRLHF on CPU (for trying and testing; see docs/cpu.md)")
+        print("openrlhf-sdpo: running OpenRLHF on CPU (for trying and testing; see docs/cpu.md)")
         cpu.enable()
     from sdpo_plugin.host import seams
 
@@ -55,7 +67,9 @@ def train(arguments: list[str]) -> None:
         raise seams.SeamError(seams.cannot_be_extended(f"  {error}")) from error
     seams.check()
     install()
-    _extend_parser(on_cpu)
+    from sdpo_plugin.host import preflight
+
+    _extend_parser(on_cpu, lambda args: preflight.check(args, joined, on_cpu))
     sys.argv = [LAUNCHER, *arguments]
     runpy.run_module(LAUNCHER, run_name="__main__", alter_sys=True)
 
@@ -78,11 +92,11 @@ def show_options(arguments: list[str]) -> None:
     """Print docs/options.md."""
     offered = plugins.algorithms(plugins.load()[0]).values()
     own = [group for algorithm in offered for group in getattr(algorithm, "options", ())]
-    print(options_page([*GROUPS, *dict.fromkeys(own)]), end="")
+    print(options_page([*GROUPS, *dict.fromkeys(own), RewardConfig]), end="")
 
 
-def _extend_parser(on_cpu: bool) -> None:
-    """Let OpenRLHF's parser, and no other, take plugins into account.
+def _extend_parser(on_cpu: bool, check: Callable[[Any], None]) -> None:
+    """Let OpenRLHF's parser, and no other, take plugins into account, and have `check` look at the nested result.
 
     OpenRLHF builds its parser under `if __name__ == "__main__"`, out of reach, and calls `parse_args()` on it.
     """
@@ -92,7 +106,11 @@ def _extend_parser(on_cpu: bool) -> None:
         if not any(action.dest == "actor.model_name_or_path" for action in parser._actions):
             return original(parser, args, namespace)
         argparse.ArgumentParser.parse_args = original
-        return parse(parser, sys.argv[1:] if args is None else list(args), on_cpu)
+        parsed = parse(parser, sys.argv[1:] if args is None else list(args), on_cpu)
+        from openrlhf.utils.config import hierarchize
+
+        check(hierarchize(parsed))
+        return parsed
 
     argparse.ArgumentParser.parse_args = parse_args
 
@@ -106,7 +124,12 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     algo = group.add_argument("--algo", dest="algo.name", metavar="NAME", help="self-distillation algorithm")
     group.add_argument("--config", metavar="RECIPE.yaml", help="flags as nested YAML; the command line wins")
     group.add_argument("--plugins", nargs="*", default=[], metavar="MODULE", help="plugin modules besides installed")
+    group.add_argument(
+        "--platform", choices=PLATFORMS, help="where the workers run; auto: on CPU if neither this machine nor the Ray "
+        f"cluster that is joined has a GPU (default: the environment's {VARIABLE}, or auto)",
+    )  # fmt: skip
     deterministic.add_argument(group)
+    add_group(parser, RewardConfig)
     group.add_argument(
         "--data.chat_template_kwargs", default="{}", metavar="JSON",
         help="what the chat template is given besides the messages, for student and teacher, in training and "
@@ -114,14 +137,9 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     )
 
     # Plugins add flags and algorithms set defaults, so these must be known before the rest can be parsed.
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--algo", "--config"):
-        early.add_argument(name)
-    early.add_argument("--plugins", nargs="*")
-    known, _ = early.parse_known_args(arguments)
-    from_recipe = recipe.load(known.config) if known.config else {}
-    algorithm = known.algo or from_recipe.get("algo.name")
-    manager, found = plugins.load(known.plugins or from_recipe.get("plugins") or ())
+    known, from_recipe = _early(arguments)
+    algorithm = known.algo
+    manager, found = plugins.load(known.plugins or ())
     algo.help += ": " + ", ".join(plugins.algorithms(manager))
     manager.hook.openrlhf_add_arguments(parser=parser)
     chosen = plugins.algorithm_class(manager, algorithm) if algorithm else None
@@ -142,11 +160,26 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     chat_template_kwargs(nested)
     deterministic.refuse(nested)
     sleep.refuse(nested)
+    from_namespace(RewardConfig, nested)
     acting = f"--algo {algorithm}" if plugins.algorithm() else "no self-distillation"
     print(f"openrlhf-sdpo: {acting}; plugins: {'; '.join(map(str, found))}")
-    if on_cpu and (problem := cpu.refuse(nested)):
-        raise ConfigError(problem)
+    if on_cpu:
+        cpu.refuse(nested)
     return argparse.Namespace(**_flat(nested))
+
+
+def _early(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """What must be known before the rest can be parsed, and the recipe."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--algo", "--config", "--platform"):
+        early.add_argument(name)
+    early.add_argument("--plugins", nargs="*")
+    known, _ = early.parse_known_args(arguments)
+    from_recipe = recipe.load(known.config) if known.config else {}
+    for name, key in (("algo", "algo.name"), ("plugins", "plugins"), ("platform", "platform")):
+        if getattr(known, name) is None:
+            setattr(known, name, from_recipe.get(key))
+    return known, from_recipe
 
 
 def _flat(nested: SimpleNamespace, prefix: str = "") -> dict[str, Any]:

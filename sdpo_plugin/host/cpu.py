@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import socket
 import sys
 import types
 from collections.abc import Callable
@@ -26,8 +27,13 @@ from typing import Any
 
 from wrapt import when_imported
 
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.host import cluster
+
 # Read by vLLM's own child processes, which are not Ray workers and load no set-up hook (`vllm_general_plugin`).
 ENABLED = "SDPO_PLUGIN_CPU"
+
+CUDA_IS_HERE = "CPU mode was asked for (--platform), but CUDA is available"
 
 ENVIRONMENT = {
     ENABLED: "1",
@@ -56,7 +62,10 @@ def enable() -> None:
     import torch
 
     if torch.cuda.is_available():
-        raise RuntimeError("CPU mode was asked for, but CUDA is available: run OpenRLHF as it is")
+        raise RuntimeError(
+            f"{CUDA_IS_HERE}: {socket.gethostname()} has CUDA. Give --platform cuda; on one machine --platform cpu "
+            "hides its GPUs, in a cluster it is for nodes without one"
+        )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "flash_attn" in sys.modules:
@@ -80,8 +89,8 @@ def vllm_general_plugin() -> None:
         enable()
 
 
-def refuse(args: Any) -> str | None:
-    """What these (nested) arguments ask of a CPU that it cannot do, or None."""
+def refuse(args: Any) -> None:
+    """Raises ConfigError where these (nested) arguments ask of a CPU what it cannot do."""
     needs_gpu = {
         "--ds.load_in_4bit": args.ds.load_in_4bit,
         "--ds.use_liger_kernel": args.ds.use_liger_kernel,
@@ -93,8 +102,7 @@ def refuse(args: Any) -> str | None:
     }
     for flag, asked in needs_gpu.items():
         if asked:
-            return f"{flag} as given needs a CUDA GPU, and this machine has none; leave it out"
-    return None
+            raise ConfigError(f"{flag} as given needs a CUDA GPU, and this run is on CPU; leave it out")
 
 
 def with_resources(init: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,10 +114,13 @@ def with_resources(init: Callable[..., Any]) -> Callable[..., Any]:
         environment = dict(kwargs.get("runtime_env") or {})
         environment["worker_process_setup_hook"] = "sdpo_plugin.host.cpu.enable"
         kwargs["runtime_env"] = environment
-        if args or kwargs.get("address") or os.environ.get("RAY_ADDRESS"):
+        if args or kwargs.get("address"):
+            return init(*args, **kwargs)
+        if cluster.joined() is not None:
             return init(*args, **kwargs)
         # Ray hands out one GPU and one CPU per model process; here both are only names for processes.
-        kwargs |= {"num_gpus": 64, "num_cpus": 64, "include_dashboard": False}
+        gpus = cluster.MADE_UP_GPUS
+        kwargs |= {"num_gpus": gpus, "num_cpus": gpus, "include_dashboard": False}
         try:
             return init(**kwargs)
         except Exception as error:

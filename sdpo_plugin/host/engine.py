@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import traceback
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sdpo_plugin.config import ConfigError
+from sdpo_plugin.config import ConfigError, RewardConfig
 from sdpo_plugin.host import deterministic
 from sdpo_plugin.host.seams import overrides, seam
 
@@ -19,13 +21,16 @@ FEEDBACK = "feedback"
 FAILURE = "reward_failure"
 REQUEST = "request"  # key of a response: the `Request` it answers
 
+MAX_THREADS = 4096
+
 Fetch = Callable[..., Awaitable[list[dict[str, Any]]]]
 
 
-# Of the request being served, per asyncio task: what to sample behind, the prompt it stands for, and the length of what
-# OpenRLHF left of that.
+# Of the request being served, per asyncio task: what to sample behind, the prompt it stands for, what to do when its
+# reward function fails, and the length of what OpenRLHF left of the prompt.
 _shown: ContextVar[list[int] | None] = ContextVar("shown", default=None)
 _own: ContextVar[list[int]] = ContextVar("own")
+_reward: ContextVar[RewardConfig] = ContextVar("reward")
 _replaced: ContextVar[int | None] = ContextVar("replaced", default=None)
 
 
@@ -36,12 +41,14 @@ class Request:
     Attributes:
         dataset, row: `id` of the data set in the controller's process, and the row of the prompt in it.
         shown: token ids to sample behind in place of the prompt's own, or None.
+        reward: what to do when the reward function fails.
         seed: numbers that a sample's own seed is made of, or None (`--rollout.deterministic`).
         order: position among the prompts sent out so far.
     """
 
     dataset: int
     row: int
+    reward: RewardConfig = RewardConfig()
     shown: list[int] | None = None
     seed: tuple[int, ...] | None = None
     order: int = 0
@@ -70,13 +77,20 @@ class Engine(RolloutRayActor):
     async def __init__(self, *args: Any, **kwargs: Any) -> None:
         await super().__init__(*args, **kwargs)
         if isinstance(self.executor, SingleTurnAgentExecutor):
+            # A thread that never returns is left behind, so there must be more threads than may work at a time.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_THREADS))
+            at_a_time = asyncio.Semaphore(min(32, (os.cpu_count() or 1) + 4))  # as many as asyncio's default
             for name in _FETCHES:
-                setattr(self.executor, name, feedback_and_failures_kept(getattr(self.executor, name)))
+                fetch = feedback_and_failures_kept(getattr(self.executor, name), at_a_time)
+                setattr(self.executor, name, fetch)
+        else:
+            self.executor.execute = failures_kept(self.executor.execute)
         self.alone = asyncio.Lock()
 
     @overrides("prompt", "num_samples")
     async def generate_responses(self, prompt: Prompt, num_samples: int = 1, **kwargs: Any) -> list[dict[str, Any]]:
         text, request = str(prompt), prompt.request
+        _reward.set(request.reward)
         _shown.set(request.shown)
         if request.shown is not None:
             _own.set(kwargs["hf_tokenizer"](text, add_special_tokens=False)["input_ids"])
@@ -107,20 +121,56 @@ class Engine(RolloutRayActor):
             return await super().generate(prompt_token_ids, sampling_params, **kwargs)
 
 
-def feedback_and_failures_kept(fetch: Fetch) -> Fetch:
-    """`fetch` with `feedback` moved to `extra_logs`, and an exception, which OpenRLHF swallows, turned into data."""
+def feedback_and_failures_kept(fetch: Fetch, at_a_time: asyncio.Semaphore) -> Fetch:
+    """`fetch` with `feedback` moved to `extra_logs`, tried as often and waited for as long as the request says.
+
+    What it raises, OpenRLHF swallows: here it becomes data, one line and the traceback.
+    """
 
     async def call(queries: list[str], prompts: list[str], labels: list[Any]) -> list[dict[str, Any]]:
-        try:
-            results = await fetch(queries, prompts, labels)
-            return [_with_feedback(result) for result in results]
-        except Exception:
-            return [{"extra_logs": {FAILURE: traceback.format_exc()}} for _ in queries]
+        config, failure = _reward.get(), ""
+        for attempt in range(config.attempts):
+            if attempt:
+                await asyncio.sleep(2.0 ** (attempt - 1))
+            try:
+                async with at_a_time:
+                    results = await asyncio.wait_for(fetch(queries, prompts, labels), config.timeout)
+                return [_with_feedback(result) for result in results]
+            except (TimeoutError, asyncio.TimeoutError):
+                failure = f"no answer within {config.timeout:g} s (--reward.timeout)"
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        return [{"extra_logs": {FAILURE: failure}} for _ in queries]
 
     return call
 
 
-def _with_feedback(result: dict[str, Any]) -> dict[str, Any]:
+def failures_kept(execute: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
+    """An agent's `execute`, whose exceptions become a response without an action."""
+
+    async def call(**given: Any) -> dict[str, Any]:
+        try:
+            return await execute(**given)
+        except ConfigError:
+            raise
+        except Exception as error:
+            if type(error).__name__.startswith("Engine"):  # vLLM's, not the agent's
+                raise
+            ids = given["hf_tokenizer"](given["prompt"], add_special_tokens=False)["input_ids"][-given["max_length"] :]
+            return {
+                "prompt": given["prompt"], "label": given["label"], "images": None, "mm_train_inputs": None,
+                "reward": None, "scores": None, "observation_tokens": ids, "action_ranges": [], "truncated": False,
+                "rollout_log_probs": None if given["sampling_params"].logprobs is None else [0.0] * len(ids),
+                "extra_logs": {FAILURE: f"{type(error).__name__}: {error}\n{traceback.format_exc()}"},
+            }  # fmt: skip
+
+    return call
+
+
+def _with_feedback(result: Any) -> dict[str, Any]:
+    if not isinstance(result, dict) or result.get("rewards") is None:
+        given = f"a dict with {', '.join(map(repr, result))}" if isinstance(result, dict) else type(result).__name__
+        raise TypeError(f"expected a dict with 'rewards', one number per query, but {given} was returned")
     if FEEDBACK not in result:
         return result
     feedback = result[FEEDBACK]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -13,17 +14,15 @@ import torch
 from transformers import AutoConfig
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import chat_template_kwargs
+from sdpo_plugin.config import RewardConfig, chat_template_kwargs, from_namespace
 from sdpo_plugin.host import deterministic
 from sdpo_plugin.host.engine import FAILURE, FEEDBACK, REQUEST, Prompt, Request
+from sdpo_plugin.host.failures import RewardError
 from sdpo_plugin.host.seams import overrides, seam
 from sdpo_plugin.interface import RolloutBatch, attached_loss_mask
 
 _TRAINER = "openrlhf.trainer.ppo_trainer"
-
-
-class RewardError(RuntimeError):
-    """A reward function failed; OpenRLHF alone would go on without a reward."""
+logger = logging.getLogger(__name__)
 
 
 class PromptDataset(seam(f"{_TRAINER}:PromptDataset")):
@@ -62,12 +61,15 @@ class SamplesGenerator(seam(f"{_TRAINER}:SamplesGenerator")):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.order = deterministic.Order(self.args)
+        self.reward: RewardConfig = from_namespace(RewardConfig, self.args)
 
     @overrides()
     def generate_eval_samples(self, **kwargs: Any) -> list[Any]:
         self.evaluating = True
         try:
-            return super().generate_eval_samples(**kwargs)
+            samples = super().generate_eval_samples(**kwargs)
+            rewarded(samples, self.args.eval.n_samples_per_prompt, self.reward)
+            return samples
         finally:
             self.evaluating = False
 
@@ -80,6 +82,8 @@ class SamplesGenerator(seam(f"{_TRAINER}:SamplesGenerator")):
     @overrides("prompts", "labels")
     def _dispatch_prompts_to_vllm(self, prompts: list[Prompt], labels: list[Any], **kwargs: Any) -> list[Any]:
         self.order.stamp([prompt.request for prompt in prompts])
+        for prompt in prompts:
+            prompt.request.reward = self.reward
         if not self.evaluating:
             hook = plugins.active().hook
             for prompt in prompts:
@@ -92,12 +96,17 @@ class SamplesGenerator(seam(f"{_TRAINER}:SamplesGenerator")):
     @overrides("response")
     def _process_response_into_experience(self, response: dict[str, Any], **kwargs: Any) -> Any:
         extra_logs = dict(response.get("extra_logs") or {})
-        if failure := extra_logs.get(FAILURE):
-            url = self.args.reward.remote_url
-            raise RewardError(f"--reward.remote_url {url}: the reward function failed\n{failure}")
+        skipped = None
+        if failure := extra_logs.pop(FAILURE, None):
+            error = reward_error(failure, self.args)
+            if self.reward.on_error == "stop":
+                raise error
+            skipped = str(error).splitlines()[0]
+            logger.warning(f"sample skipped: {skipped}")
+            response = {**response, "action_ranges": []}  # none of its tokens counts
         feedback = extra_logs.pop(FEEDBACK, None)
         sample = super()._process_response_into_experience({**response, "extra_logs": extra_logs}, **kwargs)
-        sample.feedback = feedback
+        sample.feedback, sample.skipped = feedback, skipped
         request = response[REQUEST]
         sample.order, sample.record = request.order, self._record(request)
         plugins.active().hook.openrlhf_sample(sample=sample, response=response, args=self.args)
@@ -107,6 +116,48 @@ class SamplesGenerator(seam(f"{_TRAINER}:SamplesGenerator")):
         loaders = (loader for loader in (self.prompts_dataloader, self.eval_dataloader) if loader is not None)
         (dataset,) = (loader.dataset for loader in loaders if id(loader.dataset) == request.dataset)
         return dataset.rows[request.row]
+
+
+def reward_error(failure: str, args: Any) -> RewardError:
+    agent, url = args.train.agent_func_path, args.reward.remote_url
+    source = f"--train.agent_func_path {agent}: the agent" if agent else (
+        f"--reward.remote_url {','.join(url)}: the reward function"
+    )  # fmt: skip
+    return RewardError(f"{source} failed: {failure}")
+
+
+def rewarded(samples: Sequence[Any], per_prompt: int, config: RewardConfig) -> float:
+    """Give skipped samples what keeps OpenRLHF's means: the mean of their prompt's others, or of the batch's.
+
+    Returns:
+        The share of skipped samples.
+
+    Raises:
+        RewardError: more than `--reward.max_skipped` are.
+    """
+    reasons = [sample.skipped for sample in samples if sample.skipped]
+    if not reasons:
+        return 0.0
+    if len(reasons) > config.max_skipped * len(samples):
+        raise RewardError(
+            f"--reward.max_skipped {config.max_skipped:g}: {len(reasons)} of {len(samples)} samples have no reward, "
+            f"the last one because {reasons[-1]}"
+        )
+    everyone = [sample for sample in samples if not sample.skipped]
+    for start in range(0, len(samples), per_prompt):
+        group = samples[start : start + per_prompt]
+        known = [sample for sample in group if not sample.skipped] or everyone
+        for sample in group:
+            if sample.skipped:
+                for name in ("rewards", "scores"):
+                    setattr(sample, name, _mean_of([getattr(s, name) for s in known]))
+                for name in known[0].info.keys() - sample.info.keys():
+                    sample.info[name] = _mean_of([s.info[name] for s in known])
+    return len(reasons) / len(samples)
+
+
+def _mean_of(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([torch.as_tensor(value).float() for value in values]).mean(dim=0)
 
 
 @cache
@@ -121,7 +172,8 @@ class ExperienceMaker(seam(f"{_TRAINER}:RemoteExperienceMaker")):
 
     @overrides("rollout_samples")
     def make_experience_batch(self, rollout_samples: Sequence[Any]) -> list[Any]:
-        self.samples = rollout_samples
+        self.samples, config = rollout_samples, from_namespace(RewardConfig, self.args)
+        self.skipped = rewarded(rollout_samples, self.args.rollout.n_samples_per_prompt, config)
         return balanced(super().make_experience_batch(rollout_samples), self._ranks())
 
     @overrides("group", "sync_condition")
@@ -139,6 +191,8 @@ class ExperienceMaker(seam(f"{_TRAINER}:RemoteExperienceMaker")):
     def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
         positions = max_positions(self.args.actor.model_name_or_path)
         batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer, positions)
+        if self.args.reward.on_error == "skip":
+            batch.metrics["reward_skipped_fraction"] = self.skipped
         plugins.active().hook.openrlhf_batch(batch=batch)
         self.metrics = batch.metrics
         return super().compute_advantages_and_returns(experiences)

@@ -1,8 +1,8 @@
 """`python -m openrlhf.cli.train_ppo_ray --algo NAME ...` becomes `openrlhf-sdpo train --algo NAME ...`.
 
-So does every command line with `--config` or `--plugins`, and any at all where another distribution has installed a
-plugin, which is to act. Else OpenRLHF's command is left alone. Imported by `startup.pth` when an interpreter starts for
-OpenRLHF's launcher.
+So does every command line with `--config`, `--plugins` or `--platform`, and any at all where another distribution has
+installed a plugin, which is to act. Else OpenRLHF's command is left alone. Imported by `startup.pth` when an
+interpreter starts for OpenRLHF's launcher.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
 ENTRY_POINTS = "openrlhf.plugins"
 ALLOWED = "OPENRLHF_PLUGINS"  # the names of installed plugins that may be loaded, if not all of them
-FLAGS = ("--algo", "--config", "--plugins")
+FLAGS = ("--algo", "--config", "--plugins", "--platform")
 
 
 def redirect(command: list[str], installed: Iterable[str]) -> list[str] | None:

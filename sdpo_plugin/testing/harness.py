@@ -15,12 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdpo_plugin.host.cluster import HIDDEN
+
 if TYPE_CHECKING:
     import torch
 
 
 class RunFailed(RuntimeError):
-    """The launcher ended with an error; the message holds the end of its output."""
+    """The launcher ended with an error; the message holds the end of its output.
+
+    Attributes:
+        code: its exit code, or None where it did not end in time. output: what it printed. seconds: how long it ran.
+    """
+
+    def __init__(self, code: int | None, output: Path, seconds: float) -> None:
+        self.code, self.output, self.seconds = code, output.read_text(), seconds
+        status = "no end in time" if code is None else code
+        super().__init__(f"{status}; {output} ends\n{self.output[-4000:]}")
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class OpenRLHF:
         self.directory, self.runs = directory, 0
         self.launchers = multiprocessing.get_context("forkserver")
         self.launchers.set_forkserver_preload(["sdpo_plugin.testing.warm"])
+        self.environment = {"CUDA_VISIBLE_DEVICES": HIDDEN}  # the harness stays on the CPU, whatever is there
 
     def __call__(
         self,
@@ -109,31 +121,34 @@ class OpenRLHF:
             f"--ckpt.path={directory}/ckpt", f"--logger.tensorboard_dir={directory}/tensorboard",
         ]  # fmt: skip
         if not plain:
-            arguments.append(f"--testing.record={directory}/samples")
+            arguments += ["--platform=cpu", f"--testing.record={directory}/samples"]
             arguments += [f"--testing.replay={replay.directory}/samples"] if replay else []
             flags = with_plugin(flags)
         began, output = time.monotonic(), directory / "output.txt"
         if fresh:
             command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", *arguments, *flags]
             with open(output, "w") as log:
-                process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **self.environment}
+                )
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
             code = process.returncode
         else:
+            environment = {**os.environ, **self.environment}
             process = self.launchers.Process(
                 target=_launch,
-                args=([*arguments, *flags], f"{replay.directory}/samples" if plain else None, dict(os.environ), output),
+                args=([*arguments, *flags], f"{replay.directory}/samples" if plain else None, environment, output),
             )
             process.start()
             process.join(timeout)
             code = process.exitcode
-        status = "no end in time" if code is None else code
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # whatever Ray started ends with the run
-        if status != 0:
-            raise RunFailed(f"{status}; {output} ends\n{output.read_text()[-4000:]}")
-        return Run(directory, output.read_text(), time.monotonic() - began)
+        seconds = time.monotonic() - began
+        if code != 0:
+            raise RunFailed(code, output, seconds)
+        return Run(directory, output.read_text(), seconds)
 
 
 def with_plugin(flags: tuple[str, ...]) -> tuple[str, ...]:

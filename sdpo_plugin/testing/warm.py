@@ -7,8 +7,9 @@ import os
 RAY = {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": str(os.getpid())}
 os.environ.update(RAY)
 
-from sdpo_plugin.host import cpu  # noqa: E402
+from sdpo_plugin.host import cluster, cpu  # noqa: E402
 
+os.environ["CUDA_VISIBLE_DEVICES"] = cluster.HIDDEN
 cpu.enable()
 
 from sdpo_plugin.host import controller, engine, worker  # noqa: E402, F401

@@ -327,7 +327,7 @@ def test_a_checkpoint_without_a_teacher_is_named(tmp_path):
 
 
 def test_prompts_without_a_user_turn_are_refused_before_training():
-    rows = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": "assistant", "content": "b"}]}]
+    rows = {"prompt": [[{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]]}
     args = fake_worker().args
     with pytest.raises(ConfigError, match="--data.input_key prompt: row 1 has no user turn at its end"):
         SDPO(args).openrlhf_dataset(rows, False, args)

@@ -27,7 +27,7 @@ def test_every_response_is_scored_behind_the_student_s_own_tokens():
     (contexts,) = plugin.contexts(batch, rollouts)
     assert [context.active for context in contexts] == [True, False]
     assert plugin.teacher_prompt(batch, 0, contexts[0]) == ([5, 6], False)
-    plugin.openrlhf_dataset([{"prompt": [{"role": "assistant", "content": "b"}]}], False, args)
+    plugin.openrlhf_dataset({"prompt": [[{"role": "assistant", "content": "b"}]]}, False, args)
 
 
 def test_with_a_section_only_samples_with_a_context_are_taught():

@@ -9,10 +9,10 @@ from sdpo_plugin.testing import fake_worker
 
 
 def test_a_missing_column_is_named():
-    class Rows(list):
+    class Rows(dict):
         column_names = ["prompt", "label"]
 
     args = fake_worker().args
-    rows = Rows([{"prompt": [{"role": "user", "content": "a"}]}])
+    rows = Rows(prompt=[[{"role": "user", "content": "a"}]])
     with pytest.raises(ConfigError, match="privileged_key privileged_context: the data set has no such column; it has"):
         SDFT(args).openrlhf_dataset(rows, False, args)

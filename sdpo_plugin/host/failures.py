@@ -1,0 +1,127 @@
+"""How a run that fails ends: one message (what, where, what to do), a file with everything, an exit code.
+
+| code | whose                                                             |
+| ---- | ----------------------------------------------------------------- |
+| 0    | the run is over                                                   |
+| 1    | this software's: this package, OpenRLHF, or a plugin              |
+| 2    | your settings or your data                                        |
+| 3    | your reward function or agent                                     |
+| 4    | the machine's: memory, disk, a process or node that died          |
+| 5    | nobody's: a plugin stopped the run, and its last step is saved    |
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+
+from sdpo_plugin.config import ConfigError, StopTraining
+from sdpo_plugin.host.seams import SeamError
+
+SOFTWARE, SETTINGS, REWARD, MACHINE, STOPPED = 1, 2, 3, 4, 5
+FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
+NO_ROOM = (
+    "lower --train.micro_batch_size and --rollout.micro_batch_size, --teacher.max_tokens_per_gpu or "
+    "--vllm.gpu_memory_utilization, or use --teacher.offload; openrlhf-sdpo doctor --config RECIPE shows what takes it"
+)
+
+
+class RewardError(RuntimeError):
+    """A reward function or an agent failed; OpenRLHF alone would go on without a reward.
+
+    The first line says what happened, the rest is the traceback.
+    """
+
+
+@dataclass(frozen=True)
+class Failure:
+    """`what` went wrong, `where` (of the last frame, or of the actor) and what to do (`fix`), "" where unknown."""
+
+    code: int
+    what: str
+    where: str = ""
+    fix: str = ""
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised first: Ray wraps an actor's error once for every actor it goes through."""
+    while isinstance(inner := getattr(error, "cause", None), BaseException):
+        error = inner
+    return error
+
+
+def explain(error: BaseException) -> Failure:
+    """An error of the launcher, or one that Ray brought from an actor."""
+    cause, text = cause_of(error), "".join(traceback.format_exception(error))
+    kind, said = type(cause).__name__, str(cause).strip() or "(no message)"
+    actor = getattr(error, "function_name", "") if hasattr(error, "traceback_str") else ""
+    if isinstance(cause, ConfigError):
+        return Failure(SETTINGS, said, actor)
+    if isinstance(cause, StopTraining):
+        return Failure(STOPPED, f"stopped: {said}")
+    if isinstance(cause, RewardError):
+        first, _, trace = said.partition("\n")
+        return Failure(REWARD, first, last_frame(trace), "correct it, or --reward.on_error skip")
+    if isinstance(cause, SeamError):
+        return Failure(SOFTWARE, said, fix="install a tested version")
+    if "CPU mode was asked for" in text:
+        found = re.search(r"CPU mode was asked for.*", text)[0]
+        return Failure(SETTINGS, found)
+    if kind == "OutOfMemoryError" or "out of memory" in said.lower():
+        return Failure(MACHINE, f"out of memory: {said.splitlines()[0]}", actor or last_frame(text), NO_ROOM)
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return Failure(MACHINE, said, last_frame(text), "make room, or give another --ckpt.path and --ckpt.output_dir")
+    if kind in ("EngineDeadError", "EngineGenerateError"):
+        return Failure(
+            MACHINE, f"a rollout engine died: {said.splitlines()[0]}", actor,
+            "its own last lines are above; lower --vllm.gpu_memory_utilization if it had no memory",
+        )  # fmt: skip
+    if kind in ("ActorDiedError", "ActorUnavailableError", "RayActorError", "WorkerCrashedError", "NodeDiedError"):
+        who = re.search(r"class_name: (\S+)", said)
+        why = re.search(r"(?:The actor died because|Worker exit detail:|The actor is dead because) *(.*)", said)
+        name = who[1] if who else "a worker"
+        return Failure(
+            MACHINE, f"{name} died: {(why[1] if why else said.splitlines()[0])[:300]}", "",
+            "look at the node's memory (dmesg); --ckpt.load_enable goes on from the last checkpoint",
+        )  # fmt: skip
+    if isinstance(cause, AssertionError) and "openrlhf/cli" in text:
+        return Failure(SETTINGS, said, last_frame(text))  # OpenRLHF's launcher checks flags in this way
+    what = f"{kind}: {said.splitlines()[0][:500]}"
+    return Failure(SOFTWARE, what, last_frame(text) or actor, "report it, with the file below")
+
+
+def last_frame(text: str) -> str:
+    """`file, line n, in function` of the innermost frame in a traceback."""
+    frames = FRAME.findall(text)
+    return "{}, line {}, in {}".format(*frames[-1]) if frames else ""
+
+
+def told(error: BaseException) -> tuple[int, str]:
+    """The exit code and the message of an error; what came out of a run also goes to a file, whole."""
+    failure = explain(error)
+    lines = [f"openrlhf-sdpo: {'' if failure.code == STOPPED else 'error: '}{failure.what}"]
+    if failure.where:
+        lines.append(f"  where: {failure.where}")
+    if failure.fix:
+        lines.append(f"  fix:   {failure.fix}")
+    if failure.code not in (STOPPED, SETTINGS) or hasattr(error, "traceback_str"):
+        lines.append(f"  all:   {_kept(error)}")
+    return failure.code, "\n".join(lines)
+
+
+def _kept(error: BaseException) -> str:
+    """The path of a file with the traceback, or the traceback where none can be written."""
+    text = "".join(traceback.format_exception(error))
+    name = f"openrlhf-sdpo-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    try:
+        path = os.path.join(tempfile.gettempdir(), name)
+        with open(path, "w") as file:
+            file.write(text)
+    except OSError:
+        return f"\n{text}"
+    return path

@@ -1,0 +1,173 @@
+"""What would go wrong after Ray has started and models are loaded, found before: files, data, models, GPUs.
+
+As little is read as it takes: of a data set one column, of a model its configuration and tokenizer, of a reward
+function its source.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from sdpo_plugin import plugins
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.host.cluster import Cluster, require_gpus
+from sdpo_plugin.host.seams import seam
+
+blending_datasets = seam("openrlhf.trainer.ppo_trainer:blending_datasets", "datasets", "strategy", "dataset_split")
+
+
+def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
+    """Raises ConfigError for the first thing that cannot work.
+
+    Files are looked for on this machine only where the run stays on it; a driver need not have what the nodes have.
+    """
+    require_gpus(args, cluster, cpu)
+    if cluster is not None and cluster.nodes > 1:
+        return
+    writable("--ckpt.output_dir", args.ckpt.output_dir)
+    writable("--ckpt.path", args.ckpt.path)
+    if args.reward.remote_url and args.reward.remote_url.endswith(".py"):
+        defines("--reward.remote_url", args.reward.remote_url, "reward_func")
+    if args.train.agent_func_path:
+        defines("--train.agent_func_path", args.train.agent_func_path, "AgentExecutor")
+    for flag, path in (
+        ("--actor.model_name_or_path", args.actor.model_name_or_path),
+        ("--critic.model_name_or_path", args.critic.model_name_or_path),
+        ("--reward.model_name_or_path", args.reward.model_name_or_path),
+    ):
+        if path:
+            model(flag, path)
+    tokenizer(args)
+    data(args)
+
+
+def writable(flag: str, path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+        with open(os.path.join(path, f".writable-{os.getpid()}"), "w") as file:
+            file.write(" " * 4096)
+        os.remove(file.name)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: cannot be written to ({error.strerror}); give another directory") from error
+
+
+def defines(flag: str, path: str, name: str) -> None:
+    """A Python file that binds `name` at its top level. It is not run: only engines have what it may need."""
+    try:
+        with open(path) as file:
+            tree = ast.parse(file.read(), path)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}; give a Python file with {name}") from error
+    except SyntaxError as error:
+        raise ConfigError(f"{flag} {path}, line {error.lineno}: {error.msg}; correct it") from error
+    bound: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.add(node.id)
+    if not bound & {name, "*"}:
+        raise ConfigError(f"{flag} {path}: defines no {name}; it has {', '.join(sorted(bound)) or 'nothing'}")
+
+
+def model(flag: str, path: str) -> Any:
+    """The model's configuration."""
+    from transformers import AutoConfig
+
+    return _loaded(flag, path, lambda: AutoConfig.from_pretrained(path, trust_remote_code=True))
+
+
+def tokenizer(args: Any) -> Any:
+    """The policy's tokenizer, with a chat template where the data has chats."""
+    from transformers import AutoTokenizer
+
+    path = args.actor.model_name_or_path
+    found = _loaded(
+        "--actor.model_name_or_path", path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    )
+    if args.data.apply_chat_template and getattr(found, "chat_template", None) is None:
+        raise ConfigError(
+            f"--data.apply_chat_template: the tokenizer of {path} has no chat template; use an instruction-tuned "
+            "model, put a chat_template.jinja beside it, or leave the flag out and give --data.input_template"
+        )
+    return found
+
+
+def _loaded(flag: str, path: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # what it is made of is other people's code
+        reason = str(error).strip().splitlines()[0][:200]
+        fix = "" if os.path.isdir(path) else "; give a directory with a Hugging Face model, or a name on its Hub"
+        raise ConfigError(f"{flag} {path}: cannot be loaded ({type(error).__name__}: {reason}){fix}") from error
+
+
+def data(args: Any) -> None:
+    """Every data set that will be blended, each on its own, so that the message can name it."""
+    for dataset, evaluation in datasets(args):
+        flag = "--eval.dataset" if evaluation else "--data.prompt_dataset"
+        rows = load(args, flag, dataset, args.eval.split if evaluation else args.data.prompt_split)
+        where = f"{flag} {dataset}"
+        if len(rows) == 0:
+            raise ConfigError(f"{where}: has no rows; give one that has")
+        for name, key in (("input_key", args.data.input_key), ("label_key", args.data.label_key)):
+            if key and key not in rows.column_names:
+                has = ", ".join(rows.column_names)
+                raise ConfigError(f"--data.{name} {key}: {where} has no such column; it has {has}")
+        prompts(where, rows[args.data.input_key], args)
+        try:
+            plugins.active().hook.openrlhf_dataset(dataset=rows, evaluation=evaluation, args=args)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in {where})") from error
+
+
+def datasets(args: Any) -> list[tuple[str, bool]]:
+    """Each data set of the run, and whether it is for evaluation."""
+    found = [(name.strip(), False) for name in args.data.prompt_dataset.split(",")]
+    return found + [(name.strip(), True) for name in (args.eval.dataset or "").split(",") if name.strip()]
+
+
+def load(args: Any, flag: str, dataset: str, split: str) -> Any:
+    """The data set as OpenRLHF reads it."""
+    path = dataset.split("@")[0]
+    if os.path.splitext(path)[1] in (".json", ".jsonl", ".csv", ".parquet", ".arrow") and not os.path.exists(path):
+        raise ConfigError(f"{flag} {dataset}: no such file; give one that is there, or a name on the Hugging Face Hub")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise ConfigError(f"{flag} {dataset}: is an empty file; give one that has rows")
+    quiet = SimpleNamespace(args=args, print=lambda *args: None, is_rank_0=lambda: False)
+    try:
+        return blending_datasets(dataset, None, quiet, dataset_split=split)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise ConfigError(f"{flag} {dataset}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def prompts(where: str, column: Iterable[Any], args: Any) -> None:
+    """Text, or with `--data.apply_chat_template` also a chat."""
+    for row, prompt in enumerate(column):
+        if isinstance(prompt, str) or (args.data.apply_chat_template and _is_chat(prompt)):
+            continue
+        expected = "text or a list of messages with role and content" if args.data.apply_chat_template else "text"
+        fix = "" if args.data.apply_chat_template or not _is_chat(prompt) else "; give --data.apply_chat_template"
+        raise ConfigError(
+            f"--data.input_key {args.data.input_key}: {where}, row {row} has {_shown(prompt)} there; expected "
+            f"{expected}{fix}"
+        )
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), (str, list))
+        for m in prompt
+    )  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

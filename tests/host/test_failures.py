@@ -1,0 +1,171 @@
+"""Bad launches: each ends by itself, soon, with one message and the exit code of docs/train.md, and leaves nothing."""
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from common import ROWS, SDPO, TWO_RANKS
+
+from sdpo_plugin.testing import RunFailed, tiny_model
+
+BEFORE_RAY, IN_RAY = 20.0, 90.0  # seconds, on two cores that may be busy
+SOFTWARE, SETTINGS, REWARD, MACHINE = 1, 2, 3, 4
+
+
+def chat(*roles) -> list[dict]:
+    return [{"role": role, "content": "hello"} for role in roles]
+
+
+def ends(openrlhf, *args, **kwargs) -> RunFailed:
+    with pytest.raises(RunFailed) as failed:
+        openrlhf(*args, **kwargs)
+    time.sleep(1)
+    mine = f"{openrlhf.directory}/run{openrlhf.runs}"
+    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if mine in " ".join(p.info["cmdline"] or [])]
+    assert not left
+    return failed.value
+
+
+def message(failed) -> str:
+    """The last thing printed, from the line that says what happened on."""
+    lines = failed.output.rstrip().splitlines()
+    at = max(i for i, line in enumerate(lines) if line.startswith("openrlhf-sdpo: error: "))
+    assert len(lines) - at <= 4, lines[at:]  # what, where, fix, file
+    assert "Traceback" not in "".join(lines[at:])
+    if (kept := [line.split()[-1] for line in lines[at:] if line.startswith("  all:")]):
+        assert "Traceback" in Path(kept[0]).read_text()
+    return "\n".join(lines[at:])
+
+
+# name: (flags, error) of launches that end before Ray starts, with exit code 2
+FLAGS = {
+    "value": (["--distill.alpha", "2"], "--distill.alpha 2.0: give a number in [0, 1]"),
+    "algorithm": (["--algo", "sdop"], "--algo sdop: unknown algorithm; choose one of"),
+    "recipe": (["--config", "/no/recipe.yaml"], "--config /no/recipe.yaml: [Errno 2] No such file"),
+    "plugin": (["--plugins", "no_such_plugin"], "--plugins no_such_plugin: No module named 'no_such_plugin'"),
+    "hub": (["--data.prompt_dataset", "/no/data"], "--data.prompt_dataset /no/data: cannot be loaded"),
+    "file": (["--data.prompt_dataset", "/no/data.jsonl"], "--data.prompt_dataset /no/data.jsonl: no such file; give"),
+    "column": (["--data.input_key", "question"], "--data.input_key question: --data.prompt_dataset "),
+    "label": (["--data.label_key", "gold"], "has no such column; it has prompt, label, note"),
+    "evaluation": (["--eval.dataset", "/no/eval.jsonl"], "--eval.dataset /no/eval.jsonl: no such file"),
+    "privileged": (["--algo", "sdft"], "--reprompt.privileged_key privileged_context: the data set has no such column"),
+    "reward file": (["--reward.remote_url", "/no/reward.py"], "--reward.remote_url /no/reward.py: No such file or dir"),
+    "agent file": (["--train.agent_func_path", __file__], "defines no AgentExecutor; it has "),
+    "model": (["--actor.model_name_or_path", "/no/model"], "--actor.model_name_or_path /no/model: cannot be loaded ("),
+    "output": (["--ckpt.output_dir", "/proc/model"], "--ckpt.output_dir /proc/model: cannot be written to ("),
+    "gpus": (["--actor.num_gpus_per_node", "65"], "asks for 66 GPUs (actor 65, vllm 1), and this machine has 64; give"),
+    "batches": (["--rollout.micro_batch_size", "64"], "The number of sample batches must be greater than or equal to"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag(openrlhf, model, reward, name):
+    flags, error = FLAGS[name]
+    failed = ends(openrlhf, model, ROWS, reward, *SDPO, *flags)
+    assert error in message(failed)
+    assert failed.code == SETTINGS and failed.seconds < BEFORE_RAY
+
+
+ROW = {"label": "1"}
+DATA = {
+    "empty": ([], "is an empty file; give one that has rows"),
+    "assistant last": ([ROW | {"prompt": chat("user")}, ROW | {"prompt": chat("user", "assistant")}],
+                       "row 1 has no user turn at its end"),
+    "not text": ([ROW | {"prompt": 7}], "row 0 has 7 there; expected text or a list of messages with role and content"),
+    "no content": ([ROW | {"prompt": [{"role": "user", "text": "hello"}]}], "row 0 has [{'role': 'user', 'text': 'hel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data(openrlhf, model, reward, tmp_path, name):
+    rows, error = DATA[name]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    failed = ends(openrlhf, model, ROWS, reward, *SDPO, "--data.prompt_dataset", f"{tmp_path}/rows.jsonl")
+    assert error in message(failed) and f"{tmp_path}/rows.jsonl" in message(failed)
+    assert failed.code == SETTINGS and failed.seconds < BEFORE_RAY
+
+
+def test_a_tokenizer_without_a_chat_template(openrlhf, reward, tmp_path):
+    plain = tiny_model(tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(config))
+    failed = ends(openrlhf, plain, ROWS, reward, *SDPO)
+    assert f"the tokenizer of {plain} has no chat template; use an instruction-tuned" in message(failed)
+    assert failed.code == SETTINGS and failed.seconds < BEFORE_RAY
+
+
+REWARDS = {
+    "raises": ("def reward_func(queries, prompts, labels):\n    return 1 / 0\n",
+               "the reward function failed: ZeroDivisionError: division by zero", "reward.py, line 2, in reward_func"),
+    "returns nothing": ("def reward_func(queries, prompts, labels):\n    pass\n",
+                        "expected a dict with 'rewards', one number per query, but NoneType was returned", ""),
+    "hangs": ("import time\ndef reward_func(queries, prompts, labels):\n    time.sleep(3600)\n",
+              "no answer within 2 s (--reward.timeout)", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_reward_function(openrlhf, model, tmp_path, name):
+    code, error, where = REWARDS[name]
+    (tmp_path / "reward.py").write_text(code)
+    failed = ends(openrlhf, model, ROWS, tmp_path / "reward.py", *SDPO, "--reward.timeout", "2")
+    assert f"--reward.remote_url {tmp_path}/reward.py: " in message(failed)
+    assert error in message(failed) and where in message(failed)
+    assert failed.code == REWARD and failed.seconds < IN_RAY
+
+
+def test_a_plugin_that_raises_on_a_worker(openrlhf, model, reward, recorded, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(
+        "from sdpo_plugin import hookimpl\n@hookimpl\ndef openrlhf_optimizer_step(worker):\n    raise KeyError('x')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    failed = ends(openrlhf, model, ROWS, reward, *SDPO, *TWO_RANKS, "--plugins", "broken", replay=recorded)
+    assert "KeyError: 'x'" in message(failed) and "broken.py, line 4, in openrlhf_optimizer_step" in message(failed)
+    assert failed.code == SOFTWARE and failed.seconds < IN_RAY
+
+
+DYING = """
+import os, psutil, signal, torch
+
+def reward_func(queries, prompts, labels):
+    {victims}
+    rewards = torch.ones(len(queries))
+    return {{"rewards": rewards, "scores": rewards}}
+"""
+KILL = "[p.send_signal(signal.SIGKILL) for p in {}]"
+VICTIMS = {
+    "engine": (KILL.format("[psutil.Process()]"), "Engine died"),
+    "engine core": (KILL.format("psutil.Process().children(recursive=True)"), "a rollout engine died"),
+}
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_killed_engine(openrlhf, model, tmp_path, victim):
+    victims, error = VICTIMS[victim]
+    (tmp_path / "reward.py").write_text(DYING.format(victims=victims))
+    failed = ends(openrlhf, model, ROWS, tmp_path / "reward.py", *SDPO, "--train.num_episodes", "2", timeout=IN_RAY)
+    assert error in message(failed)
+    assert failed.code == MACHINE and failed.seconds < IN_RAY
+
+
+def test_a_killed_worker(openrlhf, model, reward, recorded, tmp_path, monkeypatch):
+    (tmp_path / "dying.py").write_text(
+        "import os, signal\nfrom sdpo_plugin import hookimpl\n@hookimpl\ndef openrlhf_optimizer_step(worker):\n"
+        "    if worker.rank == 1:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = (*SDPO, *TWO_RANKS, "--plugins", "dying")
+    failed = ends(openrlhf, model, ROWS, reward, *flags, replay=recorded, timeout=IN_RAY)
+    assert "PolicyWorker died" in message(failed)
+    assert failed.code == MACHINE and failed.seconds < IN_RAY
+
+
+def test_nothing_answers_at_the_address_of_ray(openrlhf, model, reward, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    failed = ends(openrlhf, model, ROWS, reward, *SDPO)
+    assert "RAY_ADDRESS 127.0.0.1:9: nothing answers there ([Errno 111] Connection refused); start" in message(failed)
+    assert failed.code == SETTINGS and failed.seconds < BEFORE_RAY
