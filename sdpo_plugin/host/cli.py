@@ -10,7 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import GROUPS, RewardConfig, add_group, chat_template_kwargs, from_namespace, options_page
+from sdpo_plugin.config import (
+    GROUPS,
+    ConfigError,
+    RewardConfig,
+    add_group,
+    chat_template_kwargs,
+    from_namespace,
+    options_page,
+)
 from sdpo_plugin.host import deterministic, recipe, sleep
 from sdpo_plugin.host.cluster import PLATFORMS, VARIABLE
 
@@ -50,6 +58,8 @@ def train(arguments: list[str]) -> None:
         ConfigError: before Ray starts or a model loads.
         SeamError: the installed OpenRLHF cannot be extended.
     """
+    import torch
+
     from sdpo_plugin.host import cluster
 
     joined = cluster.joined()
@@ -64,6 +74,12 @@ def train(arguments: list[str]) -> None:
     try:
         from sdpo_plugin.host.install import install  # with all modules that declare seams
     except (ImportError, AttributeError) as error:
+        if not on_cpu and not torch.cuda.is_available():
+            raise ConfigError(
+                f"--platform: the run is on the GPUs of the Ray cluster at {joined.address}, but OpenRLHF cannot be "
+                f"imported on this machine, where it is started ({error}); install it here as it is there, or, if "
+                "those GPUs are only names, give --platform cpu"
+            ) from error
         raise seams.SeamError(seams.cannot_be_extended(f"  {error}")) from error
     seams.check()
     install()

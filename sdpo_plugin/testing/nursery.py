@@ -45,6 +45,8 @@ def fork_ray_workers() -> None:
 
     def call(*args, **kwargs):
         environment = {**(kwargs.get("runtime_env") or {}), "py_executable": os.environ[EXECUTABLE]}
+        # A cluster that was there before knows nothing of this process's environment.
+        environment["env_vars"] = {**environment.get("env_vars", {}), EXECUTABLE: os.environ[EXECUTABLE]}
         return init(*args, **{**kwargs, "runtime_env": environment})
 
     ray.init = call
