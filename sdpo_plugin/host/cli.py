@@ -24,13 +24,14 @@ from sdpo_plugin.host.cluster import PLATFORMS, VARIABLE
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
 USAGE = """usage: openrlhf-sdpo train [--config RECIPE.yaml] [--algo NAME] [any flag of openrlhf.cli.train_ppo_ray]
+       openrlhf-sdpo doctor [--config RECIPE.yaml] [--run]   what will go wrong, on this machine, before it does
        openrlhf-sdpo plugins [--plugins MODULE ...]   which plugins are active, and what they do
        openrlhf-sdpo options                          every option of the algorithms, as a page"""
 
 
 def main(command: Sequence[str] | None = None) -> None:
     name, *arguments = (sys.argv[1:] if command is None else command) or ["--help"]
-    commands = {"train": train, "plugins": show_plugins, "options": show_options}
+    commands = {"train": train, "doctor": show_doctor, "plugins": show_plugins, "options": show_options}
     if name not in commands:
         sys.exit(USAGE if name in ("-h", "--help") else f"unknown command {name}\n{USAGE}")
     try:
@@ -63,7 +64,7 @@ def train(arguments: list[str]) -> None:
     from sdpo_plugin.host import cluster
 
     joined = cluster.joined()
-    on_cpu = cluster.on_cpu(_early(arguments)[0].platform, joined)
+    on_cpu = cluster.on_cpu(early(arguments)[0].platform, joined)
     if on_cpu:
         from sdpo_plugin.host import cpu
 
@@ -85,9 +86,37 @@ def train(arguments: list[str]) -> None:
     install()
     from sdpo_plugin.host import preflight
 
-    _extend_parser(on_cpu, lambda args: preflight.check(args, joined, on_cpu))
+    _launch(arguments, on_cpu, lambda args, _: preflight.check(args, joined, on_cpu))
+
+
+class _Parsed(Exception):  # noqa: N818
+    """Ends OpenRLHF's launcher where it has parsed its arguments."""
+
+
+def parsed(arguments: list[str], on_cpu: bool) -> tuple[Any, dict[str, Any]]:
+    """What `train` would run with: the nested arguments, and OpenRLHF's own defaults by dotted name."""
+
+    def end(*found: Any) -> None:
+        raise _Parsed(*found)
+
+    try:
+        _launch(arguments, on_cpu, end)
+    except _Parsed as found:
+        return found.args
+    raise RuntimeError("OpenRLHF's launcher parsed nothing")
+
+
+def _launch(arguments: list[str], on_cpu: bool, check: Callable[[Any, dict[str, Any]], None]) -> None:
+    _extend_parser(on_cpu, check)
     sys.argv = [LAUNCHER, *arguments]
     runpy.run_module(LAUNCHER, run_name="__main__", alter_sys=True)
+
+
+def show_doctor(arguments: list[str]) -> None:
+    """Print what this machine, and a recipe on it, will do."""
+    from sdpo_plugin.host.doctor import doctor
+
+    doctor(arguments)
 
 
 def show_plugins(arguments: list[str]) -> None:
@@ -111,8 +140,10 @@ def show_options(arguments: list[str]) -> None:
     print(options_page([*GROUPS, *dict.fromkeys(own), RewardConfig]), end="")
 
 
-def _extend_parser(on_cpu: bool, check: Callable[[Any], None]) -> None:
-    """Let OpenRLHF's parser, and no other, take plugins into account, and have `check` look at the nested result.
+def _extend_parser(on_cpu: bool, check: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Let OpenRLHF's parser, and no other, take plugins into account.
+
+    `check` looks at the nested result, and at OpenRLHF's own defaults.
 
     OpenRLHF builds its parser under `if __name__ == "__main__"`, out of reach, and calls `parse_args()` on it.
     """
@@ -122,11 +153,12 @@ def _extend_parser(on_cpu: bool, check: Callable[[Any], None]) -> None:
         if not any(action.dest == "actor.model_name_or_path" for action in parser._actions):
             return original(parser, args, namespace)
         argparse.ArgumentParser.parse_args = original
-        parsed = parse(parser, sys.argv[1:] if args is None else list(args), on_cpu)
+        defaults = {action.dest: action.default for action in parser._actions}
+        found = parse(parser, sys.argv[1:] if args is None else list(args), on_cpu)
         from openrlhf.utils.config import hierarchize
 
-        check(hierarchize(parsed))
-        return parsed
+        check(hierarchize(found), defaults)
+        return found
 
     argparse.ArgumentParser.parse_args = parse_args
 
@@ -153,7 +185,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     )
 
     # Plugins add flags and algorithms set defaults, so these must be known before the rest can be parsed.
-    known, from_recipe = _early(arguments)
+    known, from_recipe = early(arguments)
     algorithm = known.algo
     manager, found = plugins.load(known.plugins or ())
     algo.help += ": " + ", ".join(plugins.algorithms(manager))
@@ -181,16 +213,16 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     print(f"openrlhf-sdpo: {acting}; plugins: {'; '.join(map(str, found))}")
     if on_cpu:
         cpu.refuse(nested)
-    return argparse.Namespace(**_flat(nested))
+    return argparse.Namespace(**flat(nested))
 
 
-def _early(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+def early(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """What must be known before the rest can be parsed, and the recipe."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--algo", "--config", "--platform"):
-        early.add_argument(name)
-    early.add_argument("--plugins", nargs="*")
-    known, _ = early.parse_known_args(arguments)
+        parser.add_argument(name)
+    parser.add_argument("--plugins", nargs="*")
+    known, _ = parser.parse_known_args(arguments)
     from_recipe = recipe.load(known.config) if known.config else {}
     for name, key in (("algo", "algo.name"), ("plugins", "plugins"), ("platform", "platform")):
         if getattr(known, name) is None:
@@ -198,14 +230,11 @@ def _early(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     return known, from_recipe
 
 
-def _flat(nested: SimpleNamespace, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(nested: SimpleNamespace, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for key, value in vars(nested).items():
-        if isinstance(value, SimpleNamespace):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, SimpleNamespace) else {f"{prefix}{key}": value}
+    return found
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def _plain_adam(module: Any) -> None:
         def __init__(self, params: Any, **settings: Any) -> None:
             for of_the_kernels in ("adam_w_mode", "adamw_mode", "fp32_optimizer_states"):
                 settings.pop(of_the_kernels, None)
-            super().__init__(params, **settings)
+            super().__init__(params, fused=True, **settings)  # else with temporaries as large as the model
 
     module.FusedAdam = module.DeepSpeedCPUAdam = module.fused_adam.FusedAdam = Adam
 

@@ -30,10 +30,7 @@ def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
         return
     writable("--ckpt.output_dir", args.ckpt.output_dir)
     writable("--ckpt.path", args.ckpt.path)
-    if args.reward.remote_url and args.reward.remote_url.endswith(".py"):
-        defines("--reward.remote_url", args.reward.remote_url, "reward_func")
-    if args.train.agent_func_path:
-        defines("--train.agent_func_path", args.train.agent_func_path, "AgentExecutor")
+    reward(args)
     for flag, path in (
         ("--actor.model_name_or_path", args.actor.model_name_or_path),
         ("--critic.model_name_or_path", args.critic.model_name_or_path),
@@ -53,6 +50,14 @@ def writable(flag: str, path: str) -> None:
         os.remove(file.name)
     except OSError as error:
         raise ConfigError(f"{flag} {path}: cannot be written to ({error.strerror}); give another directory") from error
+
+
+def reward(args: Any) -> None:
+    """A reward function's or an agent's file."""
+    if args.reward.remote_url and args.reward.remote_url.endswith(".py"):
+        defines("--reward.remote_url", args.reward.remote_url, "reward_func")
+    if args.train.agent_func_path:
+        defines("--train.agent_func_path", args.train.agent_func_path, "AgentExecutor")
 
 
 def defines(flag: str, path: str, name: str) -> None:
