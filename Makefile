@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need in .venv on a machine without CUDA.
+# `make demo` and `make test` set up everything they need in .venv, and stay on the CPU, whatever the machine has.
 PYTHON ?= python3
 PY := .venv/bin/python
 
@@ -32,10 +32,12 @@ install: .venv/installed
 
 # The host and vLLM ask for packages without a CPU build, so they come without their dependencies, and the rest of
 # what they ask for is read from them (.ci/host_requirements.py). Versions are pinned in pyproject.toml only.
+# PyPI's torch carries CUDA's libraries, some 3 GB; where PyTorch's own index answers, its CPU build is taken.
 .venv/installed: pyproject.toml .ci/host_requirements.py
+	@$(PYTHON) .ci/supported.py
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --upgrade 'pip>=25.1'
-	$(PY) -m pip install -q --no-deps --group cpu-host
+	$(PY) -m pip install -q --no-deps --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu --group cpu-host
 	$(PY) .ci/host_requirements.py > .venv/host.txt
 	DS_BUILD_OPS=0 $(PY) -m pip install -q --no-warn-conflicts -r .venv/host.txt -e '.[cpu,test]'
 	touch $@

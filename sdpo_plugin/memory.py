@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-BUCKET = 500_000_000  # DeepSpeed's `reduce_bucket_size`, which OpenRLHF leaves as it is; elements
 MIB = 2**20
+# DeepSpeed's defaults, which OpenRLHF leaves as they are: `reduce_bucket_size`, `stage3_max_live_parameters`; elements.
+BUCKET, LIVE = 500_000_000, 1_000_000_000
+CPU_PROCESS = 75 * MIB  # what a worker grows by besides, once it has a model; measured
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def policy_worker(args: Any, shape: Shape, teacher: Shape | None = None, cpu: bo
     if shape.adapters and args.algo.name is not None and args.teacher.kind == "ema":
         whole += shape.adapters
     accumulated = 4 if args.ds.grad_accum_dtype == "fp32" else low
-    bucket = (min(BUCKET, trained) if cpu else BUCKET) if stage in (1, 2) else 0
+    bucket = (min(BUCKET, trained) if cpu else BUCKET) if stage else 0
     parts = [
         Part("student's weights", low * (whole / ranks if stage == 3 else whole)),
         Part("gradients", (accumulated * mine if stage >= 2 else accumulated * trained) + low * bucket),
@@ -85,7 +87,9 @@ def policy_worker(args: Any, shape: Shape, teacher: Shape | None = None, cpu: bo
     parts.append(Part("activations", _activations(shape, tokens, args.actor.gradient_checkpointing_enable, low)))
     parts.append(Part("the loss", _loss(args, shape, teacher or shape, tokens, low, cpu)))
     if stage == 3:
-        parts.append(Part("gathered layers", 2 * low * _largest_gathered(shape)))
+        parts.append(Part("gathered weights", low * min(LIVE, whole)))
+    if cpu:
+        parts.append(Part("the process", CPU_PROCESS))
     return parts
 
 
@@ -125,17 +129,12 @@ def _loss(args: Any, shape: Shape, teacher: Shape, tokens: int, low: int, cpu: b
     return states + 2 * chunk + 15 * min(tile, chunk) + head
 
 
-def _largest_gathered(shape: Shape) -> float:
-    layer = 4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
-    return max(layer, shape.vocab * shape.hidden)
-
-
 def total(parts: list[Part], asleep: bool = False) -> tuple[float, float]:
     """Bytes per GPU and of host memory per rank, together; `asleep`: while engines generate with --ds.enable_sleep."""
-    transient = {"gradients in fp32, at the step", "activations", "the loss", "gathered layers"}
+    at_the_step, in_passes = {"gradients in fp32, at the step"}, {"activations", "the loss"}
+    transient = at_the_step | in_passes | {"gathered weights"}
     gpu = sum(p.gpu for p in parts if not (asleep and (p.sleeps or p.name in transient)))
     host = sum(p.host + (p.gpu if asleep and p.sleeps else 0.0) for p in parts)
     if not asleep:  # the step's and the passes' do not meet
-        gpu -= min(sum(p.gpu for p in parts if p.name == "gradients in fp32, at the step"),
-                   sum(p.gpu for p in parts if p.name in transient - {"gradients in fp32, at the step"}))  # fmt: skip
+        gpu -= min(sum(p.gpu for p in parts if p.name in names) for names in (at_the_step, in_passes))
     return gpu, host

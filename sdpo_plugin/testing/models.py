@@ -10,7 +10,7 @@ def tiny_model(
 ) -> Path:
     """An untrained Llama with a character tokenizer and a chat template, small enough for a laptop's CPU.
 
-    354,176 parameters untied, if not wider or deeper; head size 64, which vLLM's CPU attention needs.
+    354,432 parameters untied, if not wider or deeper; head size 64, which vLLM's CPU attention needs.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models

@@ -1,0 +1,135 @@
+"""`openrlhf-sdpo doctor` on this machine and on broken ones; the memory table's arithmetic."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from common import REWARD, ROWS
+from transformers import LlamaConfig
+
+from sdpo_plugin import memory
+from sdpo_plugin.host import doctor
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def flags(model, tmp_path_factory) -> list[str]:
+    """Of a run that would work."""
+    directory = tmp_path_factory.mktemp("recipe")
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (directory / "reward.py").write_text(REWARD)
+    return [
+        "--algo=sdpo", f"--actor.model_name_or_path={model}", f"--data.prompt_dataset={directory}/rows.jsonl",
+        "--data.input_key=prompt", "--data.label_key=label", "--data.apply_chat_template", "--data.max_len=128",
+        f"--reward.remote_url={directory}/reward.py", "--rollout.max_new_tokens=8", "--rollout.batch_size=8",
+        "--rollout.n_samples_per_prompt=2", "--train.batch_size=16", "--train.micro_batch_size=8",
+        "--rollout.micro_batch_size=8", "--algo.advantage.estimator=group_norm", "--algo.kl.init_coef=0",
+        "--actor.num_gpus_per_node=2", "--vllm.num_engines=2", "--train.colocate_all", "--vllm.enable_sleep",
+        "--ds.enable_sleep", f"--ckpt.output_dir={directory}/model", f"--ckpt.path={directory}/ckpt",
+    ]  # fmt: skip
+
+
+def examine(directory, *flags, **environment) -> tuple[int, str, dict]:
+    command = [sys.executable, "-m", "sdpo_plugin.host.cli", "doctor", *flags]
+    env = {**os.environ, "COLUMNS": "200", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=directory, env=env)
+    return done.returncode, done.stdout, json.loads((directory / "doctor.json").read_text())
+
+
+def statuses(report) -> dict[str, str]:
+    return {check["about"]: check["status"] for check in report["checks"]}
+
+
+def test_a_run_that_would_work(tmp_path, flags):
+    code, shown, report = examine(tmp_path, *flags)
+    assert code == 0 and "fail" not in statuses(report).values()
+    assert [one["row"] for one in report["teacher_prompts"]] == [0, 1, 2]
+    assert all("Correct solution:" in one["prompt"] and one["tokens"] > 50 for one in report["teacher_prompts"])
+    assert report["flags"]["algo.name"] == "sdpo" and "in host memory while engines generate" in shown
+    assert report["memory"]["shape"]["parameters"] == 354_432
+
+
+def test_a_broken_run_is_told_all_at_once(tmp_path, flags, model):
+    import shutil
+
+    plain = tmp_path / "plain"
+    shutil.copytree(model, plain)
+    (plain / "chat_template.jinja").unlink()
+    code, shown, report = examine(
+        tmp_path, *flags, f"--actor.model_name_or_path={plain}", "--data.label_key=gold", "--ckpt.output_dir=/proc/x"
+    )
+    expected = {"tokenizer": "fail", "data": "fail", "model": "pass", "output": "fail"}
+    assert code == 2 and expected.items() <= statuses(report).items()
+    assert f"the tokenizer of {plain} has no chat template" in shown
+    assert "has no such column; it has prompt, label" in shown
+
+
+def test_another_version_and_a_seam_that_moved(tmp_path):
+    other = tmp_path / "openrlhf-0.9.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: openrlhf\nVersion: 0.9.0\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "from wrapt import when_imported\n@when_imported('openrlhf.trainer.ppo_utils.replay_buffer')\n"
+        "def moved(module):\n    del module.NaiveReplayBuffer.setup_dynamic_batch\n"
+    )
+    code, shown, report = examine(tmp_path, PYTHONPATH=str(tmp_path))
+    assert code == 2 and statuses(report)["openrlhf"] == "warn" and "0.9.0; tested with 0.11.2" in shown
+    assert statuses(report)["seams"] == "fail" and "NaiveReplayBuffer.setup_dynamic_batch: not found" in shown
+
+
+def test_a_missing_start_up_hook_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    (found,) = [check for check in doctor.versions() if check.about == "start-up hook"]
+    assert found.status == doctor.WARN and "use openrlhf-sdpo train" in found.found
+
+
+# ── the memory table (that it is right: tests/slow/memory.py) ──
+
+
+def arguments(**changed) -> SimpleNamespace:
+    groups = {
+        "algo": {"name": "sdpo"}, "data": {"max_len": 1024}, "rollout": {"max_new_tokens": 512},
+        "actor": {"num_nodes": 1, "num_gpus_per_node": 8, "gradient_checkpointing_enable": True},
+        "ds": {"zero_stage": 2, "adam_offload": False, "param_dtype": "bf16", "grad_accum_dtype": None},
+        "teacher": {"kind": "ema", "offload": False, "zero_stage": None},
+        "train": {"micro_batch_size": 1, "dynamic_batch_enable": False},
+    }  # fmt: skip
+    filled = {name: SimpleNamespace(**{**values, **changed.get(name, {})}) for name, values in groups.items()}
+    return SimpleNamespace(**filled)
+
+
+SHAPE = memory.Shape(8_000_000_000, 0, 4096, 36, 12288, 151_936)
+
+
+def parts(**changed) -> dict[str, tuple[float, float]]:
+    return {p.name: (p.gpu / 1e9, p.host / 1e9) for p in memory.policy_worker(arguments(**changed), SHAPE)}
+
+
+def test_a_model_of_8_billion_parameters():
+    found = parts()
+    assert found["student's weights"] == (16, 0) and found["fp32 weights and moments"] == (12, 0)
+    assert found["teacher's weights"] == (16, 0) and found["the average's remainder"] == (4, 0)
+    third = parts(ds={"zero_stage": 3})
+    assert third["student's weights"] == third["teacher's weights"] == (2, 0) and third["gathered weights"] == (2, 0)
+    away = parts(teacher={"offload": True}, ds={"adam_offload": True})
+    assert away["teacher's weights"] == (0, 16) and away["fp32 weights and moments"] == (0, 12)
+    assert "teacher's weights" not in parts(teacher={"kind": "live"})
+
+
+def test_what_sleeps_is_in_host_memory():
+    every = memory.policy_worker(arguments(), SHAPE)
+    awake, asleep = memory.total(every), memory.total(every, asleep=True)
+    assert asleep[1] / 1e9 == 12 + 16 + 4 and awake[1] == 0 and asleep[0] < awake[0] - 32e9
+
+
+def test_the_shape_is_read_off_a_configuration():
+    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=False)  # fmt: skip
+    shape = memory.shape_of(config, lora_rank=4, lora_targets=["q_proj", "down_proj"])
+    assert shape.parameters == 2 * 100 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    assert shape.adapters == 2 * 4 * (64 + 64 + 128 + 64)
