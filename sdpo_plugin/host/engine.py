@@ -128,7 +128,7 @@ def feedback_and_failures_kept(fetch: Fetch, at_a_time: asyncio.Semaphore) -> Fe
     """
 
     async def call(queries: list[str], prompts: list[str], labels: list[Any]) -> list[dict[str, Any]]:
-        config, failure = _reward.get(), ""
+        config, failure = _reward.get(RewardConfig()), ""
         for attempt in range(config.attempts):
             if attempt:
                 await asyncio.sleep(2.0 ** (attempt - 1))

@@ -58,7 +58,7 @@ def test_bad_configuration_is_one_line_on_the_command_line():
 def test_a_cpu_is_not_asked_for_what_needs_a_gpu():
     command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--algo", "sdpo"]
     done = subprocess.run([*command, "--ds.use_liger_kernel"], capture_output=True, text=True)
-    assert "--ds.use_liger_kernel as given needs a CUDA GPU, and this machine has none; leave it out" in done.stderr
+    assert "--ds.use_liger_kernel as given needs a CUDA GPU, and this run is on CPU; leave it out" in done.stderr
 
 
 def test_a_cluster_too_slow_to_start_is_started_once_more(monkeypatch):
@@ -108,7 +108,7 @@ def fetched():
                 raise result
             return [result]
 
-        return asyncio.run(feedback_and_failures_kept(fetch)(["q"], ["p"], ["l"]))[0]
+        return asyncio.run(feedback_and_failures_kept(fetch, asyncio.Semaphore())(["q"], ["p"], ["l"]))[0]
 
     return call
 
