@@ -70,9 +70,9 @@ def doctor(arguments: list[str]) -> None:
     joined, cpu = None, True
     try:
         joined = cluster.joined()
-        from sdpo_plugin.host import cli
+        from sdpo_plugin.host import launch
 
-        cpu = cluster.on_cpu(cli.early(recipe)[0].platform, joined)
+        cpu = cluster.on_cpu(launch.early(recipe)[0].platform, joined)
         show("Ray", [ray_view(joined, cpu)])
     except ConfigError as error:
         show("Ray", [Check("cluster", FAIL, str(error))])
@@ -105,10 +105,10 @@ def versions() -> Iterable[Check]:
             yield Check(name, WARN, f"{found}; tested with {tested}")
     hook = Path(sysconfig.get_paths()["purelib"]) / "sdpo_plugin_startup.pth"
     if hook.exists():
-        yield Check("start-up hook", PASS, "python -m openrlhf.cli.train_ppo_ray --algo works")
+        yield Check("start-up hook", PASS, "python -m openrlhf.launch.train_ppo_ray --algo works")
     else:
         yield Check(
-            "start-up hook", WARN, f"{hook} is not there: python -m openrlhf.cli.train_ppo_ray knows no --algo; use "
+            "start-up hook", WARN, f"{hook} is not there: python -m openrlhf.launch.train_ppo_ray knows no --algo; use "
             "openrlhf-sdpo train, or install the package (an uninstalled checkout has no hook)",
         )  # fmt: skip
 
@@ -183,17 +183,17 @@ def openrlhf(cpu: bool) -> Iterable[Check]:
 def run(
     recipe: list[str], joined: cluster.Cluster | None, cpu: bool, console: Console, report: dict[str, Any]
 ) -> Iterable[Check]:
-    from sdpo_plugin.host import cli, preflight
+    from sdpo_plugin.host import launch, preflight
 
     try:
-        args, defaults = cli.parsed(recipe, cpu)
+        args, defaults = launch.parsed(recipe, cpu)
     except ConfigError as error:
         yield Check("flags", FAIL, str(error))
         return
     except SystemExit:
         yield Check("flags", FAIL, "OpenRLHF's parser refuses them; its message is above")
         return
-    flat = cli.flat(args)
+    flat = launch.flat(args)
     report["flags"] = flat
     changed = {name: value for name, value in flat.items() if name not in defaults or value != defaults[name]}
     table = Table("flag", "value", title="Flags other than OpenRLHF's defaults", title_justify="left", box=None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdpo_plugin.host import cli, cpu, seams
+from sdpo_plugin.host import cpu, launch, seams
 from sdpo_plugin.host.controller import ppo_trainer
 from sdpo_plugin.host.install import ray
 
@@ -43,5 +43,5 @@ def train_plain(samples: str, arguments: list[str]) -> None:
     os.environ[DIRECTORY] = samples
     ray.init = cpu.with_resources(ray.init)
     ppo_trainer.PPOTrainer = ray.remote(PlainController)
-    sys.argv = [cli.LAUNCHER, *arguments]
-    runpy.run_module(cli.LAUNCHER, run_name="__main__", alter_sys=True)
+    sys.argv = [launch.LAUNCHER, *arguments]
+    runpy.run_module(launch.LAUNCHER, run_name="__main__", alter_sys=True)

@@ -157,16 +157,16 @@ class Runs:
     """Launches of a small model with the user's launch options."""
 
     def __init__(self, platform: str, recipe: list[str], directory: Path) -> None:
-        from sdpo_plugin.host import cli
+        from sdpo_plugin.host import launch
         from sdpo_plugin.testing.models import tiny_model
 
         self.directory, self.number = directory, 0
         self.options: list[str] = []
         ranks = 1
         if recipe:
-            args, defaults = cli.parsed(recipe, platform == "cpu")
+            args, defaults = launch.parsed(recipe, platform == "cpu")
             ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
-            for name, value in cli.flat(args).items():
+            for name, value in launch.flat(args).items():
                 if name.startswith(LAUNCH) and (name not in defaults or value != defaults[name]) and value is not None:
                     self.options += flags_of(name, value)
             self.options += [f"--actor.num_gpus_per_node={args.actor.num_gpus_per_node}"]

@@ -17,7 +17,7 @@ from sdpo_plugin.config import (
     RepromptConfig,
     TeacherConfig,
 )
-from sdpo_plugin.host import cli, recipe
+from sdpo_plugin.host import launch, recipe
 
 
 def host_parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def host_parser() -> argparse.ArgumentParser:
 
 
 def parse(*arguments: str) -> argparse.Namespace:
-    return cli.parse(host_parser(), list(arguments), on_cpu=False)
+    return launch.parse(host_parser(), list(arguments), on_cpu=False)
 
 
 @pytest.mark.parametrize(
@@ -214,14 +214,14 @@ def test_the_variants_have_the_published_defaults():
                  "distill.skip_tokens": 0, "teacher.kind": "base", "algo.advantage.is_correction_level": "off"},
     }  # fmt: skip
     for algorithm, values in published.items():
-        args = vars(cli.parse(copy.deepcopy(parser), ["--algo", algorithm], on_cpu=False))
+        args = vars(launch.parse(copy.deepcopy(parser), ["--algo", algorithm], on_cpu=False))
         assert values.items() <= args.items(), algorithm
 
 
 RECIPES = sorted(str(path) for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 PARSE_ALL = """
 import copy, json, sys
-from sdpo_plugin.host import cli
+from sdpo_plugin.host import launch
 
 def parse_recipes(parser, arguments, on_cpu):
     for path in arguments:
@@ -229,8 +229,8 @@ def parse_recipes(parser, arguments, on_cpu):
         print("PARSED", json.dumps([path, vars(args)], default=str))
     sys.exit()
 
-original, cli.parse = cli.parse, parse_recipes
-cli.train(sys.argv[1:])
+original, launch.parse = launch.parse, parse_recipes
+launch.train(sys.argv[1:])
 """
 
 
