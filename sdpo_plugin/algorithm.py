@@ -98,7 +98,7 @@ class SelfDistillation:
         self.diagnostics: DiagnosticsConfig = from_namespace(DiagnosticsConfig, args)
         for group in self.options:
             setattr(self, group.prefix, from_namespace(group, args))
-        self.watch = Watch(self.diagnostics, self.reprompt, self.distill)
+        self.watch = Watch(self.diagnostics, self.reprompt, self.uses_policy_loss)
         self.first_micro_batch = True
 
     # ── the choices of a paper ──

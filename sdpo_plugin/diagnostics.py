@@ -73,10 +73,13 @@ def length_metrics(samples: Sequence[Any]) -> dict[str, float]:
 
 
 class Watch:
-    """Counts consecutive looks at a degenerate state; after `tolerance` of them it names evidence and remedy."""
+    """Counts consecutive looks at a degenerate state; after `tolerance` of them it names evidence and remedy.
 
-    def __init__(self, config: DiagnosticsConfig, reprompt: RepromptConfig, distill: DistillConfig) -> None:
-        self.config, self.reprompt, self.distill = config, reprompt, distill
+    uses_policy_loss: whether OpenRLHF's policy loss, which rewards teach, is part of the loss.
+    """
+
+    def __init__(self, config: DiagnosticsConfig, reprompt: RepromptConfig, uses_policy_loss: bool) -> None:
+        self.config, self.reprompt, self.uses_policy_loss = config, reprompt, uses_policy_loss
         self.steps = 0
         self.consecutive: dict[str, int] = {}
         self.first: list[float] = []  # context gains
@@ -124,13 +127,13 @@ class Watch:
                 f"{told} samples have feedback, but --no-reprompt.use_feedback ignores it",
             ),
             *self._counted(
-                "flat rewards", self.distill.weight < 1.0 and flat,
-                f"all rewards are {rewards[0] if rewards else None}, so OpenRLHF's share of the loss "
-                f"(--distill.weight {self.distill.weight}) teaches nothing",
+                "flat rewards", self.uses_policy_loss and flat,
+                f"all rewards are {rewards[0] if rewards else None}, so OpenRLHF's policy loss, which is part of the "
+                "loss, teaches nothing",
             ),
             # Without a success among them, flat rewards teach nothing (inactive), or feedback alone teaches.
             *self._counted(
-                "flat successes", self.distill.weight == 1.0 and flat_successes,
+                "flat successes", not self.uses_policy_loss and flat_successes,
                 f"all rewards are {rewards[0] if rewards else None}, so every response counts as a success and "
                 "demonstrations do not tell right from wrong; if not all of them are right, raise "
                 "--reprompt.success_threshold or look at the reward function, else give harder prompts",

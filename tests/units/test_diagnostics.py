@@ -3,16 +3,14 @@
 import pytest
 import torch
 
-from sdpo_plugin.config import DiagnosticsConfig, DistillConfig, RepromptConfig
+from sdpo_plugin.config import DiagnosticsConfig, RepromptConfig
 from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts
 from sdpo_plugin.diagnostics import GAIN, Watch, measure
 from sdpo_plugin.fused import Head
 
 
-def watch(tolerance=3, reprompt=None, distill=None, **options) -> Watch:
-    return Watch(
-        DiagnosticsConfig(tolerance=tolerance, **options), reprompt or RepromptConfig(), distill or DistillConfig()
-    )
+def watch(tolerance=3, reprompt=None, uses_policy_loss=False, **options) -> Watch:
+    return Watch(DiagnosticsConfig(tolerance=tolerance, **options), reprompt or RepromptConfig(), uses_policy_loss)
 
 
 def rollouts(rewards, feedback=None):
@@ -29,7 +27,7 @@ def said(watch, batch, looks=3):
     [
         (watch(), rollouts([0.0, 0.0]), r"nothing is distilled: 0 of 2 rewards reach --reprompt.success_threshold 0.5"),
         (watch(reprompt=RepromptConfig(use_feedback=False)), rollouts([1.0, 0.0], "no"), r"--no-reprompt.use_feedback"),
-        (watch(distill=DistillConfig(weight=0.5)), rollouts([1.0, 1.0]), r"all rewards are 1.0, .*distill.weight 0.5"),
+        (watch(uses_policy_loss=True), rollouts([1.0, 1.0]), r"all rewards are 1.0, so OpenRLHF's policy loss, which"),
         (watch(), rollouts([1.0, 1.0]), r"all rewards are 1.0, so every response counts as a success"),
     ],
 )

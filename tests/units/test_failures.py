@@ -1,0 +1,63 @@
+"""What a failed run says and its exit code, without a run (with one: host/test_failures.py)."""
+
+import errno
+
+import pytest
+import torch
+
+from sdpo_plugin.config import ConfigError, StopTraining
+from sdpo_plugin.host import failures
+from sdpo_plugin.host.failures import MACHINE, REWARD, SETTINGS, SOFTWARE, STOPPED, RewardError
+from sdpo_plugin.host.seams import SeamError
+
+
+class FromActor(Exception):
+    """As Ray's `RayTaskError`."""
+
+    def __init__(self, cause, function_name="ray::PolicyWorker.fit()"):
+        super().__init__(str(cause))
+        self.cause, self.function_name, self.traceback_str = cause, function_name, "Traceback ..."
+
+
+class ActorDiedError(Exception):
+    pass
+
+
+DIED = "The actor died unexpectedly.\n\tclass_name: PolicyWorker\nThe actor died because it was OOM"
+
+
+@pytest.mark.parametrize(
+    "error, code, what",
+    [
+        (ConfigError("--x 1: no"), SETTINGS, "--x 1: no"),
+        (FromActor(FromActor(ConfigError("--x 1: no"))), SETTINGS, "--x 1: no"),
+        (StopTraining("the teacher has collapsed"), STOPPED, "stopped: the teacher has collapsed"),
+        (FromActor(RewardError("reward.py: KeyError: 'x'\nTraceback")), REWARD, "reward.py: KeyError: 'x'"),
+        (SeamError("moved"), SOFTWARE, "moved"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), MACHINE, "out of memory: CUDA out of memory. Tried"),
+        (OSError(errno.ENOSPC, "No space left on device"), MACHINE, "[Errno 28] No space left on device"),
+        (ActorDiedError(DIED), MACHINE, "PolicyWorker died: it was OOM"),
+        (FromActor(KeyError("prompt")), SOFTWARE, "KeyError: 'prompt'"),
+    ],
+)
+def test_whose_fault_it_is(error, code, what):
+    failure = failures.explain(error)
+    assert (failure.code, failure.what) == (code, what)
+
+
+def test_the_message_names_the_file_with_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: str(tmp_path))
+    try:
+        {}["prompt"]
+    except KeyError as error:
+        code, message = failures.told(error)
+    first, where, fix, kept = message.splitlines()
+    assert code == SOFTWARE and first == "openrlhf-sdpo: error: KeyError: 'prompt'"
+    assert "test_failures.py, line" in where and "report it" in fix
+    assert '{}["prompt"]' in next(tmp_path.iterdir()).read_text() and str(tmp_path) in kept
+    assert failures.told(ConfigError("--x 1: no")) == (SETTINGS, "openrlhf-sdpo: error: --x 1: no")
+
+
+def test_a_full_disk_keeps_no_message_back(monkeypatch):
+    monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: "/no/such/directory")
+    assert failures.told(ValueError("x"))[1].count("ValueError: x") == 2  # what, and the traceback
