@@ -16,9 +16,10 @@ bench: .venv/installed
 	$(PY) tests/slow/bench/loss.py
 	$(PY) tests/slow/bench/step.py
 
-# Trains every teacher with and without LoRA at every ZeRO stage, and writes docs/matrix.md: half an hour.
+# Trains every teacher with and without LoRA at every ZeRO stage, and writes docs/matrix.md; sleep at all of them: half an hour.
 matrix: .venv/installed
 	$(PY) -m pytest tests/slow/matrix.py
+	$(PY) -m pytest tests/slow/sleep.py
 
 # Kills twenty runs at random moments and continues them: most of an hour.
 kills: .venv/installed

@@ -50,6 +50,8 @@ def openrlhf_configure(args: Any) -> None:
 def openrlhf_dataset(dataset: Any, evaluation: bool, args: Any) -> None:
     """A split was loaded (`datasets.Dataset`, every column there). Raise `ConfigError` if it cannot serve.
 
+    Called in the launcher for each data set, before Ray starts, and on the controller for all of them as one.
+
     `evaluation`: it is the one of `--eval.dataset`, which nothing is trained on.
     """
 

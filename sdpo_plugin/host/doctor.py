@@ -303,6 +303,9 @@ def memory_table(args: Any, config: Any, cpu: bool, console: Console, report: di
     for part in parts:
         asleep = "in host memory while engines generate" if part.sleeps and args.ds.enable_sleep else ""
         table.add_row(part.name, f"{part.gpu / scale:.1f}", f"{part.host / scale:.1f}", asleep)
+    if args.train.colocate_all and not args.train.async_enable:
+        asleep = "discarded while the policy trains" if args.vllm.enable_sleep else ""
+        table.add_row("an engine on the same GPU", f"{args.vllm.gpu_memory_utilization:.0%} of it", "", asleep)
     gpu, host = memory.total(parts)
     table.add_row("at the most", f"{gpu / scale:.1f}", f"{host / scale:.1f}", style="bold")
     asleep = memory.total(parts, asleep=True)

@@ -1,0 +1,93 @@
+"""What stands for the reward of a skipped sample, and reward functions that raise, hang, or return nothing."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sdpo_plugin.config import RewardConfig
+from sdpo_plugin.host import cpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu():
+    cpu.enable()
+
+
+def sample(reward):
+    info = {"length": torch.tensor([3.0])}
+    if reward is None:
+        return SimpleNamespace(skipped="it raised", rewards=None, scores=None, info=info)
+    value = torch.tensor([reward])
+    return SimpleNamespace(skipped=None, rewards=value, scores=value, info=info | {"reward": value, "score": value})
+
+
+@pytest.mark.parametrize(
+    "rewards, expected",
+    [
+        ([1.0, 0.0, None, 2.0], [1.0, 0.0, 2.0, 2.0]),  # its prompt's other sample's
+        ([None, None, 1.0, 2.0], [1.5, 1.5, 1.0, 2.0]),  # the batch's, where the prompt has none
+        ([1.0, 0.0, 3.0, 2.0], [1.0, 0.0, 3.0, 2.0]),
+    ],
+)
+def test_the_mean_of_the_others_stands_for_a_reward(rewards, expected):
+    from sdpo_plugin.host.rollout import rewarded
+
+    samples = [sample(reward) for reward in rewards]
+    share = rewarded(samples, per_prompt=2, config=RewardConfig(on_error="skip", max_skipped=0.5))
+    assert share == rewards.count(None) / 4
+    assert [s.rewards.item() for s in samples] == [s.info["score"].item() for s in samples] == expected
+    assert len({tuple(sorted(s.info)) for s in samples}) == 1  # OpenRLHF logs what all of them have
+
+
+def test_a_batch_without_a_reward_is_an_error():
+    from sdpo_plugin.host.failures import RewardError
+    from sdpo_plugin.host.rollout import rewarded
+
+    with pytest.raises(RewardError, match="--reward.max_skipped 0.1: 2 of 2 samples have no reward, the last one"):
+        rewarded([sample(None), sample(None)], per_prompt=2, config=RewardConfig(on_error="skip"))
+
+
+def fetched(reward_func, **config):
+    from sdpo_plugin.host import engine
+
+    async def fetch(queries, prompts, labels):
+        return [await asyncio.to_thread(reward_func)]
+
+    async def call():
+        engine._reward.set(RewardConfig(**config))
+        return await engine.feedback_and_failures_kept(fetch, asyncio.Semaphore())(["q"], ["p"], ["l"])
+
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(call())[0]  # not asyncio.run, which would wait for the thread
+    finally:
+        loop.close()
+
+
+def test_a_call_that_failed_is_made_again():
+    answers = [KeyError("first"), {"rewards": 1.0}]
+
+    def reward_func():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert fetched(reward_func, attempts=2) == {"rewards": 1.0} and not answers
+
+
+def test_a_call_that_hangs_is_left_behind():
+    began = time.monotonic()
+    failure = fetched(lambda: time.sleep(3), timeout=0.2)["extra_logs"]["reward_failure"]
+    assert failure == "no answer within 0.2 s (--reward.timeout)" and time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    "returned, said", [(None, "NoneType"), ({"reward": 1.0}, "a dict with 'reward'"), ([1.0], "list")]
+)
+def test_what_is_no_reward_is_a_failure(returned, said):
+    failure = fetched(lambda: returned)["extra_logs"]["reward_failure"]
+    assert f"expected a dict with 'rewards', one number per query, but {said} was returned" in failure
