@@ -107,7 +107,10 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     """
     group = parser.add_argument_group("plugins")
     algo = group.add_argument("--algo", dest="algo.name", metavar="NAME", help="self-distillation algorithm")
-    group.add_argument("--config", metavar="RECIPE.yaml", help="flags as nested YAML; the command line wins")
+    group.add_argument(
+        "--config", metavar="RECIPE.yaml", action="append", help="flags as nested YAML; may be given several times: later "
+        "ones win, and the command line over all",
+    )  # fmt: skip
     group.add_argument("--plugins", nargs="*", default=[], metavar="MODULE", help="plugin modules besides installed")
     group.add_argument(
         "--platform", choices=PLATFORMS, help="where the workers run; auto: on CPU if neither this machine nor the Ray "
@@ -156,11 +159,14 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
 def early(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """What must be known before the rest can be parsed, and the recipe."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--algo", "--config", "--platform"):
+    for name in ("--algo", "--platform"):
         parser.add_argument(name)
+    parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--plugins", nargs="*")
     known, _ = parser.parse_known_args(arguments)
-    from_recipe = recipe.load(known.config) if known.config else {}
+    from_recipe: dict[str, Any] = {}
+    for path in known.config:
+        from_recipe |= recipe.load(path)
     for name, key in (("algo", "algo.name"), ("plugins", "plugins"), ("platform", "platform")):
         if getattr(known, name) is None:
             setattr(known, name, from_recipe.get(key))

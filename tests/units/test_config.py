@@ -154,6 +154,16 @@ def test_recipe_is_a_command_line_that_comes_first(tmp_path):
     assert args["distill.alpha"] == 0.75 and args["reprompt.template"] == "{prompt} -- {feedback}"
 
 
+def test_a_later_recipe_says_only_what_differs(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("algo: {name: sdpo}\nactor: {adam: {lr: 1e-5}}\ndistill: {alpha: 0.25, topk: 7, is_clip: 3.0}\n")
+    second.write_text("actor: {adam: {lr: 1e-4}}\ndistill: {alpha: 0.5, is_clip: null}\n")
+    args = vars(parse("--config", str(first), "--distill.alpha=1", "--config", str(second)))
+    assert (args["algo.name"], args["actor.adam.lr"], args["distill.topk"]) == ("sdpo", 1e-4, 7)
+    assert args["distill.is_clip"] is None and args["distill.alpha"] == 1.0
+    assert vars(parse("--config", str(second), "--config", str(first)))["actor.adam.lr"] == 1e-5
+
+
 def test_chat_template_arguments_are_json_in_a_recipe_too(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("data: {apply_chat_template: true, chat_template_kwargs: '{\"enable_thinking\": false}'}\n")
