@@ -108,8 +108,8 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     group = parser.add_argument_group("plugins")
     algo = group.add_argument("--algo", dest="algo.name", metavar="NAME", help="self-distillation algorithm")
     group.add_argument(
-        "--config", metavar="RECIPE.yaml", action="append", help="flags as nested YAML; may be given several times: later "
-        "ones win, and the command line over all",
+        "--config", metavar="RECIPE.yaml", action="append", help="flags as nested YAML; may be given several times, "
+        "later ones win, and the command line over all",
     )  # fmt: skip
     group.add_argument("--plugins", nargs="*", default=[], metavar="MODULE", help="plugin modules besides installed")
     group.add_argument(
