@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from sdpo_plugin.environments import sandbox
+from sdpo_plugin.environments.feedback import cut, one_of, reward_function
 
 BLOCK = re.compile(r"```[a-zA-Z0-9_+-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 DETAILS = ("outcome", "error", "expected")
@@ -50,23 +51,13 @@ def make(
     Args:
         detail: one of `DETAILS`. show_private: also what private tests expect. budget: characters of feedback.
     """
-    if detail not in DETAILS:
-        raise ValueError(f"detail {detail}: choose one of {', '.join(DETAILS)}")
-    limits = limits or sandbox.Limits()
+    one_of(detail, DETAILS)
 
-    def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
-        import torch
+    def judged(response: str, label: str) -> tuple[float, str | None]:
+        passed, told = judge(response, label, detail, show_private, limits)
+        return float(passed), None if passed else told
 
-        rewards, feedback = [], []
-        for query, prompt, label in zip(queries, prompts, labels, strict=True):
-            response = query[len(prompt) :] if query.startswith(prompt) else query
-            passed, told = judge(response, label, detail, show_private, limits)
-            rewards.append(float(passed))
-            feedback.append(None if passed else cut(told, budget))
-        found = torch.tensor(rewards)
-        return {"rewards": found, "scores": found, "feedback": feedback}
-
-    return reward_func
+    return reward_function(judged, budget)
 
 
 def judge(
@@ -136,12 +127,6 @@ def describe(
         if outcome.end == "ok":
             lines += ["Got:", cut(outcome.output.strip(), 300) or "(nothing)"]
     return "\n".join(lines)
-
-
-def cut(text: str, length: int) -> str:
-    """The text, without its middle if it is longer."""
-    half = (length - 5) // 2
-    return text if len(text) <= length else f"{text[:half]}\n...\n{text[-half:]}"
 
 
 def equal_text(printed: str, expected: str) -> bool:

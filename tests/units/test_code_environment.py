@@ -60,7 +60,6 @@ def test_how_much_is_told():
     assert "Expected:\n14\nGot:\n2" in judged(wrong, label, show_private=True)[1]
     assert judged(wrong, label, detail="outcome") == (False, "Test 2 of 2 failed.")
     assert judged("1 / 0", label, detail="error")[1].endswith("line 1: 1 / 0\nZeroDivisionError: division by zero")
-    assert len(code.cut("x" * 10**6, 1500)) <= 1500
 
 
 def test_as_openrlhf_calls_it():

@@ -1,0 +1,37 @@
+"""What the environments' reward functions share: the response of a query, and the shape of what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Judge = Callable[[str, Any], tuple[float, str | None]]  # (response, label) -> reward, what was wrong or None
+
+
+def reward_function(judge: Judge, budget: int) -> Callable[..., dict[str, Any]]:
+    """A reward function for `--reward.remote_url` from one that judges a response. budget: characters of feedback."""
+
+    def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
+        import torch
+
+        judged = [
+            judge(query[len(prompt) :] if query.startswith(prompt) else query, label)
+            for query, prompt, label in zip(queries, prompts, labels, strict=True)
+        ]
+        rewards = torch.tensor([float(reward) for reward, _ in judged])
+        told = [None if words is None else cut(words, budget) for _, words in judged]
+        return {"rewards": rewards, "scores": rewards, "feedback": told}
+
+    return reward_func
+
+
+def cut(text: str, length: int) -> str:
+    """The text, without its middle if it is longer."""
+    half = (length - 5) // 2
+    return text if len(text) <= length else f"{text[:half]}\n...\n{text[-half:]}"
+
+
+def one_of(detail: str, known: Sequence[str]) -> None:
+    """Raises ValueError for a level of detail that the environment does not have."""
+    if detail not in known:
+        raise ValueError(f"detail {detail}: choose one of {', '.join(known)}")
