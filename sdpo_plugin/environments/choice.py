@@ -1,7 +1,7 @@
 """Multiple choice: `--reward.remote_url .../sdpo_plugin/environments/choice.py`. A label is the right letter.
 
-The response's choice is its last `\\boxed{B}`, `<answer>B</answer>` or «answer is B»; without one, a last line that is a
-letter.
+The response's choice is its last `\\boxed{B}`, `<answer>B</answer>` or «answer is B»; without one, a last line that is
+a letter.
 
 | `detail`   | what the feedback tells                                          |
 | ---------- | ---------------------------------------------------------------- |

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdpo_plugin.testing import tiny_model
 
-STEPS = 40
+STEPS = 24
 PIECE_BYTES = 8192
 
 
