@@ -37,7 +37,7 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
         blocks = BLOCK.findall(response)
         try:
             found = json.loads(blocks[-1] if blocks else response)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return 0.0, "The response is not JSON." + f" {error}" * (detail != "outcome")
         errors = sorted(Draft202012Validator(schema).iter_errors(found), key=lambda e: (len(e.path), str(e.path)))
         if errors:

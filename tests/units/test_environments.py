@@ -1,11 +1,11 @@
-"""Reward functions with feedback: choice, maths, JSON (code: test_code_environment.py)."""
+"""Reward functions with feedback: choice, maths, JSON, tools (code: test_code_environment.py)."""
 
 import json
 import threading
 
 import pytest
 
-from sdpo_plugin.environments import choice, maths, structure
+from sdpo_plugin.environments import choice, maths, structure, tools
 
 
 def asked(environment, response, label, **options):
@@ -70,7 +70,66 @@ def test_json_is_told_where_it_differs():
     assert asked(structure, '{"city": "Oslo", "days": [true, 2]}', label)[0] == 0.0  # true is not 1
 
 
-@pytest.mark.parametrize("environment", [choice, maths, structure])
+WEATHER = json.dumps([{"weather.get": {"city": ["Oslo", "Oslo, Norway"], "days": [2], "unit": ["C", ""]}}])
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "[weather.get(city='Oslo', days=2)]", "weather.get(city='oslo norway', days=2.0, unit='c')",
+        '```python\n[weather.get(city="Oslo", days=2)]\n```',
+        '{"name": "weather.get", "arguments": {"city": "Oslo", "days": 2}}',
+        'I call\n<tool_call>\n{"name": "weather.get", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>',
+    ],
+)  # fmt: skip
+def test_right_calls(response):
+    assert asked(tools, response, WEATHER) == (1.0, None)
+
+
+@pytest.mark.parametrize(
+    "response, told",
+    [
+        ("[weather.get(city='Bergen', days=2)]",
+         'Call 1, weather.get: city is not "Bergen". Right is "Oslo" or "Oslo, Norway".'),
+        ("[weather.get(city='Oslo')]", "Call 1, weather.get: days is missing. Right is 2."),
+        ("[weather.get(city='Oslo', days=True)]", "Call 1, weather.get: days is not true. Right is 2."),
+        ("[weather.get(city='Oslo', days=2, wind=1)]", "Call 1, weather.get: wind is not to be given."),
+        ("[get(city='Oslo', days=2)]", "Call 1, get: this function is not to be called. Right is weather.get."),
+        ("[]", "0 calls were made; it takes 1: weather.get."),
+        ("It rains.", "The response is no list of calls such as [name(argument=value)]. It cannot be read: "),
+        ("[weather.get('Oslo', 2)]", "weather.get: give arguments by name."),
+        ("[weather.get(city=open('/etc/passwd').read(), days=2)]", "arguments are values, not expressions."),
+        ('{"name": 3}', "no list of calls"), ("[" * 9999, "no list of calls"),
+    ],
+)  # fmt: skip
+def test_wrong_calls_are_told_apart(response, told):
+    reward, feedback = asked(tools, response, WEATHER, detail="expected")
+    assert reward == 0.0 and told in feedback
+    if "Right is" in told:
+        assert told.partition(" Right")[0] in asked(tools, response, WEATHER)[1]
+        assert "Right is" not in asked(tools, response, WEATHER)[1]
+    assert len(asked(tools, response, WEATHER, detail="outcome")[1]) < 80
+
+
+def test_calls_come_in_any_order():
+    label = json.dumps([{"f": {"x": [1]}}, {"f": {"x": [[1, 2]]}}, {"g": {"o": [{"a": [1], "b": ["", 2]}]}}])
+    assert asked(tools, "[g(o={'a': 1}), f(x=[1, 2]), f(x=1)]", label) == (1.0, None)
+    assert asked(tools, "[g(o={'a': 1}), f(x=1), f(x=1)]", label)[1] == "Call 3, f: x is not 1."
+
+
+def test_a_file_of_the_leaderboard_becomes_a_data_set(tmp_path):
+    question = {"id": "simple_0", "question": [[{"role": "user", "content": "How is the weather in Oslo?"}]],
+                "function": [{"name": "weather.get", "parameters": {}}]}  # fmt: skip
+    several = question | {"id": "multi_0", "question": [[], []]}
+    (tmp_path / "q.json").write_text(f"{json.dumps(question)}\n{json.dumps(several)}\n")
+    answers = [{"id": "simple_0", "ground_truth": json.loads(WEATHER)}, {"id": "multi_0", "ground_truth": []}]
+    (tmp_path / "a.json").write_text("".join(json.dumps(a) + "\n" for a in answers))
+    (row,) = tools.rows(str(tmp_path / "q.json"), str(tmp_path / "a.json"))
+    assert [m["role"] for m in row["prompt"]] == ["system", "user"] and "weather.get" in row["prompt"][0]["content"]
+    assert asked(tools, "[weather.get(city='Oslo', days=2)]", row["label"])[0] == 1.0
+
+
+@pytest.mark.parametrize("environment", [choice, maths, structure, tools])
 def test_an_unknown_detail_is_refused(environment):
     with pytest.raises(ValueError, match="detail everything: choose one of outcome, "):
         environment.make(detail="everything")

@@ -1,0 +1,179 @@
+"""Tool calls, checked field by field: `--reward.remote_url .../sdpo_plugin/environments/tools.py`.
+
+A label is JSON as in the Berkeley Function-Calling Leaderboard: a list of calls `{"name": {"argument": [right ones]}}`,
+where `""` among the values makes an argument optional. Values are compared as there (`ast_checker.py` of
+github.com/ShishirPatil/gorilla): strings without case, white space and punctuation, numbers by value, calls in any
+order.
+
+A response calls tools as Python, `[get_weather(city="Oslo", days=2)]`, or as JSON, objects with `name` and `arguments`,
+one or a list of them, or each in `<tool_call>` tags; in a fenced block or not.
+
+| `detail`   | what the feedback tells                                     |
+| ---------- | ----------------------------------------------------------- |
+| `outcome`  | that the calls are wrong                                    |
+| `error`    | also which call, which argument, and how                    |
+| `expected` | also the values that would have been right                  |
+
+    python -m sdpo_plugin.environments.tools BFCL_v4_simple_python.json possible_answer/BFCL_v4_simple_python.json
+
+prints a data set made of a file of theirs and its answers (single-turn; the wheel `bfcl-eval` has them in its `data`).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sdpo_plugin.environments.feedback import one_of, reward_function
+
+DETAILS = ("outcome", "error", "expected")
+TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+BLOCK = re.compile(r"```[a-zA-Z_]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+IGNORED = re.compile(r"[ \,\.\/\-\_\*\^]")
+INSTRUCTION = (
+    "You are given a question and functions. Answer with nothing but the calls that it takes, as "
+    "[name(argument=value, ...), ...].\nFunctions as JSON:\n"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    arguments: dict[str, Any]
+
+
+def make(detail: str = "error", budget: int = 800) -> Callable[..., dict[str, Any]]:
+    """A reward function: 1 for the right calls, else 0."""
+    one_of(detail, DETAILS)
+
+    def judge(response: str, label: str) -> tuple[float, str | None]:
+        wanted = [next(iter(call.items())) for call in json.loads(label)]
+        try:
+            calls = parse(response)
+        except (ValueError, RecursionError) as error:
+            told = "The response is no list of calls such as [name(argument=value)]."
+            return 0.0, told if detail == "outcome" else f"{told} {error}"
+        wrong = compare(calls, wanted, detail == "expected")
+        if wrong is None:
+            return 1.0, None
+        return 0.0, "The calls are wrong." if detail == "outcome" else wrong
+
+    return reward_function(judge, budget)
+
+
+def parse(response: str) -> list[Call]:
+    """The calls of a response. Raises ValueError, with the reason, if it is none."""
+    tagged = TAGGED.findall(response)
+    if tagged:
+        return [call for text in tagged for call in _calls_in_json(text)]
+    blocks = BLOCK.findall(response)
+    text = (blocks[-1] if blocks else response).strip()
+    try:
+        return _calls_in_json(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        tree = ast.parse(text if text.startswith("[") else f"[{text}]", mode="eval")
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"It cannot be read: {error}") from error
+    return [_call_in_python(node) for node in tree.body.elts]
+
+
+def _calls_in_json(text: str) -> list[Call]:
+    found = json.loads(text)
+    calls = found if isinstance(found, list) else [found]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise ValueError("A call is an object with name and arguments.")
+        if not isinstance(call.get("arguments", {}), dict):
+            raise ValueError("The arguments of a call are an object.")
+    return [Call(call["name"], call.get("arguments", {})) for call in calls]
+
+
+def _call_in_python(node: ast.expr) -> Call:
+    if not isinstance(node, ast.Call):
+        raise ValueError(f"{ast.unparse(node)[:80]} is no call.")
+    name = ast.unparse(node.func)
+    if node.args:
+        raise ValueError(f"{name}: give arguments by name.")
+    try:
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: arguments are values, not expressions.") from error
+    return Call(name, arguments)
+
+
+def compare(calls: list[Call], wanted: list[tuple[str, dict[str, list[Any]]]], shown: bool) -> str | None:
+    """What is wrong with the calls, or None. shown: with the right values."""
+    if len(calls) != len(wanted):
+        names = f": {', '.join(name for name, _ in wanted)}" * shown
+        return f"{len(calls)} calls were made; it takes {len(wanted)}{names}."
+    left = list(wanted)
+    for i, call in enumerate(calls, 1):
+        reasons = [mismatch(call, name, arguments, shown) for name, arguments in left]
+        if None in reasons:
+            del left[reasons.index(None)]
+            continue
+        named = [reason for reason, (name, _) in zip(reasons, left, strict=True) if name == call.name]
+        right = f" Right is {left[0][0]}." * shown
+        return f"Call {i}, {call.name}: " + (named[0] if named else f"this function is not to be called.{right}")
+    return None
+
+
+def mismatch(call: Call, name: str, wanted: dict[str, list[Any]], shown: bool) -> str | None:
+    """How a call differs from a right one, or None."""
+    if call.name != name:
+        return "another function"
+    for argument, values in wanted.items():
+        right = f" Right is {' or '.join(json.dumps(v) for v in values if v != '')}." * shown
+        if argument not in call.arguments:
+            if "" in values:
+                continue
+            return f"{argument} is missing.{right}"
+        if not any(equal(call.arguments[argument], value) for value in values):
+            return f"{argument} is not {json.dumps(call.arguments[argument], default=str)}.{right}"
+    unknown = [argument for argument in call.arguments if argument not in wanted]
+    return f"{unknown[0]} is not to be given." if unknown else None
+
+
+def equal(given: Any, right: Any) -> bool:
+    """As BFCL compares an argument's value with one that is right."""
+    if isinstance(given, str) and isinstance(right, str):
+        return IGNORED.sub("", given).lower().replace("'", '"') == IGNORED.sub("", right).lower().replace("'", '"')
+    if isinstance(given, bool) or isinstance(right, bool):
+        return given is right
+    if isinstance(given, (int, float)) and isinstance(right, (int, float)):
+        return given == right
+    if isinstance(given, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(given) == len(right) and all(map(equal, given, right))
+    if isinstance(given, dict) and isinstance(right, dict):  # in answers, values of a dict are lists of right ones
+        options = {key: value if isinstance(value, list) else [value] for key, value in right.items()}
+        return given.keys() <= options.keys() and all(
+            any(equal(given[key], value) for value in values) if key in given else "" in values
+            for key, values in options.items()
+        )
+    return given == right
+
+
+def rows(questions: str, answers: str) -> Iterator[dict[str, Any]]:
+    """A data set of a file of BFCL and its answers, with columns `prompt` and `label`; single-turn questions only."""
+    with open(answers) as file:
+        right = {row["id"]: row["ground_truth"] for row in map(json.loads, file)}
+    with open(questions) as file:
+        for row in map(json.loads, file):
+            if row["id"] in right and len(row["question"]) == 1:
+                functions = "\n".join(json.dumps(function) for function in row["function"])
+                system = {"role": "system", "content": INSTRUCTION + functions}
+                yield {"prompt": [system, *row["question"][0]], "label": json.dumps(right[row["id"]])}
+
+
+reward_func = make()
+
+if __name__ == "__main__":
+    for row in rows(*sys.argv[1:3]):
+        print(json.dumps(row))
