@@ -166,7 +166,7 @@ def rows(questions: str, answers: str) -> Iterator[dict[str, Any]]:
         right = {row["id"]: row["ground_truth"] for row in map(json.loads, file)}
     with open(questions) as file:
         for row in map(json.loads, file):
-            if row["id"] in right and len(row["question"]) == 1:
+            if row["id"] in right and "function" in row and len(row["question"]) == 1:
                 functions = "\n".join(json.dumps(function) for function in row["function"])
                 system = {"role": "system", "content": INSTRUCTION + functions}
                 yield {"prompt": [system, *row["question"][0]], "label": json.dumps(right[row["id"]])}
