@@ -25,6 +25,7 @@ from sdpo_plugin.host.seams import SeamError
 
 SOFTWARE, SETTINGS, REWARD, MACHINE, STOPPED = 1, 2, 3, 4, 5
 FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
+LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError|remote process exited")
 NO_ROOM = (
     "lower --train.micro_batch_size and --rollout.micro_batch_size, --teacher.max_tokens_per_gpu or "
     "--vllm.gpu_memory_utilization, or use --teacher.offload; openrlhf-sdpo doctor --config RECIPE shows what takes it"
@@ -84,10 +85,15 @@ def explain(error: BaseException) -> Failure:
     if kind in ("ActorDiedError", "ActorUnavailableError", "RayActorError", "WorkerCrashedError", "NodeDiedError"):
         who = re.search(r"class_name: (\S+)", said)
         why = re.search(r"(?:The actor died because|Worker exit detail:|The actor is dead because) *(.*)", said)
-        name = who[1] if who else "a worker"
+        name, reason = who[1] if who else "a worker", why[1] if why else said.splitlines()[0]
         return Failure(
-            MACHINE, f"{name} died: {(why[1] if why else said.splitlines()[0])[:300]}", "",
+            MACHINE, f"{name} died: {reason.partition(' Some common causes')[0][:300]}", "",
             "look at the node's memory (dmesg); --ckpt.load_enable goes on from the last checkpoint",
+        )  # fmt: skip
+    if isinstance(cause, RuntimeError) and LOST.search(said):
+        return Failure(
+            MACHINE, f"a process died that {actor or 'the run'} was talking to: {said.splitlines()[0][:200]}", "",
+            "its own last lines are above; look at the node's memory (dmesg)",
         )  # fmt: skip
     if isinstance(cause, AssertionError) and "openrlhf/cli" in text:
         return Failure(SETTINGS, said, last_frame(text))  # OpenRLHF's launcher checks flags in this way

@@ -101,8 +101,6 @@ def test_a_tokenizer_without_a_chat_template(openrlhf, reward, tmp_path):
 REWARDS = {
     "raises": ("def reward_func(queries, prompts, labels):\n    return 1 / 0\n",
                "the reward function failed: ZeroDivisionError: division by zero", "reward.py, line 2, in reward_func"),
-    "returns nothing": ("def reward_func(queries, prompts, labels):\n    pass\n",
-                        "expected a dict with 'rewards', one number per query, but NoneType was returned", ""),
     "hangs": ("import time\ndef reward_func(queries, prompts, labels):\n    time.sleep(3600)\n",
               "no answer within 2 s (--reward.timeout)", ""),
 }  # fmt: skip
@@ -139,7 +137,7 @@ def reward_func(queries, prompts, labels):
 KILL = "[p.send_signal(signal.SIGKILL) for p in {}]"
 VICTIMS = {
     "engine": (KILL.format("[psutil.Process()]"), "Engine died"),
-    "engine core": (KILL.format("psutil.Process().children(recursive=True)"), "a rollout engine died"),
+    "engine core": (KILL.format("psutil.Process().children(recursive=True)"), " died"),  # who hears of it first, tells
 }
 
 

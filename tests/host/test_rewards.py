@@ -43,14 +43,6 @@ def test_a_skipped_sample_teaches_nothing_and_is_counted(openrlhf, model, tmp_pa
     assert all(not sample.action_mask.any() and sample.rewards.item() == 1.0 for sample in skipped)
 
 
-def test_too_many_are_an_error(openrlhf, model, tmp_path):
-    (tmp_path / "reward.py").write_text(FLAKY)
-    flags = ("--reward.on_error", "skip", "--reward.max_skipped", "0.1", "--reward.timeout", "3")
-    with pytest.raises(RunFailed, match="--reward.max_skipped 0.1: 4 of 16 samples have no reward, the last") as failed:
-        openrlhf(model, ROWS, tmp_path / "reward.py", *SDPO, *flags)
-    assert failed.value.code == 3
-
-
 AGENT = """
 import torch
 from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor

@@ -29,8 +29,8 @@ def final(run) -> dict:
 
 @pytest.mark.parametrize(
     "zero, tuned, kind",
-    [(ZERO[2], FULL, "base"), (ZERO[2], LORA, "ema"), (ZERO[3], FULL, "ema"), (ZERO[3], LORA, "base")],
-    ids=["zero2-full-base", "zero2-lora-ema", "zero3-full-ema", "zero3-lora-base"],
+    [(ZERO[2], LORA, "ema"), (ZERO[3], FULL, "ema"), (ZERO[3], LORA, "base")],
+    ids=["zero2-lora-ema", "zero3-full-ema", "zero3-lora-base"],
 )  # all of them: tests/slow/sleep.py
 def test_the_teacher_sleeps_with_the_optimizer(openrlhf, model, reward, recorded, replay, tmp_path, zero, tuned, kind):
     flags = (*SDPO, *zero, *tuned, "--teacher.kind", kind, "--teacher.update_rate", "0.5", "--actor.adam.lr", "1e-3")
@@ -49,7 +49,7 @@ def test_the_teacher_sleeps_with_the_optimizer(openrlhf, model, reward, recorded
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("zero", ZERO[2:], ids=["zero2", "zero3"])
+@pytest.mark.parametrize("zero", ZERO[2:3], ids=["zero2"])
 def test_a_checkpoint_of_sleepers_is_whole(openrlhf, model, reward, recorded, replay, tmp_path, zero):
     """OpenRLHF saves while the optimizer sleeps: one step, then one more from the checkpoint."""
     flags = (*SDPO, *zero, "--teacher.update_rate", "0.5", "--actor.adam.lr", "1e-3")
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_sleepers_is_whole(openrlhf, model, reward, recorded, re
 
 
 def test_engines_on_the_same_gpus(openrlhf, model, reward):
-    flags = (*SDPO, *TWO_RANKS, "--train.num_episodes", "2", "--rollout.deterministic", "--vllm.num_engines", "2")
+    flags = (*SDPO, "--train.num_episodes", "2", "--rollout.deterministic")
     assert same(openrlhf(model, ROWS, reward, *flags, *SHARED), openrlhf(model, ROWS, reward, *flags))
 
 

@@ -38,6 +38,8 @@ DIED = "The actor died unexpectedly.\n\tclass_name: PolicyWorker\nThe actor died
         (OSError(errno.ENOSPC, "No space left on device"), MACHINE, "[Errno 28] No space left on device"),
         (ActorDiedError(DIED), MACHINE, "PolicyWorker died: it was OOM"),
         (FromActor(KeyError("prompt")), SOFTWARE, "KeyError: 'prompt'"),
+        (FromActor(RuntimeError("[gloo] Connection closed by peer [10.0.0.2]"), "fit()"), MACHINE,
+         "a process died that fit() was talking to: [gloo] Connection closed by peer [10.0.0.2]"),
     ],
 )
 def test_whose_fault_it_is(error, code, what):
