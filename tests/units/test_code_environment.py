@@ -12,7 +12,7 @@ import pytest
 
 from sdpo_plugin.environments import code, sandbox
 
-pytestmark = pytest.mark.skipif(sandbox._bubblewrap() is None, reason="this machine allows no sandbox")
+pytestmark = pytest.mark.skipif(sandbox._bubblewrap() is None, reason="needs a kernel that allows namespaces")
 LIMITS = sandbox.Limits(seconds=1.5, memory=512 * sandbox.MIB)
 DOUBLE = json.dumps([{"input": f"{i}\n", "output": f"{2 * i}\n", "testtype": "stdin"} for i in (1, 2, 30)])
 SECRET = "the expected answer is 60 and nobody prints it"
