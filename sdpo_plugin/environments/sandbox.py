@@ -186,11 +186,9 @@ def perform(run):
 
 for run in job["runs"]:
     found = perform(run)
-    os.write(result, json.dumps(found).encode() + b"\n") if len(found["output"]) < 4096 else None
-    if len(found["output"]) >= 4096:
-        data = json.dumps(found).encode() + b"\n"
-        while data:
-            data = data[os.write(result, data):]
+    data = json.dumps(found).encode() + b"\n"
+    while data:
+        data = data[os.write(result, data):]
     if found["end"] != "ok" and job["stop"]:
         break
 '''

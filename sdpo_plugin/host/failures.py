@@ -25,7 +25,7 @@ from sdpo_plugin.host.seams import SeamError
 
 SOFTWARE, SETTINGS, REWARD, MACHINE, STOPPED = 1, 2, 3, 4, 5
 FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
-LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError|remote process ex")
+LOST = re.compile("Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process exited")
 NO_ROOM = (
     "lower --train.micro_batch_size and --rollout.micro_batch_size, --teacher.max_tokens_per_gpu or "
     "--vllm.gpu_memory_utilization, or use --teacher.offload; openrlhf-sdpo doctor --config RECIPE shows what takes it"

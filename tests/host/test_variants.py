@@ -36,11 +36,11 @@ def test_without_its_share_rlsd_is_the_policy_loss(replay):
 
 
 def test_a_rank_without_a_token_to_weigh_reports_like_the_others(openrlhf, model, reward, recorded, active):  # noqa: F811
-    """One of sixteen samples has a context: on two ranks, in two micro-batches each."""
+    """One of sixteen samples has a context: on two ranks, in two micro-batches each. Shares are of response tokens."""
     samples = ("--testing.replay", str(active(1)))
     run = openrlhf(model, ROWS, reward, "--algo", "fsd", *TOKENS, *ZERO[2], *samples, replay=recorded)
     assert run.metrics["train/self_distillation/token_weight"][0][1] > 0.0
-    assert run.metrics["train/self_distillation/empty_target_batch"][0][1] > 0.5
+    assert 0.0 < run.metrics["train/self_distillation/empty_target_batch"][0][1] < 1.0
 
 
 @pytest.mark.parametrize(("name", "stage"), [("srpo", 2), ("rlcsd", 3)])
