@@ -8,10 +8,13 @@ returns is handed back as text, and judged outside.
 
 from __future__ import annotations
 
+import builtins
 import functools
+import importlib
 import itertools
-import json
+import marshal
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -21,9 +24,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import CodeType
 
 WEAK = "SDPO_SANDBOX"  # set to "weak": limits without namespaces, where the kernel allows none
 MIB = 2**20
+WORD = re.compile(r"[A-Za-z]\w*")
+START = "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); exec(code)"
 _uids = itertools.count()
 
 
@@ -57,53 +63,65 @@ class Outcome:
     error: str = ""
 
 
-# Runs inside. It meets the program and its inputs, never an expected output.
-DRIVER = r'''
-import json, os, resource, select, signal, sys, time
-import bisect, collections, datetime, functools, heapq, itertools, math, operator, random, re, string, traceback, typing
+# What LiveCodeBench imports for a program: these modules, and all their names that are not built-in ones.
+PRELUDE = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json", "typing",
+)  # fmt: skip
 
-job = json.loads(sys.stdin.buffer.read())
+# Runs inside. It meets the program and its inputs, never an expected output. It imports what the program names, and for
+# itself what costs nothing: json, signal and traceback would take longer than most programs.
+DRIVER = r'''
+import os, resource, select, sys, time
+
 if job["uid"]:
     os.setgroups([])
     os.setresgid(job["uid"], job["uid"], job["uid"])
     os.setresuid(job["uid"], job["uid"], job["uid"])
-limits, result = job["limits"], os.dup(1)
+limits, result, SIGKILL, SIGXCPU = job["limits"], os.dup(1), 9, 24
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 for name, value in (("NPROC", limits["processes"]), ("AS", limits["memory"]), ("FSIZE", limits["file"]),
-                    ("NOFILE", 64), ("CORE", 0), ("CPU", int(limits["seconds"]) + 2)):
-    if name != "NPROC" or job["counted"]:
+                    ("NOFILE", 64), ("CORE", 0), ("CPU", int(limits["seconds"]) + 2), ("STACK", 1 << 27)):
+    if name != "NPROC" or job["isolated"]:
+        most = resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
-PRELUDE = {name: getattr(typing, name) for name in typing.__all__}
-for module in (bisect, collections, datetime, functools, heapq, itertools, math, operator, random, re, string):
-    PRELUDE.update({name: value for name, value in vars(module).items() if not name.startswith("_")})
-    PRELUDE[module.__name__] = module
+sys.setrecursionlimit(50_000)  # as LiveCodeBench does; Python 3.10 needs the larger stack for it
+space = {"__name__": "__main__", "exit": sys.exit, "quit": sys.exit}  # these are of site, which is not loaded
+for name, module in job["prelude"]:
+    space[name] = __import__(module) if name == module else getattr(__import__(module), name)
+if job["function"]:
+    import json
 
 
 def tell(error):
-    lines = job["program"].splitlines()
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == "<program>"]
-    shown = [f"line {f.lineno}: {lines[f.lineno - 1].strip()}" for f in frames[-3:] if 0 < f.lineno <= len(lines)]
     if isinstance(error, SyntaxError) and error.lineno:
-        shown = [f"line {error.lineno}: {(error.text or '').strip()}"]
-    return "\n".join([*shown, traceback.format_exception_only(error)[-1].strip()[:2000]])
+        return f"line {error.lineno}: {(error.text or '').strip()}\n{type(error).__name__}: {error.msg}"
+    lines, numbers, frame = job["program"].splitlines(), [], error.__traceback__
+    while frame:
+        if frame.tb_frame.f_code.co_filename == "<program>":
+            numbers.append(frame.tb_lineno)
+        frame = frame.tb_next
+    shown = [f"line {n}: {lines[n - 1].strip()}" for n in numbers[-3:] if 0 < n <= len(lines)]
+    words = str(error)[:2000].strip()
+    return "\n".join([*shown, type(error).__qualname__ + (words and f": {words}")])
 
 
-def child(run, out, err):
+def child(text, out, err):
     os.setsid()
     given = os.memfd_create("in")
-    os.write(given, run["input"].encode())
+    os.write(given, text)
     os.lseek(given, 0, 0)
     for new, old in ((0, given), (1, out), (2, err)):
         os.dup2(old, new)
     os.closerange(3, 64)
-    space = {**PRELUDE, "__name__": "__main__"}
     code = 0
     try:
         exec(compile(job["program"], "<program>", "exec"), space)
         if job["function"]:
             name = job["function"]
             call = getattr(space["Solution"](), name) if hasattr(space.get("Solution"), name) else space[name]
-            arguments = [json.loads(line) for line in run["input"].splitlines() if line.strip()]
+            arguments = [json.loads(line) for line in text.splitlines() if line.strip()]
             sys.stdout.flush()
             os.write(1, b"\0" + json.dumps(call(*arguments)).encode())
     except SystemExit as end:
@@ -120,11 +138,11 @@ def child(run, out, err):
     os._exit(code)
 
 
-def perform(run):
+def perform(text):
     out, err = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
-        child(run, out[1], err[1])
+        child(text, out[1], err[1])
     os.close(out[1]), os.close(err[1])
     parts, open_, end = {out[0]: b"", err[0]: b""}, {out[0], err[0]}, None
     deadline, status = time.monotonic() + limits["seconds"], None
@@ -147,7 +165,7 @@ def perform(run):
         status = found if ended else None
         if time.monotonic() >= deadline:
             end = "time"
-        time.sleep(0.002)
+        time.sleep(0.0005)
     for fd in list(open_):  # what it wrote last
         while select.select([fd], [], [], 0)[0] and len(parts[fd]) <= limits["output"]:
             data = os.read(fd, 65536)
@@ -156,12 +174,12 @@ def perform(run):
             parts[fd] += data
     if job["isolated"]:
         try:
-            os.kill(-1, signal.SIGKILL)  # everything else in here
+            os.kill(-1, SIGKILL)  # everything else in here
         except OSError:
             pass
     else:
         try:
-            os.killpg(pid, signal.SIGKILL)
+            os.killpg(pid, SIGKILL)
         except OSError:
             pass
     while True:
@@ -175,21 +193,21 @@ def perform(run):
             status = found
     os.close(out[0]), os.close(err[0])
     code = os.waitstatus_to_exitcode(status) if status is not None else -9
-    stdout, stderr = (parts[fd][: limits["output"]].decode("utf-8", "replace") for fd in (out[0], err[0]))
+    stdout, stderr = (parts[fd][: limits["output"]] for fd in (out[0], err[0]))
     if end is None:
-        end = "ok" if code == 0 else "memory" if code == 77 or "MemoryError" in stderr else (
-            "time" if code == -signal.SIGXCPU else "error" if code > 0 else "died")
+        end = "ok" if code == 0 else "memory" if code == 77 or b"MemoryError" in stderr else (
+            "time" if code == -SIGXCPU else "error" if code > 0 else "died")
     if job["function"]:
-        stdout = stdout.rpartition("\0")[2] if "\0" in stdout else ""
-    return {"end": end, "output": stdout, "error": stderr.rpartition("\0")[2][-4000:]}
+        stdout = stdout.rpartition(b"\0")[2] if b"\0" in stdout else b""
+    return end, stdout, stderr.rpartition(b"\0")[2][-4000:]
 
 
-for run in job["runs"]:
-    found = perform(run)
-    data = json.dumps(found).encode() + b"\n"
+for text in job["inputs"]:
+    end, output, error = perform(text)
+    data = b"%s %d %d\n%s%s" % (end.encode(), len(output), len(error), output, error)
     while data:
         data = data[os.write(result, data):]
-    if found["end"] != "ok" and job["stop"]:
+    if end != "ok" and job["stop"]:
         break
 '''
 
@@ -211,35 +229,64 @@ def run(
     limits = limits or Limits()
     command, uid, isolated = _command()
     job = {
-        "program": program, "function": function, "runs": [{"input": text} for text in inputs], "uid": uid,
-        "limits": asdict(limits), "stop": stop, "isolated": isolated, "counted": isolated,
+        "program": program, "function": function, "inputs": [text.encode(errors="replace") for text in inputs],
+        "uid": uid, "limits": asdict(limits), "stop": stop, "isolated": isolated, "prelude": _named(program),
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="sandbox-") as empty:
         process = subprocess.Popen(
-            [*command, _python(), "-I", "-S", "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [*command, _python(), "-I", "-S", "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin"}, cwd=empty, start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + len(inputs) * (limits.seconds + 1.0) + 5.0
         try:
-            text = _talk(process, json.dumps(job).encode(), deadline, len(inputs) * 8 * limits.output + MIB)
+            told = _talk(process, marshal.dumps((_driver(), job)), deadline, len(inputs) * 8 * limits.output + MIB)
         finally:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 pipe.close()
-    outcomes = []
-    for line in text.splitlines()[: len(inputs)]:
-        try:
-            found = json.loads(line)
-            outcomes.append(Outcome(str(found["end"]), str(found["output"]), str(found["error"])))
-        except (ValueError, KeyError, TypeError):
-            outcomes.append(Outcome("died"))
+    outcomes: list[Outcome] = []
+    while told and len(outcomes) < len(inputs):
+        outcome, told = _outcome(told)
+        outcomes.append(outcome)
     if len(outcomes) < len(inputs) and (not outcomes or outcomes[-1].end == "ok" or not stop):
         outcomes.append(Outcome("died"))
     return outcomes
 
 
-def _talk(process: subprocess.Popen, job: bytes, deadline: float, most: int) -> str:
+def _outcome(told: bytes) -> tuple[Outcome, bytes]:
+    """The first outcome that the driver told, and the rest. Nothing is believed of what programs may have written."""
+    head, _, rest = told.partition(b"\n")
+    found = re.fullmatch(rb"(ok|error|time|memory|output|died) (\d{1,9}) (\d{1,9})", head)
+    if found is None:
+        return Outcome("died"), b""
+    middle = int(found[2])
+    end = middle + int(found[3])
+    output, error = (part.decode("utf-8", "replace") for part in (rest[:middle], rest[middle:end]))
+    return Outcome(found[1].decode(), output, error), rest[end:]
+
+
+@functools.cache
+def _driver() -> CodeType:
+    return compile(DRIVER, "<driver>", "exec")
+
+
+@functools.cache
+def _prelude() -> dict[str, str]:
+    """The module of each name that programs may use without importing it."""
+    found = {}
+    for module in PRELUDE:
+        names = vars(importlib.import_module(module))
+        found |= {name: module for name in names.get("__all__", names) if name[0] != "_" and name not in vars(builtins)}
+    return found | {module: module for module in PRELUDE}
+
+
+def _named(program: str) -> list[tuple[str, str]]:
+    """What of the prelude a program names."""
+    return [(name, module) for name, module in _prelude().items() if name in set(WORD.findall(program))]
+
+
+def _talk(process: subprocess.Popen, job: bytes, deadline: float, most: int) -> bytes:
     """Send the job and read what comes back, no longer and no more than allowed."""
     received = bytearray()
     os.set_blocking(process.stdin.fileno(), False)
@@ -260,7 +307,7 @@ def _talk(process: subprocess.Popen, job: bytes, deadline: float, most: int) -> 
             if not data:
                 break
             received += data
-    return received.decode("utf-8", "replace")
+    return bytes(received)
 
 
 @functools.cache
@@ -307,9 +354,11 @@ def _namespaces() -> list[str]:
     given = ["--ro-bind", "/usr", "/usr"]
     for path in ("/bin", "/lib", "/lib64", "/lib32"):
         given += ["--ro-bind-try", path, path]
-    prefix = str(Path(_python()).parents[1])
-    if not prefix.startswith("/usr"):
-        given += ["--ro-bind", prefix, prefix]
+    prefix = Path(_python()).parents[1]
+    if not prefix.is_relative_to("/usr"):
+        for parent in reversed(prefix.parents[:-1]):  # a private home is no hindrance to the program's own user
+            given += ["--perms", "0755", "--dir", str(parent)]
+        given += ["--ro-bind", str(prefix), str(prefix)]
     return [
         "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try",
         *(own_user if os.geteuid() == 0 else ["--unshare-user"]), "--die-with-parent", "--new-session", "--clearenv",

@@ -36,10 +36,25 @@ def test_a_right_program_passes():
 
 
 @pytest.mark.parametrize(
+    "program, printed",
+    [
+        ("print(pow(2, 10, 7), gcd(4, 6), [*accumulate([1, 2])], datetime.date(2026, 1, 2))", "2 2 [1, 3] 2026-01-02"),
+        ("def f(x: List[int]) -> Optional[int]: return Counter(x)[1]\nprint(f([1, 1]), stdin.read())", "2 in"),
+        ("import fractions, sqlite3\nprint(fractions.Fraction(2, 4))\nexit()\nprint(3)", "1/2"),
+        ("def deep(n): return n and 1 + deep(n - 1)\nprint(deep(20_000))", "20000"),
+    ],
+)
+def test_what_programs_may_use_without_importing_it_and_import(program, printed):
+    (outcome,) = sandbox.run(program, ["in"])
+    assert (outcome.end, outcome.output.strip()) == ("ok", printed)
+
+
+@pytest.mark.parametrize(
     "program, expected",
     [
         ("print(2)", "Test 2 of 3 failed.\nInput:\n2\nExpected:\n4\nGot:\n2"),
         ("n = int(input())\nprint(10 // (n - 1))", "line 2: print(10 // (n - 1))\nZeroDivisionError: integer"),
+        ("def f(): return f() + 1\nf()", "line 1: def f(): return f() + 1\nRecursionError: maximum recursion depth"),
         ("while True: pass", "While it ran, it did not end within 1.5 s."),
         ("x = [0] * 10**10", "it used more than 512 MB of memory"),
         ("print('a' * 10**7)", "it printed more than 256 KB"),
@@ -113,7 +128,7 @@ for d in ({str(tmp_path)!r}, '/usr', '/', '/work'):
 def test_no_network(listener):
     port = listener.getsockname()[1]
     (outcome,) = sandbox.run(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)", [""], limits=LIMITS)
-    assert outcome.end == "error"
+    assert outcome.end == "error" and "Connection refused" in outcome.error
     with pytest.raises(TimeoutError):
         listener.accept()
 
@@ -162,6 +177,10 @@ builtins.all = lambda x: True
 print(json)""",
     "reads the frames": "import gc\nprint([o for o in gc.get_objects() if isinstance(o, dict) and 'expected' in o])",
     "closes everything": "import os\nos.closerange(0, 64)\nwhile True: pass",
+    "connects": "import socket\nsocket.create_connection(('1.1.1.1', 53), 1)",
+    "reads the trainer's environment": "import glob\nprint([open(f).read() for f in glob.glob('/proc/[0-9]*/environ')])",
+    "writes outside": "open('/usr/planted', 'w').write('x')",
+    "leaves a daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(99)",
     "recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
 }
 
