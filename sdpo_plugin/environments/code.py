@@ -19,9 +19,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdpo_plugin.environments import sandbox
 from sdpo_plugin.environments.feedback import cut, one_of, reward_function
@@ -34,8 +33,7 @@ MET = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):  # no dataclass: OpenRLHF loads this file without an entry in sys.modules
     """A test: what a program is given and what is expected, and whether feedback may show it."""
 
     given: str

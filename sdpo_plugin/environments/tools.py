@@ -26,8 +26,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdpo_plugin.environments.feedback import one_of, reward_function
 
@@ -41,8 +40,7 @@ INSTRUCTION = (
 )
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):  # no dataclass: OpenRLHF loads this file without an entry in sys.modules
     name: str
     arguments: dict[str, Any]
 
