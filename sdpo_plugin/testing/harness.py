@@ -103,9 +103,7 @@ class OpenRLHF:
         Raises:
             RunFailed: the launcher ended with an error, or outlasted `timeout` seconds.
         """
-        self.runs += 1
-        directory = self.directory / f"run{self.runs}"
-        directory.mkdir(parents=True)
+        directory = self._new_directory()
         (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         arguments = [
             f"--actor.model_name_or_path={model}", "--actor.num_gpus_per_node=1", "--ref.num_gpus_per_node=1",
@@ -117,16 +115,37 @@ class OpenRLHF:
             f"--rollout.batch_size={len(rows)}", "--rollout.n_samples_per_prompt=2",
             f"--train.batch_size={2 * len(rows)}", "--train.micro_batch_size=8", "--rollout.micro_batch_size=8",
             "--algo.advantage.estimator=group_norm", "--algo.kl.init_coef=0", "--actor.adam.lr=1e-3",
-            "--actor.lr_scheduler=constant", "--actor.lr_warmup_ratio=0", f"--ckpt.output_dir={directory}/model",
-            f"--ckpt.path={directory}/ckpt", f"--logger.tensorboard_dir={directory}/tensorboard",
+            "--actor.lr_scheduler=constant", "--actor.lr_warmup_ratio=0", *_outputs(directory),
         ]  # fmt: skip
         if not plain:
             arguments += ["--platform=cpu", f"--testing.record={directory}/samples"]
             arguments += [f"--testing.replay={replay.directory}/samples"] if replay else []
             flags = with_plugin(flags)
+        return self._run(directory, [*arguments, *flags], replay if plain else None, fresh, timeout)
+
+    def train(self, *flags: str, timeout: float = 300.0) -> Run:
+        """`openrlhf-sdpo train` with `flags` alone, as a user gives them: recipes. Outputs go to the run's directory.
+
+        Raises:
+            RunFailed: the launcher ended with an error, or outlasted `timeout` seconds.
+        """
+        from sdpo_plugin.host.launch import early
+
+        directory = self._new_directory()
+        own = ["--platform=cpu", f"--testing.record={directory}/samples", *_outputs(directory)]
+        plugins = ["--plugins", *(early(list(flags))[0].plugins or []), "sdpo_plugin.testing"]  # a recipe's, too
+        return self._run(directory, [*flags, *plugins, *own], None, False, timeout)
+
+    def _new_directory(self) -> Path:
+        self.runs += 1
+        directory = self.directory / f"run{self.runs}"
+        directory.mkdir(parents=True)
+        return directory
+
+    def _run(self, directory: Path, arguments: list[str], plain: Run | None, fresh: bool, timeout: float) -> Run:
         began, output = time.monotonic(), directory / "output.txt"
         if fresh:
-            command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", *arguments, *flags]
+            command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", *arguments]
             with open(output, "w") as log:
                 process = subprocess.Popen(
                     command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **self.environment}
@@ -138,7 +157,7 @@ class OpenRLHF:
             environment = {**os.environ, **self.environment}
             process = self.launchers.Process(
                 target=_launch,
-                args=([*arguments, *flags], f"{replay.directory}/samples" if plain else None, environment, output),
+                args=(arguments, f"{plain.directory}/samples" if plain else None, environment, output),
             )
             process.start()
             process.join(timeout)
@@ -149,6 +168,13 @@ class OpenRLHF:
         if code != 0:
             raise RunFailed(code, output, seconds)
         return Run(directory, output.read_text(), seconds)
+
+
+def _outputs(directory: Path) -> list[str]:
+    return [
+        f"--ckpt.output_dir={directory}/model", f"--ckpt.path={directory}/ckpt",
+        f"--logger.tensorboard_dir={directory}/tensorboard",
+    ]  # fmt: skip
 
 
 def with_plugin(flags: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 
 def tiny_model(
-    directory: str | Path, *, tied: bool = False, seed: int = 0, hidden: int = 128, layers: int = 2
-) -> Path:
+    directory: str | Path, *, tied: bool = False, seed: int = 0, hidden: int = 128, layers: int = 2,
+    positions: int = 512,
+) -> Path:  # fmt: skip
     """An untrained Llama with a character tokenizer and a chat template, small enough for a laptop's CPU.
 
     354,432 parameters untied, if not wider or deeper; head size 64, which vLLM's CPU attention needs.
@@ -33,7 +34,7 @@ def tiny_model(
         LlamaConfig(
             vocab_size=len(vocab), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
             num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, head_dim=64,
-            max_position_embeddings=512, tie_word_embeddings=tied,
+            max_position_embeddings=positions, tie_word_embeddings=tied,
             pad_token_id=0, eos_token_id=1, bos_token_id=None,
         )
     )
