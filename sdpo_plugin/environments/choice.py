@@ -20,7 +20,7 @@ from typing import Any
 from sdpo_plugin.environments.feedback import one_of, reward_function
 
 NAMED = re.compile(
-    r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?\}?\s*\}|<answer>\s*\(?([A-Z])\)?[^<]*</answer>|"
+    r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?\}?\s*\}|<answer>\s*\(?([A-Z])\)?(?![A-Za-z])[^<]*</answer>|"
     r"answer\s*(?:is|:)\s*\**\(?([A-Z])\)?(?![A-Za-z])",
     re.IGNORECASE,
 )

@@ -12,13 +12,24 @@ What the feedback tells, of the first test that failed (`detail`):
 | `expected` | also input, expected and actual output, if the test is public     |
 
 Settings other than the defaults: a file of your own with `reward_func = make(detail="error")`.
+
+    python -m sdpo_plugin.environments.code test6.jsonl [--since 2025-02-01] [--until 2025-05-01] [--private 0.5]
+
+prints a data set made of a file of LiveCodeBench (`livecodebench/code_generation_lite`): its problems from the first
+date to before the second, with that share of their private tests.
 """
 
 from __future__ import annotations
 
+import argparse
+import base64
+import io
 import json
+import pickle
+import random
 import re
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
@@ -26,6 +37,10 @@ from sdpo_plugin.environments import sandbox
 from sdpo_plugin.environments.feedback import cut, one_of, reward_function
 
 BLOCK = re.compile(r"```[a-zA-Z0-9_+-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+INSTRUCTION = (
+    "You are given a programming problem. Write a Python program that meets its specification and passes all tests. "
+    "End with the whole program in a fenced block, ```python ... ```."
+)
 DETAILS = ("outcome", "error", "expected")
 MET = {
     "time": "it did not end within {seconds:g} s", "memory": "it used more than {megabytes} MB of memory",
@@ -149,4 +164,61 @@ def equal_values(returned: str, expected: str) -> bool:
         return False
 
 
+def rows(path: str, since: str = "", until: str = "9", private: float = 1.0) -> Iterator[dict[str, Any]]:
+    """A data set of a file of LiveCodeBench, with columns `prompt` and `label`.
+
+    Args:
+        since, until: dates of contests, `2025-02-01`; the second is not included.
+        private: share of the private tests, at least one of each problem, drawn with a fixed seed. SDPO's authors train
+            with half of them and evaluate with all.
+    """
+    draw = random.Random(0)
+    with open(path) as file:
+        for row in map(json.loads, file):
+            if not since <= row["contest_date"] < until:
+                continue
+            hidden = _private(row["private_test_cases"])
+            kept = sorted(draw.sample(range(len(hidden)), min(len(hidden), max(1, int(private * len(hidden))))))
+            starter = row["starter_code"].strip()
+            form = f"Complete this code:\n```python\n{starter}\n```" if starter else (
+                "The program reads from standard input and prints to standard output."
+            )  # fmt: skip
+            label = {
+                "fn_name": json.loads(row["metadata"] or "{}").get("func_name"),
+                "public_test_cases": json.loads(row["public_test_cases"]),
+                "private_test_cases": [hidden[i] for i in kept],
+            }
+            content = f"{INSTRUCTION}\n\n{row['question_content'].strip()}\n\n{form}"
+            yield {"prompt": [{"role": "user", "content": content}], "label": json.dumps(label)}
+
+
+def _private(text: str) -> list[dict[str, Any]]:
+    """Private tests are JSON, or JSON as a string that was pickled, compressed and written as base64."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return json.loads(_Text(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load())
+
+
+class _Text(pickle.Unpickler):
+    """A pickle may call anything that it can name; this one can name nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"the private tests must be text, and name {module}.{name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sdpo_plugin.environments.code")
+    parser.add_argument("file", help="a file of LiveCodeBench, JSON lines")
+    parser.add_argument("--since", default="", help="first date of the contests")
+    parser.add_argument("--until", default="9", help="date after the last one")
+    parser.add_argument("--private", type=float, default=1.0, help="share of the private tests")
+    options = parser.parse_args(arguments)
+    for row in rows(options.file, options.since, options.until, options.private):
+        print(json.dumps(row))
+
+
 reward_func = make()
+
+if __name__ == "__main__":
+    main()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 Judge = Callable[[str, Any], tuple[float, str | None]]  # (response, label) -> reward, what was wrong or None
+# OpenRLHF decodes queries with special tokens: <|im_end|>, </s>, <eos>, <end_of_turn>, [PAD], <｜end▁of▁sentence｜>.
+TOKEN = r"<[|｜][^<>\s]*[|｜]>|</?s>|<(?:pad|eos|bos|unk|end_of_turn)>|\[(?:PAD|SEP|EOS)\]"
+SPECIAL = re.compile(rf"(?:\s*(?:{TOKEN}))+\s*\Z")
+TAIL = 64  # characters
 
 
 def reward_function(judge: Judge, budget: int) -> Callable[..., dict[str, Any]]:
@@ -14,15 +19,24 @@ def reward_function(judge: Judge, budget: int) -> Callable[..., dict[str, Any]]:
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
         import torch
 
-        judged = [
-            judge(query[len(prompt) :] if query.startswith(prompt) else query, label)
-            for query, prompt, label in zip(queries, prompts, labels, strict=True)
-        ]
+        judged = [judge(response_of(q, p), label) for q, p, label in zip(queries, prompts, labels, strict=True)]
         rewards = torch.tensor([float(reward) for reward, _ in judged])
         told = [None if words is None else cut(words, budget) for _, words in judged]
         return {"rewards": rewards, "scores": rewards, "feedback": told}
 
     return reward_func
+
+
+def response_of(query: str, prompt: str) -> str:
+    """A query without its prompt and without the special tokens at its end.
+
+    A prompt that was cut on the left, or that its tokenizer does not give back letter by letter, is known by its end.
+    """
+    if query.startswith(prompt):
+        response = query[len(prompt) :]
+    else:
+        response = query.rpartition(prompt[-TAIL:])[2]
+    return SPECIAL.sub("", response)
 
 
 def cut(text: str, length: int) -> str:

@@ -6,7 +6,8 @@ github.com/ShishirPatil/gorilla): strings without case, white space and punctuat
 order.
 
 A response calls tools as Python, `[get_weather(city="Oslo", days=2)]`, or as JSON, objects with `name` and `arguments`,
-one or a list of them, or each in `<tool_call>` tags; in a fenced block or not.
+one or a list of them, or each in `<tool_call>` tags; in a fenced block or not. Or each as two lines,
+`Action: get_weather` and `Action Input: {"city": "Oslo", "days": 2}`.
 
 | `detail`   | what the feedback tells                                     |
 | ---------- | ----------------------------------------------------------- |
@@ -15,8 +16,10 @@ one or a list of them, or each in `<tool_call>` tags; in a fenced block or not.
 | `expected` | also the values that would have been right                  |
 
     python -m sdpo_plugin.environments.tools BFCL_v4_simple_python.json possible_answer/BFCL_v4_simple_python.json
+    python -m sdpo_plugin.environments.tools eval_simulated.json
 
-prints a data set made of a file of theirs and its answers (single-turn; the wheel `bfcl-eval` has them in its `data`).
+print data sets: of a file of the leaderboard and its answers (single-turn; the wheel `bfcl-eval` has them in `data`),
+and of a file of ToolAlpaca (github.com/tangqiaoyu/ToolAlpaca).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sdpo_plugin.environments.feedback import one_of, reward_function
@@ -33,10 +36,11 @@ from sdpo_plugin.environments.feedback import one_of, reward_function
 DETAILS = ("outcome", "error", "expected")
 TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 BLOCK = re.compile(r"```[a-zA-Z_]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.+?)[ \t]*\n\s*Action Input:\s*", re.MULTILINE)
 IGNORED = re.compile(r"[ \,\.\/\-\_\*\^]")
 INSTRUCTION = (
     "You are given a question and functions. Answer with nothing but the calls that it takes, as "
-    "[name(argument=value, ...), ...].\nFunctions as JSON:\n"
+    "[name(argument=value, ...), ...].\n"
 )
 
 
@@ -69,6 +73,8 @@ def parse(response: str) -> list[Call]:
     tagged = TAGGED.findall(response)
     if tagged:
         return [call for text in tagged for call in _calls_in_json(text)]
+    if actions := list(ACTION.finditer(response)):
+        return [_call_in_action(response, action) for action in actions]
     blocks = BLOCK.findall(response)
     text = (blocks[-1] if blocks else response).strip()
     try:
@@ -91,6 +97,16 @@ def _calls_in_json(text: str) -> list[Call]:
         if not isinstance(call.get("arguments", {}), dict):
             raise ValueError("The arguments of a call are an object.")
     return [Call(call["name"], call.get("arguments", {})) for call in calls]
+
+
+def _call_in_action(response: str, action: re.Match[str]) -> Call:
+    try:
+        arguments, _ = json.JSONDecoder().raw_decode(response, action.end())
+    except ValueError as error:
+        raise ValueError(f"{action[1]}: its Action Input is not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{action[1]}: its Action Input is not an object.")
+    return Call(action[1], arguments)
 
 
 def _call_in_python(node: ast.expr) -> Call:
@@ -158,7 +174,18 @@ def equal(given: Any, right: Any) -> bool:
     return given == right
 
 
-def rows(questions: str, answers: str) -> Iterator[dict[str, Any]]:
+def label_of(calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Of calls, names and arguments, each with one right value; an argument that is "" may be left out."""
+    return json.dumps([{name: {key: [_right(value)] for key, value in given.items()}} for name, given in calls])
+
+
+def _right(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: [_right(part)] for key, part in value.items()}
+    return [_right(part) for part in value] if isinstance(value, list) else value
+
+
+def bfcl(questions: str, answers: str) -> Iterator[dict[str, Any]]:
     """A data set of a file of BFCL and its answers, with columns `prompt` and `label`; single-turn questions only."""
     with open(answers) as file:
         right = {row["id"]: row["ground_truth"] for row in map(json.loads, file)}
@@ -166,12 +193,41 @@ def rows(questions: str, answers: str) -> Iterator[dict[str, Any]]:
         for row in map(json.loads, file):
             if row["id"] in right and "function" in row and len(row["question"]) == 1:
                 functions = "\n".join(json.dumps(function) for function in row["function"])
-                system = {"role": "system", "content": INSTRUCTION + functions}
+                system = {"role": "system", "content": f"{INSTRUCTION}Functions as JSON:\n{functions}"}
                 yield {"prompt": [system, *row["question"][0]], "label": json.dumps(right[row["id"]])}
+
+
+def toolalpaca(path: str) -> Iterator[dict[str, Any]]:
+    """A data set of a file of ToolAlpaca, with columns `prompt` and `label`.
+
+    Of its evaluation files the instructions and their golden answers, without those that take a value from another call
+    (`${...}`); of its training file the conversations of a single call: later calls follow what the first returned.
+    """
+    with open(path) as file:
+        apis = json.load(file)
+    for api in apis:
+        asked = list(zip(api.get("Instructions", ()), api.get("Golden_Answers", ()), strict=False))
+        for talk in api.get("Instances", ()):
+            steps = talk.get("intermediate_steps", ())
+            if len(steps) == 1:
+                (name, arguments, _), _ = steps[0]
+                question = talk["input"].rsplit("\nHint: ", 1)[0]
+                asked.append((question, [{"Action": name, "Action_Input": arguments}]))
+        for question, actions in asked:
+            try:
+                right = [(action["Action"], json.loads(action["Action_Input"])) for action in actions]
+            except ValueError:  # "${animeId from searchAnime}" stands there without quotes
+                continue
+            known = all(name in api["Function_Projection"] for name, _ in right)
+            if known and "${" not in json.dumps(right):
+                system = {"role": "system", "content": f"{INSTRUCTION}Functions:\n{api['NLDocumentation']}"}
+                yield {"prompt": [system, {"role": "user", "content": question}], "label": label_of(right)}
 
 
 reward_func = make()
 
 if __name__ == "__main__":
-    for row in rows(*sys.argv[1:3]):
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m sdpo_plugin.environments.tools QUESTIONS ANSWERS | TOOLALPACA")
+    for row in (bfcl if len(sys.argv) == 3 else toolalpaca)(*sys.argv[1:]):
         print(json.dumps(row))

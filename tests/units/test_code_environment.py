@@ -1,10 +1,13 @@
 """The code environment against programs that are wrong, and against programs that mean harm."""
 
+import base64
 import json
 import os
+import pickle
 import socket
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -82,6 +85,52 @@ def test_as_openrlhf_calls_it():
     result = code.reward_func(queries, ["ask", "ask"], [DOUBLE] * 2)
     assert result["rewards"].tolist() == [1.0, 0.0] and result["feedback"][0] is None
     assert result["feedback"][1].startswith("The response has no program")
+
+
+def packed(tests) -> str:
+    """As LiveCodeBench packs private tests."""
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
+
+
+def test_a_file_of_livecodebench_becomes_a_data_set(tmp_path):
+    stdin = {
+        "question_content": "Double it.\n", "starter_code": "", "contest_date": "2025-02-01T00:00:00", "metadata": "{}",
+        "public_test_cases": json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}]),
+        "private_test_cases": packed([{"input": str(i), "output": str(2 * i), "testtype": "stdin"} for i in range(2, 9)]),
+    }  # fmt: skip
+    function = stdin | {
+        "starter_code": "class Solution:\n    def double(self, n: int) -> int:\n        ", "contest_date": "2025-03-09",
+        "metadata": json.dumps({"func_name": "double"}),
+        "public_test_cases": json.dumps([{"input": "1", "output": "2", "testtype": "functional"}]),
+        "private_test_cases": json.dumps([{"input": "7", "output": "14", "testtype": "functional"}]),
+    }  # fmt: skip
+    old = stdin | {"contest_date": "2025-01-31T00:00:00"}
+    late = stdin | {"contest_date": "2025-05-01T00:00:00"}
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (old, stdin, function, late)))
+    assert len(list(code.rows(str(file)))) == 4
+    first, second = code.rows(str(file), since="2025-02-01", until="2025-05-01", private=0.5)
+    assert "standard input" in first["prompt"][0]["content"] and "Double it.\n\nThe" in first["prompt"][0]["content"]
+    assert judged("print(2 * int(input()))", first["label"])[0]
+    assert [case.public for case in code.parse(first["label"])[1]] == [True, False, False, False]
+    assert "def double(self, n: int) -> int:\n```" in second["prompt"][0]["content"]
+    assert judged("class Solution:\n    def double(self, n):\n        return 2 * n", second["label"])[0]
+    assert judged("def double(n): return 2", second["label"]) == (False, "Test 2 of 2 failed.\nIts output is wrong.")
+
+
+class Harm:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/planted-by-a-pickle",)
+
+
+def test_private_tests_that_are_more_than_text_are_not_unpickled(tmp_path):
+    row = {"question_content": "?", "starter_code": "", "contest_date": "2025-02-01", "metadata": "",
+           "public_test_cases": "[]",
+           "private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(Harm()))).decode()}  # fmt: skip
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    with pytest.raises(pickle.UnpicklingError, match="must be text, and name posix.system"):
+        list(code.rows(str(tmp_path / "test.jsonl")))
+    assert not os.path.exists("/tmp/planted-by-a-pickle")
 
 
 # ── programs that mean harm ──
@@ -178,7 +227,7 @@ print(json)""",
     "reads the frames": "import gc\nprint([o for o in gc.get_objects() if isinstance(o, dict) and 'expected' in o])",
     "closes everything": "import os\nos.closerange(0, 64)\nwhile True: pass",
     "connects": "import socket\nsocket.create_connection(('1.1.1.1', 53), 1)",
-    "reads the trainer's environment": "import glob\nprint([open(f).read() for f in glob.glob('/proc/[0-9]*/environ')])",
+    "reads the environment": "import glob\nprint([open(f).read() for f in glob.glob('/proc/[0-9]*/environ')])",
     "writes outside": "open('/usr/planted', 'w').write('x')",
     "leaves a daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(99)",
     "recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",

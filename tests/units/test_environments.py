@@ -1,22 +1,19 @@
-"""Reward functions with feedback: choice, maths, JSON, tools (code: test_code_environment.py)."""
+"""Reward functions with feedback: choice, maths, JSON, tools; and what all environments have in common.
+
+The others have files of their own, test_code_environment.py and test_reasoning_environment.py.
+"""
 
 import json
-import threading
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from common import asked
 
-from sdpo_plugin.environments import choice, maths, structure, tools
-
-
-def asked(environment, response, label, **options):
-    """As OpenRLHF asks: one query at a time, in a thread that is not the main one."""
-    found = {}
-    reward_func = environment.make(**options)
-    ask = lambda: found.update(reward_func([f"Q?{response}"], ["Q?"], [label]))  # noqa: E731
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    return found["rewards"].item(), found["feedback"][0]
+from sdpo_plugin import environments
+from sdpo_plugin.environments import choice, maths, published, sandbox, structure, tools
+from sdpo_plugin.environments.feedback import response_of
 
 
 @pytest.mark.parametrize(
@@ -24,6 +21,7 @@ def asked(environment, response, label, **options):
     [
         ("Because of X, the answer is (B).", "B"), ("A is tempting.\n\\boxed{C}", "C"), ("<answer>d</answer>", "D"),
         ("so **Answer: A**", "A"), ("because of X:\n(B).", "B"), ("I take C", None), ("A or B", None), ("", None),
+        ("<answer>Because</answer>", None), ("<answer>\nC: iron\n</answer>", "C"),
         ("the answer is A. No: the answer is D", "D"), ("\\boxed{\\text{B}}", "B"), ("the answer is Apple", None),
     ],
 )  # fmt: skip
@@ -79,6 +77,7 @@ WEATHER = json.dumps([{"weather.get": {"city": ["Oslo", "Oslo, Norway"], "days":
         "[weather.get(city='Oslo', days=2)]", "weather.get(city='oslo norway', days=2.0, unit='c')",
         '```python\n[weather.get(city="Oslo", days=2)]\n```',
         '{"name": "weather.get", "arguments": {"city": "Oslo", "days": 2}}',
+        'Thought: rain?\nAction: weather.get\nAction Input: {"city": "Oslo", "days": 2}\nThat is all.',
         'I call\n<tool_call>\n{"name": "weather.get", "arguments": {"city": "Oslo", "days": 2}}\n</tool_call>',
     ],
 )  # fmt: skip
@@ -99,6 +98,8 @@ def test_right_calls(response):
         ("It rains.", "The response is no list of calls such as [name(argument=value)]. It cannot be read: "),
         ("[weather.get('Oslo', 2)]", "weather.get: give arguments by name."),
         ("[weather.get(city=open('/etc/passwd').read(), days=2)]", "arguments are values, not expressions."),
+        ("Action: weather.get\nAction Input: Oslo", "weather.get: its Action Input is not JSON: Expecting value"),
+        ('Action: weather.get\nAction Input: ["Oslo"]', "weather.get: its Action Input is not an object."),
         ('{"name": 3}', "no list of calls"), ("[" * 9999, "no list of calls"),
     ],
 )  # fmt: skip
@@ -124,9 +125,112 @@ def test_a_file_of_the_leaderboard_becomes_a_data_set(tmp_path):
     (tmp_path / "q.json").write_text(f"{json.dumps(question)}\n{json.dumps(several)}\n")
     answers = [{"id": "simple_0", "ground_truth": json.loads(WEATHER)}, {"id": "multi_0", "ground_truth": []}]
     (tmp_path / "a.json").write_text("".join(json.dumps(a) + "\n" for a in answers))
-    (row,) = tools.rows(str(tmp_path / "q.json"), str(tmp_path / "a.json"))
+    (row,) = tools.bfcl(str(tmp_path / "q.json"), str(tmp_path / "a.json"))
     assert [m["role"] for m in row["prompt"]] == ["system", "user"] and "weather.get" in row["prompt"][0]["content"]
     assert asked(tools, "[weather.get(city='Oslo', days=2)]", row["label"])[0] == 1.0
+
+
+API = {
+    "NLDocumentation": "find: Finds.", "Function_Projection": {"find": ["/find", "get"]},
+    "Instructions": ["Find a wild one", "Find its friend", "Find what nobody documented"],
+    "Golden_Answers": [
+        [{"Action": "find", "Action_Input": '{"colour": "wild", "size": "", "tags": {"a": [1]}}'}],
+        [{"Action": "find", "Action_Input": '{"id": ${id from find}}'}],
+        [{"Action": "lose", "Action_Input": "{}"}],
+    ],
+}  # fmt: skip
+
+
+def test_a_file_of_toolalpaca_becomes_a_data_set(tmp_path):
+    step = [["find", '{"colour": "red"}', "Thought..."], "found"]
+    talks = [{"input": "Find a red one\nHint: page 1", "intermediate_steps": [step]},
+             {"input": "Find two", "intermediate_steps": [step, step]}]  # fmt: skip
+    training = {key: value for key, value in API.items() if key != "Golden_Answers"} | {"Instances": talks}
+    (tmp_path / "alpaca.json").write_text(json.dumps([API, training]))
+    first, second = tools.toolalpaca(str(tmp_path / "alpaca.json"))
+    assert "find: Finds." in first["prompt"][0]["content"] and first["prompt"][1]["content"] == "Find a wild one"
+    assert asked(tools, "[find(colour='wild', tags={'a': [1]})]", first["label"]) == (1.0, None)  # "" may be left out
+    assert "find: tags is not" in asked(tools, "[find(colour='wild', tags={'a': 1})]", first["label"])[1]
+    assert second["prompt"][1]["content"] == "Find a red one"
+    assert asked(tools, "[find(colour='red')]", second["label"]) == (1.0, None)
+
+
+PUBLISHED = {  # as in the authors' files
+    "mcq": {"prompt": "Which?\n\nA: x\nB: y\nPlease reason step by step.", "system": "Respond in the following format",
+            "answer": "B", "tests": "-"},
+    "tooluse": {"prompt": "Begin!\nQuestion: Find it", "system": None, "tests": None,
+                "answer": '[{"Action": "find", "Action_Input": "{\\"page\\": 1}"}]'},
+    "code": {"prompt": "def double(self, n: int)", "system": None, "answer": "-",
+             "tests": json.dumps({"inputs": ["2"], "outputs": ["4"], "testtype": "functional", "fn_name": "double",
+                                  "time_limit": 6})},
+}  # fmt: skip
+
+
+def test_the_authors_files_become_data_sets(tmp_path):
+    from sdpo_plugin.environments import code
+
+    made = {}
+    for kind, row in PUBLISHED.items():
+        lines, array = tmp_path / f"{kind}.jsonl", tmp_path / f"{kind}.json"
+        lines.write_text(json.dumps(row | {"kind": kind}) + "\n")
+        array.write_text(json.dumps([row | {"kind": kind}]))
+        (made[kind],) = published.rows(str(lines))
+        assert list(published.rows(str(array))) == [made[kind]]
+    assert [m["role"] for m in made["mcq"]["prompt"]] == ["system", "user"]
+    assert asked(choice, "<reasoning>\n...\n</reasoning>\n<answer>\nB\n</answer>", made["mcq"]["label"])[0] == 1.0
+    assert asked(tools, 'Action: find\nAction Input: {"page": 1}', made["tooluse"]["label"])[0] == 1.0
+    assert made["code"]["prompt"][0]["content"] == "def double(n: int)"
+    assert code.parse(made["code"]["label"]) == ("double", [code.Case("2", "4")])
+    (tmp_path / "mixed.json").write_text(json.dumps([{"kind": "mcq"}, {"kind": "code"}]))
+    with pytest.raises(ValueError, match="rows of code, mcq; they must be of one of mcq, math, tooluse, code"):
+        list(published.rows(str(tmp_path / "mixed.json")))
+
+
+# ── all of them ──
+
+RIGHT = {
+    "choice": ("The answer is (B)", "B"), "maths": ("so $7$", "7"), "structure": ('{"a": 1}', '{"type": "object"}'),
+    "tools": ("[weather.get(city='Oslo', days=2)]", WEATHER),
+    "code": ("```python\nprint(2 * int(input()))\n```", json.dumps([{"input": "2", "output": "4"}])),
+    "reasoning": ("<answer>5</answer>", json.dumps({"name": "chain_sum", "parameters": {}, "entry": {"answer": "5"}})),
+}  # fmt: skip
+ENDS = ("<|im_end|>", "</s>", "<eos>", "<pad><pad>", "<|eot_id|>\n", "<end_of_turn>", "<｜end▁of▁sentence｜>", "[PAD]")
+
+
+def usable(name: str) -> str:
+    if name == "reasoning":
+        pytest.importorskip("reasoning_gym")
+    if name == "code" and sandbox._bubblewrap() is None:
+        pytest.skip("needs a kernel that allows namespaces")
+    return name
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_as_openrlhf_alone_loads_and_asks_it(name):
+    """By its path, one query at a time, with special tokens; nothing else of the plugin is imported."""
+    response, label = RIGHT[usable(name)]
+    path = Path(environments.__file__).with_name(f"{name}.py")
+    program = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("reward_func", {str(path)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+prompt = "<|im_start|>user\\nSay <answer>this</answer> or A.<|im_end|>\\n<|im_start|>assistant\\n"
+for end in ("", *{ENDS!r}):
+    found = module.reward_func([prompt + {response!r} + end], [prompt], [{label!r}])
+    assert found["rewards"].tolist() == [1.0] and found["feedback"] == [None], (end, found)
+print([m for m in sys.modules if m.startswith("sdpo_plugin.") and not m.startswith("sdpo_plugin.environments")])
+"""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert ran.stdout == "[]\n", ran.stdout + ran.stderr
+
+
+def test_the_response_of_a_query():
+    prompt = f"<s>{'Say A or B. ' * 20}\n<|assistant|>\n"
+    assert response_of(f"{prompt}I say B.</s>", prompt) == "I say B."
+    assert response_of(f"{prompt[100:]}I say B.<pad><pad>", prompt) == "I say B."  # cut on the left
+    assert response_of(f"{prompt.replace('<s>', '<s> ')}I say B.", prompt) == "I say B."  # not letter by letter
+    assert response_of("I say <b>B</b> [1]", prompt) == "I say <b>B</b> [1]"
 
 
 @pytest.mark.parametrize("environment", [choice, maths, structure, tools])

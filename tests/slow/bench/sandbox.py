@@ -1,8 +1,12 @@
-"""How many short programs a second the code environment judges: `.venv/bin/python tests/slow/bench/sandbox.py [WORKERS ...]`.
+"""How many short programs a second the code environment judges.
 
-A program reads a number and prints its double; it has three tests. Each run has a sandbox of its own. Without arguments as
-many workers (threads, as OpenRLHF calls reward functions) as cores. The best of three rounds.
+    python tests/slow/bench/sandbox.py [WORKERS ...]
+
+A program reads a number and prints its double, and has three tests; each has a sandbox of its own. Workers are threads, as
+OpenRLHF calls reward functions; without arguments there are as many as cores. Prints the best of three rounds of each.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -16,7 +20,7 @@ PROGRAMS = 100
 LABEL = json.dumps([{"input": f"{i}\n", "output": f"{2 * i}\n"} for i in (1, 2, 30)])
 RESPONSES = {
     "plain": "```python\nprint(2 * int(input()))\n```",
-    "with typing and collections": "```python\nd: Dict[int, List[int]] = defaultdict(list)\nprint(2 * int(input()))\n```",
+    "with typing": "```python\nseen: Dict[int, List[int]] = defaultdict(list)\nprint(2 * int(input()))\n```",
     "that raises": "```python\nprint(1 // (int(input()) - 1))\n```",
 }
 
@@ -31,4 +35,4 @@ def rate(response: str, workers: int) -> float:
 for workers in [int(n) for n in sys.argv[1:]] or [os.cpu_count()]:
     for name, response in RESPONSES.items():
         best = max(rate(response, workers) for _ in range(3))
-        print(f"{best:5.1f} programs a second ({name}), {workers} workers on {os.cpu_count()} cores")
+        print(f"{best:5.1f} programs a second ({name}), {workers} workers on {os.cpu_count()} cores", flush=True)
