@@ -40,7 +40,7 @@ from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts,
 from sdpo_plugin.diagnostics import GAIN, WATCHED_SAMPLES, Watch, length_metrics, measure
 from sdpo_plugin.fused import Head, Scores, TeacherStates, linear_distillation, of_one_size
 from sdpo_plugin.hookspecs import hookimpl
-from sdpo_plugin.interface import MicroBatch, RolloutBatch, Worker, prompt_messages, teacher_inputs
+from sdpo_plugin.interface import MicroBatch, Read, RolloutBatch, Worker, prompt_messages, teacher_inputs
 from sdpo_plugin.loss import Tokens, loss_from_log_probs
 from sdpo_plugin.teacher import Teacher, make_teacher
 
@@ -61,10 +61,57 @@ def numbered(name: str, k: int) -> str:
     return f"{name}/{k}" if k else name
 
 
-def teacher_prompts(micro_batch: MicroBatch) -> list[list[torch.Tensor]]:
-    """Of each teacher context, one prompt (int64 [P_i]) per sample; empty where the sample has none."""
+def scored_behind(batch: RolloutBatch, i: int, context: TeacherContext) -> list[tuple[TeacherContext, torch.Tensor]]:
+    """What the teacher is to read of sample i: each distinct context, and its action positions (bool [A_i])."""
+    response = batch.response_mask(i)
+    if not context.by_turn:
+        return [(context, response)] if context.active else []
+    found: dict[int, tuple[TeacherContext, torch.Tensor]] = {}
+    for number, turn in enumerate(batch.samples[i].turns):
+        if (own := context.of_turn(number)) is not None:
+            _, at = found.setdefault(id(own), (own, torch.zeros_like(response)))
+            at[turn.start : turn.stop] = True
+    return list(found.values())
+
+
+def attach_reads(
+    batch: RolloutBatch, k: int, reads: Sequence[Sequence[tuple[list[int], torch.Tensor]]], by_turn: bool
+) -> None:
+    """Send along what the teacher reads of each sample: prompts, and the action positions (bool [A_i]) behind each.
+
+    `teacher_prompt` are a sample's prompts, one after the other (int64 [P_i]). Where turns are scored apart,
+    `teacher_spans` says where in it the prompt of each action position begins and ends (int64 [A_i, 2]; 0, 0: none).
+    """
+    prompts = [torch.tensor([token for ids, _ in own for token in ids], dtype=torch.long) for own in reads]
+    batch.attach(numbered("teacher_prompt", k), prompts)
+    if by_turn:
+        every_span = []
+        for i, own in enumerate(reads):
+            spans, begin = torch.zeros(len(batch.response_mask(i)), 2, dtype=torch.long), 0
+            for ids, at in own:
+                spans[at] = torch.tensor([begin, begin := begin + len(ids)])
+            every_span.append(spans)
+        batch.attach(numbered("teacher_spans", k), every_span)
+
+
+def teacher_reads(micro_batch: MicroBatch) -> list[list[Read]]:
+    """Of each teacher context, what `attach_reads` sent along."""
+    action_mask = micro_batch.experience.action_mask.bool()
+    found: list[list[Read]] = []
     names = (numbered("teacher_prompt", k) for k in itertools.count())
-    return [micro_batch.data[name] for name in itertools.takewhile(micro_batch.data.__contains__, names)]
+    for k, name in enumerate(itertools.takewhile(micro_batch.data.__contains__, names)):
+        found.append(reads := [])
+        spans = micro_batch.data.get(numbered("teacher_spans", k))
+        for i, prompts in enumerate(micro_batch.data[name]):
+            if spans is None:
+                reads += [Read(i, prompts, action_mask[i])] if len(prompts) else []
+                continue
+            for begin, end in spans[i].unique(dim=0).tolist():
+                if end:
+                    at = torch.zeros_like(action_mask[i])
+                    at[: len(spans[i])] = spans[i][:, 1] == end
+                    reads.append(Read(i, prompts[begin:end], at))
+    return found
 
 
 class SelfDistillation:
@@ -236,20 +283,22 @@ class SelfDistillation:
         every = range(len(batch))
         rollouts = [self.rollout(batch, i) for i in every]
         contexts = self.contexts(batch, rollouts)
-        masks = self._loss_masks(batch, contexts)
+        wanted = [[scored_behind(batch, i, shown[i]) for i in every] for shown in contexts]
+        masks = self._loss_masks(batch, wanted)
+        reads: list[list[list[tuple[list[int], torch.Tensor]]]] = []
         truncated, too_long = 0, 0
         for k, shown in enumerate(contexts):
-            prompts = []
+            reads.append([])
             for i in every:
-                asked = shown[i].active and bool(masks[i].any())
-                ids, cut = self.teacher_prompt(batch, i, shown[i]) if asked else ([], False)
-                prompts.append(torch.tensor(ids, dtype=torch.long))
-                truncated += cut
-                too_long += asked and not ids
+                asked = [(context, at) for context, at in wanted[k][i] if bool((at & masks[i]).any())]
+                prompts = [self.teacher_prompt(batch, i, context, at) for context, at in asked]
+                truncated += any(cut for _, cut in prompts)
+                too_long += not all(ids for ids, _ in prompts)
+                reads[k].append([(ids, at) for (ids, _), (_, at) in zip(prompts, asked, strict=True) if ids])
                 # Without a token in the loss, or a prompt that leaves room for the response, a sample has no teacher.
-                shown[i] = shown[i] if ids else TeacherContext(rollouts[i].messages, False)
-            batch.attach(numbered("teacher_prompt", k), prompts)
-        batch.attach("loss_mask", self._loss_masks(batch, contexts))
+                shown[i] = shown[i] if reads[k][i] else TeacherContext(rollouts[i].messages, False)
+            attach_reads(batch, k, reads[k], by_turn=any(context.by_turn for context in shown))
+        batch.attach("loss_mask", self._loss_masks(batch, reads))
         batch.attach("reward", [torch.tensor(float("nan") if r is None else float(r)) for r in batch.rewards])
         batch.metrics.update(context_metrics(rollouts, contexts[0], self.reprompt))
         groups = {rollout.group for rollout in rollouts}
@@ -261,8 +310,17 @@ class SelfDistillation:
         self._watch(batch, rollouts, contexts[0])
         batch.attach_scalar("step", self.watch.steps)
 
-    def _loss_masks(self, batch: RolloutBatch, contexts: list[list[TeacherContext]]) -> list[torch.Tensor]:
-        return [self.loss_mask(batch, i, [shown[i].active for shown in contexts]) for i in range(len(batch))]
+    def _loss_masks(
+        self, batch: RolloutBatch, reads: Sequence[Sequence[Sequence[tuple[Any, torch.Tensor]]]]
+    ) -> list[torch.Tensor]:
+        """Of each sample, `loss_mask` without the turns that a teacher of the sample does not score."""
+        masks = []
+        for own in zip(*reads, strict=True):
+            mask = self.loss_mask(batch, len(masks), [bool(of_context) for of_context in own])
+            for of_context in filter(None, own):
+                mask = mask & torch.stack([at for _, at in of_context]).any(dim=0)
+            masks.append(mask)
+        return masks
 
     def _watch(self, batch: RolloutBatch, rollouts: list[Rollout], contexts: list[TeacherContext]) -> None:
         due = self.watch.due()
@@ -273,7 +331,7 @@ class SelfDistillation:
             return
         threshold = self.reprompt.success_threshold
         failed = [rollout.reward is None or rollout.reward < threshold for rollout in rollouts]
-        if any(context.sections for context in contexts):  # else there is no context to watch the effect of
+        if any(context.sections or context.by_turn for context in contexts):  # else there is no effect to watch
             batch.attach("failed", [torch.tensor(f) for f in failed])
         lengths = [int(sample.action_mask.sum()) for sample in batch.samples]
         batch.metrics[PREFIX + "response_length_drift"] = self.watch.drift(sum(lengths) / len(lengths))
@@ -300,14 +358,19 @@ class SelfDistillation:
             reward=batch.rewards[i],
             feedback=sample.feedback,
             privileged_context=sample.record.get(self.reprompt.privileged_key),
+            turn_feedback=[turn.feedback for turn in sample.turns],
         )
 
-    def teacher_prompt(self, batch: RolloutBatch, i: int, context: TeacherContext) -> tuple[list[int], bool]:
+    def teacher_prompt(
+        self, batch: RolloutBatch, i: int, context: TeacherContext, at: torch.Tensor
+    ) -> tuple[list[int], bool]:
         """Token ids for the teacher to read before sample i's response, and whether what they show had to be cut.
 
-        Prompt and response together fit the model's positions. Where nothing that can be cut makes them fit: no ids.
+        at: bool [A_i], the action positions that are scored behind them. Prompt and response, as far as the last of
+        these, fit the model's positions together. Where nothing that can be cut makes them fit: no ids.
         """
-        room = batch.max_positions - len(batch.response_ids(i))
+        replayed = int(at.nonzero()[-1] - batch.response_mask(i).nonzero()[0]) + 1
+        room = batch.max_positions - replayed
         config = replace(self.reprompt, max_len=max(min(self.reprompt.max_len, room), 1))
         ids, cut = teacher_prompt_ids(context, batch.tokenizer, config, chat_template_kwargs(batch.args))
         return (ids, cut) if len(ids) <= room else ([], False)
@@ -335,7 +398,7 @@ class SelfDistillation:
         needs, temperature = micro_batch.needs, micro_batch.worker.actor.temperature
         if not needs["samples"]:
             micro_batch.samples = micro_batch.loss_mask.any(dim=1)
-        taught = [self._teacher_hidden(micro_batch, prompts) for prompts in teacher_prompts(micro_batch)]
+        taught = [self._teacher_hidden(micro_batch, reads) for reads in teacher_reads(micro_batch)]
         watched = self._watched(micro_batch)
         policy_weights, shares = self.join(micro_batch)
         if self.uses_policy_loss:
@@ -390,13 +453,14 @@ class SelfDistillation:
 
         `position` in the response, `reward` of the sample, `advantage` by OpenRLHF's estimator, `step` (number of the
         rollout batch, from 1), `old_log_probs` where a rollout makes several updates, whether the token is `in_loss`
-        (the loss mask), and whether its sample has the teacher context: `active`, of further ones `active/1`, ...
+        (the loss mask), and whether it is scored behind the teacher context: `active`, of further ones `active/1`, ...
         """
-        batch = micro_batch.experience
-        found = {
-            numbered("active", k): torch.tensor([len(ids) > 0 for ids in prompts])
-            for k, prompts in enumerate(teacher_prompts(micro_batch))
-        } | {
+        batch, active = micro_batch.experience, {}
+        for k, reads in enumerate(teacher_reads(micro_batch)):
+            active[numbered("active", k)] = scored = torch.zeros_like(batch.action_mask, dtype=torch.bool)
+            for i, _, at in reads:
+                scored[i] |= at
+        found = active | {
             "in_loss": micro_batch.loss_mask,
             "position": batch.action_mask.cumsum(dim=1) - 1,
             "step": torch.full((len(batch.sequences),), micro_batch.scalars.get("step", 0.0)),
@@ -439,13 +503,13 @@ class SelfDistillation:
 
         return correction
 
-    def _teacher_hidden(self, micro_batch: MicroBatch, prompts: list[torch.Tensor]) -> torch.Tensor:
+    def _teacher_hidden(self, micro_batch: MicroBatch, reads: Sequence[Read]) -> torch.Tensor:
         """A teacher's hidden states [N, H] at the response tokens; zero where the loss has no use for them."""
         batch = micro_batch.experience
-        *inputs, read = teacher_inputs(batch.sequences, batch.attention_mask, batch.action_mask, prompts)
+        *inputs, scored = teacher_inputs(batch.sequences, batch.action_mask, reads)
         hidden = self.teacher.hidden_states(*inputs, self.teacher_config.max_tokens_per_gpu)
         full = hidden.new_zeros(*batch.action_mask.shape, hidden.shape[1])
-        full[read] = hidden
+        full[scored] = hidden
         return full[micro_batch.response]
 
     def _watched(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -466,12 +530,12 @@ class SelfDistillation:
         chosen[order[: math.ceil(WATCHED_SAMPLES / micro_batch.worker.ranks)]] = True
         watched = micro_batch.loss_mask & chosen[:, None]
         own = [
-            sequence[: int(response.nonzero()[0]) + 1] if here else sequence[:0]
-            for sequence, response, here in zip(batch.sequences, batch.action_mask, chosen, strict=True)
+            Read(i, batch.sequences[i, : int(batch.action_mask[i].nonzero()[0]) + 1], watched[i])
+            for i in chosen.nonzero()[:, 0].tolist()
         ]
-        *inputs, read = teacher_inputs(batch.sequences, batch.attention_mask, batch.action_mask, own)
-        hidden = self.teacher.hidden_states(*inputs, self.teacher_config.max_tokens_per_gpu)
-        return watched[micro_batch.response], hidden[watched[read]], failed[:, None].expand_as(watched)[watched]
+        tokens = watched[micro_batch.response]
+        without = self._teacher_hidden(micro_batch, own)[tokens]
+        return tokens, without, failed[:, None].expand_as(watched)[watched]
 
     @hookimpl
     def openrlhf_policy_loss(self, micro_batch: MicroBatch) -> None:

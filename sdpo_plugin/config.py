@@ -164,7 +164,9 @@ class RepromptConfig(Group):
         True, "cut closed <think> blocks from demonstrations, those that the prompt opened included"
     )
     use_feedback: bool = option(True, "show the environment's feedback on the rollout")
-    feedback_only_without_solution: bool = option(True, "show feedback only where no demonstration exists")
+    feedback_only_without_solution: bool = option(
+        True, "show feedback on a response only where no demonstration exists; feedback on one turn is always shown"
+    )
     template: str = option(
         "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
         "the teacher's user turn; names {prompt}, {solution}, {feedback}, {privileged_context}",

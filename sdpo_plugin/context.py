@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -45,6 +45,8 @@ class Rollout:
     """One sampled response, and all that is known about it. Rollouts of one prompt share `group`.
 
     response: None where nothing was sampled; such a rollout neither teaches nor is taught.
+    turn_feedback: of an agent's trajectory, what concerns one turn only; an entry for each turn, None where there is
+        nothing.
     """
 
     group: Hashable
@@ -53,22 +55,30 @@ class Rollout:
     reward: float | None
     feedback: Any = None
     privileged_context: str | None = None
+    turn_feedback: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
 class TeacherContext:
     """What the teacher reads.
 
-    messages: as the rollout's, the last turn rewritten; the rollout's own where not `active`.
-    active: whether anything is shown; only then is the sample distilled.
+    messages: as the rollout's, the last turn rewritten; the rollout's own where nothing is shown.
+    active: whether anything is shown, for the whole rollout or for one of its turns; only then is the sample distilled.
     sections: the untrusted text that is shown, by section name.
     prompt: the rollout's messages where something is shown; without it, `messages` are rendered as they are, trusted.
+    by_turn: what takes this context's place for turns with feedback of their own, by number from 0.
     """
 
     messages: Messages
     active: bool
     sections: Mapping[str, str] = field(default_factory=dict)
     prompt: Messages | None = None
+    by_turn: Mapping[int, TeacherContext] = field(default_factory=dict)
+
+    def of_turn(self, turn: int) -> TeacherContext | None:
+        """The context that a turn is scored behind; None: it is not in the loss."""
+        whole = self if self.active and (self.sections or not self.by_turn) else None
+        return self.by_turn.get(turn, whole)
 
 
 def build_teacher_contexts(rollouts: Sequence[Rollout], config: RepromptConfig) -> list[TeacherContext]:
@@ -92,7 +102,9 @@ def build_teacher_contexts(rollouts: Sequence[Rollout], config: RepromptConfig) 
             found["feedback"] = _feedback(rollout, config)
         found["privileged_context"] = _text(rollout.privileged_context, "privileged_context", rollout)
         shown = {name: text for name, text in found.items() if text is not None and "{" + name + "}" in config.template}
-        contexts.append(context_showing(rollout, shown, config))
+        by_turn = _by_turn(rollout, shown, config)
+        context = context_showing(rollout, shown, config)
+        contexts.append(replace(context, active=context.active or bool(by_turn), by_turn=by_turn))
     return contexts
 
 
@@ -116,8 +128,8 @@ def context_metrics(
     taught = [context.sections["solution"] for context in contexts if "solution" in context.sections]
     counts = {
         "success_sample": len(taught),
-        "feedback_available": sum(_feedback(rollout, config) is not None for rollout in rollouts),
-        "feedback_used": sum("feedback" in context.sections for context in contexts),
+        "feedback_available": sum(config.use_feedback and has_feedback(rollout) for rollout in rollouts),
+        "feedback_used": sum("feedback" in context.sections or bool(context.by_turn) for context in contexts),
         "reprompt_sample": sum(context.active for context in contexts),
         "unclosed_thought": sum(_without_thoughts(text).lstrip().startswith("<think>") for text in taught),
     }
@@ -283,6 +295,30 @@ def _without_thoughts(text: str) -> str:
 
 def _feedback(rollout: Rollout, config: RepromptConfig) -> str | None:
     return _text(rollout.feedback, "feedback", rollout) if config.use_feedback else None
+
+
+def _by_turn(rollout: Rollout, shown: Mapping[str, str], config: RepromptConfig) -> dict[int, TeacherContext]:
+    """What each turn with feedback of its own is shown, beside `shown`; turns told the same share a context."""
+    if not config.use_feedback:
+        return {}
+    texts = [_text(said, f"feedback on turn {turn}", rollout) for turn, said in enumerate(rollout.turn_feedback)]
+    if "{feedback}" not in config.template:
+        return {}
+    of_text = {
+        text: context_showing(rollout, {**shown, "feedback": joined([shown.get("feedback"), text])}, config)
+        for text in set(texts) - {None}
+    }
+    return {turn: of_text[text] for turn, text in enumerate(texts) if text is not None}
+
+
+def joined(texts: Iterable[str | None]) -> str:
+    """What was said at several times, as one section."""
+    return "\n\n".join(text for text in texts if text is not None and text.strip())
+
+
+def has_feedback(rollout: Rollout) -> bool:
+    """On the whole or on a turn."""
+    return any(isinstance(text, str) and bool(text.strip()) for text in (rollout.feedback, *rollout.turn_feedback))
 
 
 def _text(value: Any, name: str, rollout: Rollout) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdpo_plugin.config import DiagnosticsConfig, DistillConfig, RepromptConfig
-from sdpo_plugin.context import Rollout, TeacherContext
+from sdpo_plugin.context import Rollout, TeacherContext, has_feedback
 from sdpo_plugin.fused import Head, TeacherStates, linear_distillation, linear_log_probs
 from sdpo_plugin.loss import objective_of
 
@@ -110,7 +110,7 @@ class Watch:
         """
         threshold = self.reprompt.success_threshold
         rewards = [r.reward for r in rollouts if r.reward is not None]
-        told = sum(isinstance(r.feedback, str) and bool(r.feedback.strip()) for r in rollouts)
+        told = sum(map(has_feedback, rollouts))
         evidence = f"{sum(r >= threshold for r in rewards)} of {len(rewards)} rewards reach"
         evidence += f" --reprompt.success_threshold {threshold}, {told} samples have feedback"
         if left_out:

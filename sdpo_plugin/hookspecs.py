@@ -68,8 +68,8 @@ def openrlhf_generation_prompt(prompt: str, record: dict[str, Any], tokenizer: A
 def openrlhf_sample(sample: Any, response: dict[str, Any], args: Any) -> None:
     """A rollout became `sample` (OpenRLHF's `Experience`, one row) from the engine's `response`.
 
-    `sample.record` is its data-set row and `sample.feedback` the reward function's text or None; attributes set
-    here stay with the sample until `openrlhf_batch`.
+    `sample.record` is its data-set row, `sample.feedback` the reward function's text or None, and `sample.turns` has
+    the feedback on each turn of an agent; attributes set here stay with the sample until `openrlhf_batch`.
     """
 
 

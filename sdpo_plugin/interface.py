@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,12 +35,22 @@ Aggregate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (loss [B, A]
 # ── the controller: all samples of a step ──
 
 
+class Turn(NamedTuple):
+    """One action of a sample: its action positions `start : stop`, none where nothing was sampled, and what the
+    environment said about this action alone (text or None).
+    """
+
+    start: int
+    stop: int
+    feedback: Any = None
+
+
 class RolloutBatch:
     """All samples of one step, rewarded, in data order: `args.rollout.n_samples_per_prompt` per prompt.
 
     Attributes:
-        samples: OpenRLHF's `Experience`, one row each, with `record` (the data-set row), `feedback` (text or None) and
-            `skipped` (why it has no reward, or None).
+        samples: OpenRLHF's `Experience`, one row each, with `record` (the data-set row), `feedback` (text or None),
+            `turns` (a `Turn` for each action, in order) and `skipped` (why it has no reward, or None).
         rewards: float per sample, before length penalties and baselines; None where the reward function failed and the
             sample is skipped (`--reward.on_error`).
         args, tokenizer: OpenRLHF's.
@@ -253,45 +263,52 @@ def response_rows(action_mask: torch.Tensor, sequences: torch.Tensor) -> torch.T
     return torch.nn.functional.pad(action_mask.bool(), (left, 1))
 
 
-def teacher_inputs(
-    sequences: torch.Tensor,
-    attention_mask: torch.Tensor,
-    action_mask: torch.Tensor,
-    teacher_prompts: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The samples that have a teacher prompt, with it in place of their own.
+class Read(NamedTuple):
+    """What a teacher reads of a sample of the micro-batch, and why.
 
-    Everything behind the student's prompt is replayed as it is, so response tokens keep their order and number. If
-    no sample has a teacher prompt, two tokens stand in: other ranks may wait for this one (ZeRO-3).
+    Attributes:
+        sample: the number of its row.
+        prompt: int64 [P], in place of the sample's own. at: bool [A], the action positions that it scores; some.
+    """
+
+    sample: int
+    prompt: torch.Tensor
+    at: torch.Tensor
+
+
+def teacher_inputs(
+    sequences: torch.Tensor, action_mask: torch.Tensor, reads: Sequence[Read]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """The teacher's reads, each as far as the last token that it scores.
+
+    Everything behind the student's prompt is replayed as it is, so response tokens keep their order and number.
+    Without any read, two tokens stand in: other ranks may wait for this one (ZeRO-3).
 
     Args:
-        sequences, attention_mask: [B, S], right-padded. action_mask: [B, A]. teacher_prompts: B of int64 [P_i].
+        sequences: [B, S], right-padded. action_mask: [B, A].
 
     Returns:
-        sequences, attention_mask [B', S'], rows bool [B', S'] of the N' positions that predict response tokens, and
-        bool [B, A], which of the micro-batch's action positions those are.
+        sequences, attention_mask [R, S'], rows bool [R, S'] of the N' positions that predict tokens to score, and
+        which sample and action position each of these is of, int64 [N'] and [N'].
     """
-    response = action_mask.bool()
-    chosen = [i for i, prompt in enumerate(teacher_prompts) if len(prompt)]
-    taught = torch.zeros_like(response)
-    taught[chosen] = response[chosen]
-    if not chosen:
-        stand_in = sequences[:1, :2]
-        return stand_in, torch.ones_like(stand_in), torch.zeros_like(stand_in, dtype=torch.bool), taught
-    replayed, positions = [], []
-    for i in chosen:
-        length = int(attention_mask[i].sum())
-        first = int(response[i].nonzero()[0]) + 1  # action position p predicts token p + 1
-        prompt = teacher_prompts[i]
-        replayed.append(torch.cat([prompt, sequences[i, first:length]]))
-        positions.append(response[i].nonzero()[:, 0] - first + len(prompt))
+    if not reads:
+        stand_in, none = sequences[:1, :2], sequences.new_zeros(0)
+        return stand_in, torch.ones_like(stand_in), torch.zeros_like(stand_in, dtype=torch.bool), (none, none)
+    replayed, predicting, samples, positions = [], [], [], []
+    for i, prompt, at in reads:
+        first = int(action_mask[i].nonzero()[0]) + 1  # action position p predicts token p + 1
+        scored = at.nonzero()[:, 0]
+        replayed.append(torch.cat([prompt, sequences[i, first : int(scored[-1]) + 2]]))
+        predicting.append(scored - first + len(prompt))
+        samples.append(torch.full_like(scored, i))
+        positions.append(scored)
     pad = torch.nn.utils.rnn.pad_sequence
     batch = pad(replayed, batch_first=True)
     mask = pad([torch.ones_like(r) for r in replayed], batch_first=True)
     rows = torch.zeros_like(batch, dtype=torch.bool)
-    for row, at in zip(rows, positions, strict=True):
+    for row, at in zip(rows, predicting, strict=True):
         row[at] = True
-    return batch, mask, rows, taught
+    return batch, mask, rows, (torch.cat(samples), torch.cat(positions))
 
 
 def combined_needs(said: Iterable[Mapping[str, bool] | None]) -> dict[str, bool]:

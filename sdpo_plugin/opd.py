@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from sdpo_plugin.algorithm import SelfDistillation
 from sdpo_plugin.context import SECTIONS, Rollout, TeacherContext
 from sdpo_plugin.hookspecs import hookimpl
@@ -48,5 +50,7 @@ class OPD(SelfDistillation):
             return super().contexts(batch, rollouts)
         return [[TeacherContext(rollout.messages, rollout.response is not None) for rollout in rollouts]]
 
-    def teacher_prompt(self, batch: RolloutBatch, i: int, context: TeacherContext) -> tuple[list[int], bool]:
-        return super().teacher_prompt(batch, i, context) if context.sections else (batch.prompt_ids(i), False)
+    def teacher_prompt(
+        self, batch: RolloutBatch, i: int, context: TeacherContext, at: torch.Tensor
+    ) -> tuple[list[int], bool]:
+        return super().teacher_prompt(batch, i, context, at) if context.sections else (batch.prompt_ids(i), False)

@@ -13,17 +13,20 @@ from functools import partial
 from typing import Any
 
 from sdpo_plugin.config import ConfigError, RewardConfig
+from sdpo_plugin.context import joined
 from sdpo_plugin.host import deterministic
 from sdpo_plugin.host.seams import overrides, seam
 
 # Keys of a response's `extra_logs`, the one dictionary that OpenRLHF passes on as it is.
 FEEDBACK = "feedback"
+TURN_FEEDBACK = "turn_feedback"
 FAILURE = "reward_failure"
 REQUEST = "request"  # key of a response: the `Request` it answers
 
 MAX_THREADS = 4096
 
 Fetch = Callable[..., Awaitable[list[dict[str, Any]]]]
+Execute = Callable[..., Awaitable[dict[str, Any]]]  # of an agent's executor
 
 
 # Of the request being served, per asyncio task: what to sample behind, the prompt it stands for, what to do when its
@@ -32,6 +35,8 @@ _shown: ContextVar[list[int] | None] = ContextVar("shown", default=None)
 _own: ContextVar[list[int]] = ContextVar("own")
 _reward: ContextVar[RewardConfig] = ContextVar("reward")
 _replaced: ContextVar[int | None] = ContextVar("replaced", default=None)
+# Of the trajectory of an agent, per asyncio task: what each step so far said, of the whole and of its own turn.
+_steps: ContextVar[list[tuple[Any, Any]]] = ContextVar("steps")
 
 
 @dataclass
@@ -68,11 +73,14 @@ _FETCHES = ("_fetch_rewards_via_func", "_fetch_rewards_via_http")
 SingleTurnAgentExecutor = seam(_AGENT)
 for _name in _FETCHES:
     seam(f"{_AGENT}.{_name}", "queries_list", "prompts_list", "labels_list")
+MultiTurnAgentExecutor = seam("openrlhf.utils.agent:MultiTurnAgentExecutor")
+seam("openrlhf.utils.agent:MultiTurnAgentExecutor.__init__", "agent_instance_cls")
+seam("openrlhf.utils.agent:AgentInstanceBase.step")
 RolloutRayActor = seam("openrlhf.trainer.ray.vllm_engine:RolloutRayActor")
 
 
 class Engine(RolloutRayActor):
-    """vllm_engine.py: `RolloutRayActor`. Agents give feedback as `extra_logs["feedback"]` themselves."""
+    """vllm_engine.py: `RolloutRayActor`."""
 
     async def __init__(self, *args: Any, **kwargs: Any) -> None:
         await super().__init__(*args, **kwargs)
@@ -84,7 +92,9 @@ class Engine(RolloutRayActor):
                 fetch = feedback_and_failures_kept(getattr(self.executor, name), at_a_time)
                 setattr(self.executor, name, fetch)
         else:
-            self.executor.execute = failures_kept(self.executor.execute)
+            self.executor.execute = failures_kept(steps_collected(self.executor.execute))
+            if isinstance(self.executor, MultiTurnAgentExecutor):
+                self.executor.agent_instance_cls = steps_noted(self.executor.agent_instance_cls)
         self.alone = asyncio.Lock()
 
     @overrides("prompt", "num_samples")
@@ -145,7 +155,38 @@ def feedback_and_failures_kept(fetch: Fetch, at_a_time: asyncio.Semaphore) -> Fe
     return call
 
 
-def failures_kept(execute: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
+def steps_noted(agent: type) -> type:
+    """An agent's class whose steps note their feedback: OpenRLHF keeps the last one's `extra_logs` only."""
+
+    async def step(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        result = await agent.step(self, *args, **kwargs)
+        extra_logs = dict(result.get("extra_logs") or {})
+        _steps.get().append((extra_logs.pop(FEEDBACK, None), extra_logs.pop(TURN_FEEDBACK, None)))
+        return {**result, "extra_logs": extra_logs}
+
+    return type(agent.__name__, (agent,), {"step": step})
+
+
+def steps_collected(execute: Execute) -> Execute:
+    """An agent's `execute`, whose response has the feedback of all steps: one text, and of each turn its own."""
+
+    async def call(**given: Any) -> dict[str, Any]:
+        _steps.set(steps := [])
+        response = await execute(**given)
+        if not steps:
+            return response
+        said = [feedback for feedback, _ in steps if feedback is not None]
+        no_text = [feedback for feedback in said if not isinstance(feedback, str)]  # which the controller refuses
+        collected = {
+            FEEDBACK: no_text[0] if no_text else joined(said) or None,
+            TURN_FEEDBACK: [feedback for _, feedback in steps],
+        }
+        return {**response, "extra_logs": collected | (response.get("extra_logs") or {})}
+
+    return call
+
+
+def failures_kept(execute: Execute) -> Execute:
     """An agent's `execute`, whose exceptions become a response without an action."""
 
     async def call(**given: Any) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from transformers import AutoConfig
 from sdpo_plugin import plugins
 from sdpo_plugin.config import RewardConfig, chat_template_kwargs, from_namespace
 from sdpo_plugin.host import deterministic
-from sdpo_plugin.host.engine import FAILURE, FEEDBACK, REQUEST, Prompt, Request
+from sdpo_plugin.host.engine import FAILURE, FEEDBACK, REQUEST, TURN_FEEDBACK, Prompt, Request
 from sdpo_plugin.host.failures import RewardError
 from sdpo_plugin.host.seams import overrides, seam
-from sdpo_plugin.interface import RolloutBatch, attached_loss_mask
+from sdpo_plugin.interface import RolloutBatch, Turn, attached_loss_mask
 
 _TRAINER = "openrlhf.trainer.ppo_trainer"
 logger = logging.getLogger(__name__)
@@ -104,9 +104,10 @@ class SamplesGenerator(seam(f"{_TRAINER}:SamplesGenerator")):
             skipped = str(error).splitlines()[0]
             logger.warning(f"sample skipped: {skipped}")
             response = {**response, "action_ranges": []}  # none of its tokens counts
-        feedback = extra_logs.pop(FEEDBACK, None)
+        feedback, of_turns = extra_logs.pop(FEEDBACK, None), extra_logs.pop(TURN_FEEDBACK, None)
         sample = super()._process_response_into_experience({**response, "extra_logs": extra_logs}, **kwargs)
         sample.feedback, sample.skipped = feedback, skipped
+        sample.turns = turns_of(response["action_ranges"], sample.action_mask.shape[1], of_turns)
         request = response[REQUEST]
         sample.order, sample.record = request.order, self._record(request)
         plugins.active().hook.openrlhf_sample(sample=sample, response=response, args=self.args)
@@ -116,6 +117,23 @@ class SamplesGenerator(seam(f"{_TRAINER}:SamplesGenerator")):
         loaders = (loader for loader in (self.prompts_dataloader, self.eval_dataloader) if loader is not None)
         (dataset,) = (loader.dataset for loader in loaders if id(loader.dataset) == request.dataset)
         return dataset.rows[request.row]
+
+
+def turns_of(action_ranges: Sequence[tuple[int, int]], positions: int, feedback: Any) -> list[Turn]:
+    """A sample's turns, from the tokens of its actions and what was said about each (None: nothing about any).
+
+    `positions` are the sample's action positions: what OpenRLHF has cut off is of no turn.
+
+    Raises TypeError where there is not one entry per turn.
+    """
+    feedback = [None] * len(action_ranges) if feedback is None else feedback
+    if not isinstance(feedback, (list, tuple)) or len(feedback) != len(action_ranges):
+        raise TypeError(
+            f'extra_logs["turn_feedback"] of a response of {len(action_ranges)} turns is {feedback!r:.200}: an '
+            "executor with an `execute` of its own gives a list with a text or None for each of its action_ranges"
+        )
+    ends = [[min(max(token - 1, 0), positions) for token in tokens] for tokens in action_ranges]
+    return [Turn(start, stop, said) for (start, stop), said in zip(ends, feedback, strict=True)]
 
 
 def reward_error(failure: str, args: Any) -> RewardError:

@@ -9,7 +9,7 @@ import torch
 from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES, gradient
 
 from sdpo_plugin.config import ConfigError, DistillConfig
-from sdpo_plugin.interface import NEEDS, RolloutBatch, combined_needs, teacher_inputs
+from sdpo_plugin.interface import NEEDS, Read, RolloutBatch, combined_needs, teacher_inputs
 from sdpo_plugin.loss import per_token_loss
 from sdpo_plugin.sdpo import SDPO
 from sdpo_plugin.testing import fake_worker
@@ -31,17 +31,17 @@ def per_token(micro_batch) -> float:
 
 
 def test_everything_behind_the_prompt_is_replayed():
-    sequences, attention, rows, taught = teacher_inputs(SEQUENCES, ATTENTION, ACTION, PROMPTS)
+    reads = [Read(i, PROMPTS[i], ACTION[i].bool()) for i in range(2)]
+    sequences, attention, rows, scored = teacher_inputs(SEQUENCES, ACTION, reads)
     assert sequences.tolist() == [[7, 7, 7, 7, 2, 11, 12, 13], [8, 5, 21, 22, 9, 9, 23, 0]]
     assert attention.tolist() == [[1] * 8, [1] * 7 + [0]]
     assert torch.roll(sequences, -1, 1)[rows].tolist() == [11, 12, 13, 21, 22, 23]  # the same tokens are predicted
-    assert taught.tolist() == [*ACTION[:2].bool().tolist(), [False] * 7]
+    assert torch.stack(scored, dim=1).tolist() == ACTION[:2].nonzero().tolist()
 
 
 def test_without_any_context_two_tokens_stand_in():
-    none = [torch.tensor([], dtype=torch.long)] * 3
-    sequences, _, rows, taught = teacher_inputs(SEQUENCES, ATTENTION, ACTION, none)
-    assert sequences.tolist() == [[1, 2]] and not rows.any() and not taught.any()
+    sequences, _, rows, (samples, positions) = teacher_inputs(SEQUENCES, ACTION, [])
+    assert sequences.tolist() == [[1, 2]] and not rows.any() and len(samples) == len(positions) == 0
 
 
 @pytest.mark.parametrize("mode", ["full", "topk", "sampled"])
@@ -222,7 +222,7 @@ def rollout_batch(model):
             prompt, ids = ([tokenizer(text)["input_ids"] for text in ("<|user|>Q?<|assistant|>", response or "")])
             samples.append(
                 SimpleNamespace(
-                    sequences=torch.tensor([prompt + ids]), truncated=torch.tensor([cut]), feedback=None,
+                    sequences=torch.tensor([prompt + ids]), truncated=torch.tensor([cut]), feedback=None, turns=[],
                     action_mask=torch.tensor([[0] * (len(prompt) - 1) + [1] * len(ids)]),
                     prompts=["<|user|>Q?<|assistant|>"], record={"prompt": [{"role": "user", "content": "Q?"}]},
                 )  # fmt: skip
