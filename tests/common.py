@@ -1,5 +1,7 @@
 """What the end-to-end tests share: data, flags, and how runs are compared."""
 
+import threading
+
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,3 +54,14 @@ class LargestTensor(TorchDispatchMode):
         known = storages((args, kwargs))
         self.bytes = max([self.bytes, *(size for at, size in storages(result).items() if at not in known)])
         return result
+
+
+def asked(environment, response, label, **options):
+    """As OpenRLHF asks: one query at a time, in a thread that is not the main one."""
+    found = {}
+    reward_func = environment.make(**options)
+    ask = lambda: found.update(reward_func([f"Q?{response}"], ["Q?"], [label]))  # noqa: E731
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return found["rewards"].item(), found["feedback"][0]

@@ -2,7 +2,7 @@
 
     python tests/slow/bench/sandbox.py [WORKERS ...]
 
-A program reads a number and prints its double, and has three tests; each has a sandbox of its own. Workers are threads, as
+A program reads a number and prints its double, and has three tests; each has its own sandbox. Workers are threads, as
 OpenRLHF calls reward functions; without arguments there are as many as cores. Prints the best of three rounds of each.
 """
 
