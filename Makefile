@@ -41,6 +41,7 @@ install: .venv/installed
 	$(PY) -m pip install -q --no-deps --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu --group cpu-host
 	$(PY) .ci/host_requirements.py > .venv/host.txt
 	DS_BUILD_OPS=0 $(PY) -m pip install -q --no-warn-conflicts -r .venv/host.txt -e '.[cpu,test]'
+	-$(PY) -m pip install -q --no-warn-conflicts -e '.[reasoning]' # needs a C compiler; without, its tests are skipped
 	touch $@
 
 clean:
