@@ -331,3 +331,21 @@ def test_every_token_s_loss_is_against_its_own_read(first_sample_s_mask):
     assert count == len(gain) and total == pytest.approx(float(sum(gain).detach()), rel=1e-4)
     read_at = torch.nn.utils.rnn.pad_sequence([*SPANS, torch.zeros(7, 2)], batch_first=True)[:3, :, 1] > 0
     assert torch.equal(plugin.token_data(got)["active"], got.per_token(read_at))
+
+
+def test_a_variant_with_several_contexts_reads_each_by_its_own_turns():
+    """RLCSD: the right hint is read by turn, the wrong one whole; tokens without the right one keep their advantage."""
+    config = RlcsdConfig(wrong_hints=1, threshold=0.0)
+    worker = fake_worker(rlcsd=vars(config), teacher={"kind": "base"})
+    plugin = RLCSD(worker.args)
+    plugin.openrlhf_worker_setup(worker)
+    spans = [SPANS[0], torch.where(SPANS[1] == torch.tensor([0, 2]), 0, SPANS[1]), SPANS[2]]  # the second turn only
+    masks = [s[:, 1] > 0 for s in spans]
+    wrong = {"teacher_prompt/1": [torch.tensor([9, 4]), torch.tensor([9, 9, 4]), PROMPTS[2]]}
+    got = worker.micro_batch(plugin, SEQUENCES, ATTENTION, ACTION, teacher_prompt=PROMPTS, teacher_spans=spans,
+                             loss_mask=masks, **wrong)  # fmt: skip
+    data = plugin.token_data(got)
+    assert data["active"].tolist() == [True] * 3 + [False, False, True] + [False] * 2
+    assert data["active/1"].tolist() == [True] * 6 + [False] * 2
+    moved = got.advantages[ACTION.bool()] / got.advantages[2, 0] != 1.0
+    assert torch.equal(moved, data["in_loss"]) and torch.equal(data["in_loss"], data["active"])
