@@ -128,6 +128,8 @@ def right_answer(row: dict, reward: str) -> str:
         return next(f"```python\n{code}\n```" for words, code in PROGRAMS.items() if words in question)
     if reward.endswith("choice.py"):
         return f"<answer>\n{row['label']}\n</answer>"
+    if reward.endswith("reasoning.py"):
+        return f"<answer>{json.loads(row['label'])['entry']['answer']}</answer>"
     if reward.endswith("maths.py"):
         return f"\\boxed{{{row['label']}}}"
     return row["privileged_context"]  # a demonstration
@@ -138,6 +140,8 @@ def test_the_rows_can_be_answered_and_the_reward_function_knows(name, parsed):
     args = parsed[name]
     if args["reward.remote_url"] is None:
         pytest.skip("an agent")
+    if args["reward.remote_url"].endswith("reasoning.py"):
+        pytest.importorskip("reasoning_gym")
     spec = importlib.util.spec_from_file_location("reward", ROOT / args["reward.remote_url"])
     spec.loader.exec_module(reward := importlib.util.module_from_spec(spec))
     rows = [json.loads(line) for line in (ROOT / smoke.rows(smoke.launch(NAMES[name]))).read_text().splitlines()]
