@@ -84,7 +84,7 @@ def parse(response: str) -> list[Call]:
     try:
         tree = ast.parse(text if text.startswith("[") else f"[{text}]", mode="eval")
     except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"It cannot be read: {error}") from error
+        raise ValueError("It cannot be read.") from error
     return [_call_in_python(node) for node in tree.body.elts]
 
 

@@ -96,7 +96,7 @@ def test_a_file_of_livecodebench_becomes_a_data_set(tmp_path):
     stdin = {
         "question_content": "Double it.\n", "starter_code": "", "contest_date": "2025-02-01T00:00:00", "metadata": "{}",
         "public_test_cases": json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}]),
-        "private_test_cases": packed([{"input": str(i), "output": str(2 * i), "testtype": "stdin"} for i in range(2, 9)]),
+        "private_test_cases": packed([{"input": str(i), "output": str(2 * i)} for i in range(2, 9)]),
     }  # fmt: skip
     function = stdin | {
         "starter_code": "class Solution:\n    def double(self, n: int) -> int:\n        ", "contest_date": "2025-03-09",

@@ -3,6 +3,8 @@
 The others have files of their own, test_code_environment.py and test_reasoning_environment.py.
 """
 
+import doctest
+import importlib
 import json
 import subprocess
 import sys
@@ -95,7 +97,7 @@ def test_right_calls(response):
         ("[weather.get(city='Oslo', days=2, wind=1)]", "Call 1, weather.get: wind is not to be given."),
         ("[get(city='Oslo', days=2)]", "Call 1, get: this function is not to be called. Right is weather.get."),
         ("[]", "0 calls were made; it takes 1: weather.get."),
-        ("It rains.", "The response is no list of calls such as [name(argument=value)]. It cannot be read: "),
+        ("It rains.", "The response is no list of calls such as [name(argument=value)]. It cannot be read."),
         ("[weather.get('Oslo', 2)]", "weather.get: give arguments by name."),
         ("[weather.get(city=open('/etc/passwd').read(), days=2)]", "arguments are values, not expressions."),
         ("Action: weather.get\nAction Input: Oslo", "weather.get: its Action Input is not JSON: Expecting value"),
@@ -231,6 +233,29 @@ def test_the_response_of_a_query():
     assert response_of(f"{prompt[100:]}I say B.<pad><pad>", prompt) == "I say B."  # cut on the left
     assert response_of(f"{prompt.replace('<s>', '<s> ')}I say B.", prompt) == "I say B."  # not letter by letter
     assert response_of("I say <b>B</b> [1]", prompt) == "I say <b>B</b> [1]"
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
+SECTIONS = {part.partition("\n")[0]: part for part in PAGE.split("\n## ")[1:]}
+SHOWN = {"Choice": "choice", "Maths": "maths", "JSON": "structure", "Tool calls": "tools", "Reasoning": "reasoning",
+         "Code with tests": "code"}  # fmt: skip
+
+
+def told(environment, response, label, **options):
+    print(asked(environment, response, label, **options)[1])
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_page_shows_what_environments_tell(section):
+    name = usable(SHOWN[section])
+    modules = {name: importlib.import_module(f"sdpo_plugin.environments.{name}")}
+    text = SECTIONS[section].replace("\n```\n", "\n\n")  # what a fence ends is not expected
+    shown = modules | {"told": told, "json": json, "Limits": sandbox.Limits}
+    page = doctest.DocTestParser().get_doctest(text, shown, section, None, None)
+    assert sum("told(" in example.source for example in page.examples) >= 3
+    results: list[str] = []
+    doctest.DocTestRunner().run(page, out=results.append)
+    assert not results, "".join(results)
 
 
 @pytest.mark.parametrize("environment", [choice, maths, structure, tools])

@@ -50,7 +50,8 @@ GRAPH = label_of("graph_color", None, {"puzzle": {"vertices": [0, 1], "edges": [
         (MINI, "2 4 1 3\n1 3 4 2\n4 1 3 2\n1 3 2 4", "The number 1 stands 2 times in column 1."),
         (MINI, "2 4 1", "It is no grid of 4 lines with 4 numbers each."),
         (MINI, "two", "It is not of the form that the question asks for."),
-        (GRAPH, '{"0": 1, "1": 1}', "Adjacent vertices 0 and 1 both have color 1."), (GRAPH, '{"0": 1}', "missing vertex 1"),
+        (GRAPH, '{"0": 1, "1": 1}', "Adjacent vertices 0 and 1 both have color 1."),
+        (GRAPH, '{"0": 1}', "missing vertex 1"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_and_the_answer_is_not(label, answer, told):
