@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-lm test bench matrix kills variants install clean
+.PHONY: demo demo-lm test bench matrix kills variants study install clean
 
 demo: .venv/installed
 	$(PY) recipes/demo.py quickstart
@@ -12,9 +12,10 @@ demo-lm: .venv/lm
 	$(PY) recipes/demo.py smart_home
 	$(PY) recipes/smart_home/ask.py runs/smart_home
 
+# Two files of tests at a time: a run of OpenRLHF waits half of its time for another of its processes.
 test: .venv/installed
 	$(PY) -m ruff check sdpo_plugin tests recipes
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 bench: .venv/installed
 	$(PY) -m pip install -q -e '.[bench]'
@@ -33,6 +34,11 @@ kills: .venv/installed
 # Every algorithm on the quickstart's task, three seeds: writes docs/variants.png and runs/variants/table.md, most of an hour.
 variants: .venv/installed
 	$(PY) tests/slow/variants.py
+
+# What self-distillation learns from, on the quickstart's model, five seeds: writes docs/learning.png and
+# runs/study/openrlhf/table.md, some hours; with STUDY=--one-process, without OpenRLHF, less than one.
+study: .venv/installed
+	$(PY) tests/slow/study.py $(STUDY)
 
 install: .venv/installed
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from sdpo_plugin.report import read_scalars
@@ -52,27 +55,24 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 # With a part of the reward for each right digit, a policy loss has something to learn from.
-GRADED = ("--reward.remote_url", str(Path(__file__).with_name("graded_reward.py")))
+GRADED = ("--reward.remote_url", str(Path(__file__).with_name("vault_rewards.py")))
 WITH_POLICY_LOSS = ("grpo", "sdpo", "srpo", "rlsd", "rlcsd", "sdpg")
 FULL_MARKS = ("--reprompt.success_threshold", "1")
 
 
-def run(name: str, seed: int, graded: bool) -> dict[str, Any]:
-    """What is to be known about a run, trained if it was not."""
-    directory = OUT / f"{name}{'-graded' if graded else ''}-{seed}"
+def trained(directory: Path, name: str, seed: int, recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """What is to be known about the run in `directory`, trained if it was not."""
     summary = directory / "summary.json"
     if summary.exists():
         return json.loads(summary.read_text())
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)  # what a run that was stopped left
+    directory.mkdir(parents=True)
     paths = {"logger.tensorboard_dir": "tensorboard", "ckpt.output_dir": "model", "ckpt.path": "checkpoints"}
-    flags = [flag.replace("SEED", str(seed)) for flag in RUNS[name]]
-    flags += ["--train.seed", str(seed), *(f"--{flag}={directory / at}" for flag, at in paths.items())]
-    flags += (*GRADED, *(FULL_MARKS if RUNS[name] else ())) if graded else ()
-    recipe = RECIPE / ("sdpo.yaml" if RUNS[name] else "grpo.yaml")
+    own = ["--train.seed", str(seed), *(f"--{flag}={directory / at}" for flag, at in paths.items())]
     began = time.monotonic()
     with open(directory / "log.txt", "w") as log:
-        command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--config", str(recipe), *flags]
-        subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True)
+        command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--platform", "cpu", "--config", str(recipe)]
+        subprocess.run([*command, *flags, *own], cwd=ROOT, stdout=log, stderr=log, check=True)
     scalars = read_scalars(str(directory / "tensorboard"))
     found = {
         "name": name, "seed": seed, "wall_s": round(time.monotonic() - began, 1),
@@ -81,6 +81,13 @@ def run(name: str, seed: int, graded: bool) -> dict[str, Any]:
     }  # fmt: skip
     summary.write_text(json.dumps(found))
     return found
+
+
+def run(name: str, seed: int, graded: bool) -> dict[str, Any]:
+    flags = [flag.replace("SEED", str(seed)) for flag in RUNS[name]]
+    flags += (*GRADED, *(FULL_MARKS if RUNS[name] else ())) if graded else ()
+    recipe = RECIPE / ("sdpo.yaml" if RUNS[name] else "grpo.yaml")
+    return trained(OUT / f"{name}{'-graded' if graded else ''}-{seed}", name, seed, recipe, flags)
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -95,15 +102,19 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def band(axes: Axes, runs: list[dict[str, Any]], label: str, color: str, per_step: int = 1) -> None:
+    """The mean over seeds, between the least and the greatest; per_step: of the x axis."""
+    at = [step * per_step for step, _ in runs[0]["accuracy"]]
+    values = list(zip(*([value for _, value in run["accuracy"]] for run in runs), strict=True))
+    axes.plot(at, [statistics.mean(v) for v in values], marker="o", markersize=3, label=label, color=color)
+    axes.fill_between(at, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
+
+
 def plot(found: dict[bool, dict[str, list[dict[str, Any]]]], path: Path) -> None:
     figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for axes, (graded, runs_of) in zip(both, found.items(), strict=True):
         for name, runs in runs_of.items():
-            steps = [step for step, _ in runs[0]["accuracy"]]
-            values = list(zip(*([value for _, value in run["accuracy"]] for run in runs), strict=True))
-            color = f"C{list(RUNS).index(name)}"
-            axes.plot(steps, [statistics.mean(v) for v in values], marker="o", markersize=3, label=name, color=color)
-            axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
+            band(axes, runs, name, f"C{list(RUNS).index(name)}")
         axes.set(
             title=f"reward: {'a part for each right digit' if graded else 'right or wrong'}",
             xlabel="step (96 generations each)", ylim=(-0.02, 1.02),
