@@ -268,9 +268,9 @@ def rows(
 
 @functools.lru_cache
 def _dataset(name: str, parameters: str) -> Any:
-    from reasoning_gym.factory import create_dataset
+    import reasoning_gym  # waits while another thread imports it; one of its modules would not, and know no task yet
 
-    return create_dataset(name, **_unpacked(json.loads(parameters)), size=1, seed=0)
+    return reasoning_gym.create_dataset(name, **_unpacked(json.loads(parameters)), size=1, seed=0)
 
 
 def _changed(configuration: Any, default: Any) -> dict[str, Any]:

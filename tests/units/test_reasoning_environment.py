@@ -179,3 +179,22 @@ def test_the_module_runs_as_a_command():
     command = [sys.executable, "-m", "sdpo_plugin.environments.reasoning", "gcd", "--size", "1"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(json.loads(ran.stdout)["label"])["name"] == "gcd"
+
+
+def test_the_first_calls_may_come_together():
+    """As in an engine: each in a thread, before anything of reasoning-gym is imported."""
+    code = f"""if True:
+        import threading, time
+        import torch
+        from sdpo_plugin.environments.reasoning import reward_func
+
+        def ask(i):
+            time.sleep(i / 100)
+            print(reward_func(["<answer>43</answer>"], [""], [{SUM!r}])["feedback"][0] + "\\n", end="")
+
+        threads = [threading.Thread(target=ask, args=[i]) for i in range(30)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["The answer 43 is wrong. It is too large."] * 30, done.stderr[-2000:]
