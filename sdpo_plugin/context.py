@@ -40,6 +40,10 @@ MAX_CHARS_PER_TOKEN = 16
 SECTIONS = ("solution", "feedback", "privileged_context")
 
 
+class FeedbackError(TypeError):
+    """A reward function or an agent returned feedback that is not text."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One sampled response, and all that is known about it. Rollouts of one prompt share `group`.
@@ -326,7 +330,7 @@ def _text(value: Any, name: str, rollout: Rollout) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise TypeError(
+        raise (FeedbackError if "feedback" in name else TypeError)(
             f"{name} of a rollout of group {rollout.group!r} is {type(value).__name__}, not text: the teacher reads "
             "text; pass a str (json.dumps(...) for a structure), or None where there is none"
         )

@@ -21,8 +21,8 @@ class SDPO(SelfDistillation):
     | feedback | not shown | shown |
 
     The option defaults in `config.py` are the first one's, but for feedback, which is shown where there is any. The
-    recipes are `recipes/sciknoweval`, `recipes/tooluse` and `recipes/livecodebench`. The authors' average moves once per
-    rollout batch, ours every `--teacher.sync_steps` optimizer steps: 32 for the second.
+    recipes are `recipes/sciknoweval`, `recipes/tooluse` and `recipes/livecodebench`. The authors' average moves once
+    per rollout batch, ours every `--teacher.sync_steps` optimizer steps: 32 for the second.
     """
 
     name = "sdpo"

@@ -21,6 +21,7 @@ import traceback
 from dataclasses import dataclass
 
 from sdpo_plugin.config import ConfigError, StopTraining
+from sdpo_plugin.context import FeedbackError
 from sdpo_plugin.host.seams import SeamError
 
 SOFTWARE, SETTINGS, REWARD, MACHINE, STOPPED = 1, 2, 3, 4, 5
@@ -68,6 +69,8 @@ def explain(error: BaseException) -> Failure:
     if isinstance(cause, RewardError):
         first, _, trace = said.partition("\n")
         return Failure(REWARD, first, last_frame(trace), "correct it, or --reward.on_error skip")
+    if isinstance(cause, FeedbackError):
+        return Failure(REWARD, said)
     if isinstance(cause, SeamError):
         return Failure(SOFTWARE, said, fix="install a tested version")
     if "CPU mode was asked for" in text:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sdpo_plugin.config import ConfigError, StopTraining
+from sdpo_plugin.context import FeedbackError
 from sdpo_plugin.host import failures
 from sdpo_plugin.host.failures import MACHINE, REWARD, SETTINGS, SOFTWARE, STOPPED, RewardError
 from sdpo_plugin.host.seams import SeamError
@@ -33,6 +34,7 @@ DIED = "The actor died unexpectedly.\n\tclass_name: PolicyWorker\nThe actor died
         (FromActor(FromActor(ConfigError("--x 1: no"))), SETTINGS, "--x 1: no"),
         (StopTraining("the teacher has collapsed"), STOPPED, "stopped: the teacher has collapsed"),
         (FromActor(RewardError("reward.py: KeyError: 'x'\nTraceback")), REWARD, "reward.py: KeyError: 'x'"),
+        (FromActor(FeedbackError("feedback is int, not text")), REWARD, "feedback is int, not text"),
         (SeamError("moved"), SOFTWARE, "moved"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), MACHINE, "out of memory: CUDA out of memory. Tried"),
         (OSError(errno.ENOSPC, "No space left on device"), MACHINE, "[Errno 28] No space left on device"),
