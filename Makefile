@@ -36,9 +36,9 @@ variants: .venv/installed
 	$(PY) tests/slow/variants.py
 
 # What self-distillation learns from, on the quickstart's model, five seeds: writes docs/learning.png and
-# runs/study/openrlhf/table.md, some hours; with STUDY=--one-process, without OpenRLHF, less than one.
+# runs/study/table.md, some hours.
 study: .venv/installed
-	$(PY) tests/slow/study.py $(STUDY)
+	$(PY) tests/slow/study.py
 
 install: .venv/installed
 

@@ -1,25 +1,20 @@
 """What self-distillation learns from, with equal generations, over seeds: `make study`.
 
-    python tests/slow/study.py [--one-process] [--seeds 1 2 3 4 5] [--only 'sdpo, *' 'grpo, *']
+    python tests/slow/study.py [--seeds 1 2 3 4 5] [--only 'sdpo, *' 'grpo, *']
 
 The quickstart's warm-started model, 60 steps of 96 samples a run, greedy answers on the 24 vaults every second step. A
-seed draws the codes of the vaults, too. Every run of a seed comes before the next seed's, is written to
-runs/study/openrlhf/NAME-SEED as it ends, and is not repeated. One that fails is named and left out. Writes the tables
-and the picture of docs/learning.md from all runs that are there (runs/study/openrlhf/table.md, docs/learning.png).
-
-A run takes a minute or two. With --one-process it is the training of one_process.py, without OpenRLHF, and takes ten
-seconds; runs and tables are in runs/study/one_process.
+seed draws the codes of the vaults, too. Every run of a seed comes before the next seed's; a run takes a minute or two,
+is written to runs/study/NAME-SEED as it ends, and is not repeated. One that fails is named and left out. Writes the
+tables and the picture of docs/learning.md from all runs that are there (runs/study/table.md, docs/learning.png).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import runpy
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from math import inf
@@ -28,14 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
 
-import one_process
-import torch
 from matplotlib import pyplot
 from tqdm import tqdm
 from variants import RECIPE, ROOT, band, trained
 from vault import SECRET_VAULTS, Settings, chat, vault_codes
-
-from sdpo_plugin.config import RepromptConfig
 
 OUT = ROOT / "runs" / "study"
 SAMPLES, STEPS, EVAL_STEPS = 96, 60, 2  # a step, a run
@@ -140,19 +131,18 @@ def rows(seed: int) -> list[dict[str, Any]]:
     return [{"prompt": chat(name), "label": code, "privileged_context": code} for name, code in codes.items()]
 
 
-def train(run: Run, seed: int, out: Path) -> None:
-    """In OpenRLHF, a process of its own, or here if that is what `out` is for; nothing if it is done."""
+def directory(run: Run, seed: int) -> Path:
+    return OUT / f"{run.name.replace(', ', '-').replace(' ', '_').replace('%', '')}-{seed}"
+
+
+def train(run: Run, seed: int) -> None:
     task = TASKS[run.task]
     settings = vars(task) | run.changed
-    directory = out / f"{run.name.replace(', ', '-').replace(' ', '_').replace('%', '')}-{seed}"
-    inputs = out / "inputs" / directory.name
-    inputs.mkdir(parents=True, exist_ok=True)
-    reward_file(task.reward | run.changed.get("reward", {}), inputs / "reward.py")
-    if out.name == "one_process":
-        in_one_process(run, seed, settings, directory, inputs / "reward.py")
-        return
     prompts = SAMPLES // settings["samples_per_prompt"]
     repeats = max(prompts // len(SECRET_VAULTS), 1)  # of a vault in a step
+    inputs = OUT / "inputs" / directory(run, seed).name
+    inputs.mkdir(parents=True, exist_ok=True)
+    reward_file(task.reward | run.changed.get("reward", {}), inputs / "reward.py")
     lines = [json.dumps(row) + "\n" for row in rows(seed)]
     (inputs / "train.jsonl").write_text("".join(lines * repeats))
     (inputs / "eval.jsonl").write_text("".join(lines))
@@ -166,29 +156,7 @@ def train(run: Run, seed: int, out: Path) -> None:
         flags["reprompt.success_threshold"] = settings["success"]
     recipe = RECIPE / ("sdpo.yaml" if ALGORITHMS[run.algorithm] else "grpo.yaml")
     given = [*ALGORITHMS[run.algorithm], *(f"--{name}={value}" for name, value in flags.items())]
-    trained(directory, run.name, seed, recipe, given)
-
-
-def in_one_process(run: Run, seed: int, settings: dict[str, Any], directory: Path, reward: Path) -> None:
-    if (directory / "summary.json").exists():
-        return
-    template = {"template": TEMPLATE} if run.algorithm == "sdft" else {}
-    setting = one_process.Setting(
-        reward=runpy.run_path(str(reward))["reward_func"],
-        rows=rows(seed),
-        weight={"grpo": 0.0, "hybrid": 0.5}.get(run.algorithm, 1.0),
-        reprompt=RepromptConfig(success_threshold=settings["success"], **template),
-        samples_per_prompt=settings["samples_per_prompt"],
-        lr=settings["lr"],
-        samples=SAMPLES,
-        steps=STEPS,
-        eval_steps=EVAL_STEPS,
-    )
-    began = time.monotonic()
-    accuracy = one_process.train(ROOT / "runs" / "quickstart" / "model", setting, seed)
-    found = {"name": run.name, "seed": seed, "wall_s": round(time.monotonic() - began, 1), "accuracy": accuracy}
-    directory.mkdir(exist_ok=True)
-    (directory / "summary.json").write_text(json.dumps(found))
+    trained(directory(run, seed), run.name, seed, recipe, given)
 
 
 # ── what was seen ──
@@ -196,8 +164,8 @@ def in_one_process(run: Run, seed: int, settings: dict[str, Any], directory: Pat
 Found = dict[str, list[dict[str, Any]]]  # by name of the run, the summaries of its seeds
 
 
-def found(out: Path) -> Found:
-    summaries = [json.loads(path.read_text()) for path in sorted(out.glob("*/summary.json"))]
+def found() -> Found:
+    summaries = [json.loads(path.read_text()) for path in sorted(OUT.glob("*/summary.json"))]
     return {run.name: of for run in RUNS if (of := [s for s in summaries if s["name"] == run.name])}
 
 
@@ -283,27 +251,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3, 4, 5], help="none: tables and picture only")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="of names in the tables")
-    parser.add_argument("--one-process", action="store_true", help="without OpenRLHF")
     args = parser.parse_args()
     subprocess.run([sys.executable, RECIPE / "vault.py", ROOT / "runs" / "quickstart"], check=True)
-    out = OUT / ("one_process" if args.one_process else "openrlhf")
-    torch.set_num_threads(1)  # the matrices are too small to share
     chosen = [run for run in RUNS if any(fnmatch(run.name, pattern) for pattern in args.only)]
     failed = []
+    OUT.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(args.seeds) * len(chosen), desc="study") as bar:
         for seed in args.seeds:
             for run in chosen:
                 bar.set_postfix(run=f"{run.name}, seed {seed}")
                 try:
-                    train(run, seed, out)
-                except Exception as error:
-                    failed.append(f"{run.name}, seed {seed}: {error!r}")
+                    train(run, seed)
+                except subprocess.CalledProcessError:
+                    failed.append(f"{run.name}, seed {seed}: see {directory(run, seed) / 'log.txt'}")
                 bar.update()
-    seen = found(out)
+    seen = found()
     tables = [core_table(seen, task) for task in TASKS] + [question_table(seen, *asked) for asked in QUESTIONS.items()]
-    (out / "table.md").write_text("\n\n".join(filter(None, tables)) + "\n")
+    (OUT / "table.md").write_text("\n\n".join(filter(None, tables)) + "\n")
     plot(seen, ROOT / "docs" / "learning.png")
-    print((out / "table.md").read_text())
+    print((OUT / "table.md").read_text())
     if failed:
         sys.exit("failed:\n" + "\n".join(failed))
 
