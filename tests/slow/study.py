@@ -90,25 +90,25 @@ CORE = [Run(algorithm, task) for task in TASKS for algorithm in ALGORITHMS]
 FEEDBACK_ONLY, SPARSE, PARTIAL = (Run("sdpo", task) for task in TASKS)
 # By question, the runs that are compared; those of the core are in them again.
 QUESTIONS: dict[str, list[Run]] = {
-    "samples per prompt, feedback only": [
+    "samples per prompt, feedback only (plain: 4)": [
         *(sampled("sdpo", "feedback only", number) for number in (1, 2)), FEEDBACK_ONLY,
         sampled("sdpo", "feedback only", 8),
     ],
     # GRPO compares a prompt's samples with each other, so it has no run with one.
-    "samples per prompt, sparse success": [
+    "samples per prompt, sparse success (plain: 8)": [
         *(sampled("sdpo", "sparse success", number) for number in (1, 2, 4)), SPARSE,
         *(sampled("grpo", "sparse success", number) for number in (2, 4)), Run("grpo", "sparse success"),
     ],
-    "wrong feedback, feedback only": [
+    "wrong feedback, feedback only (plain: none)": [
         FEEDBACK_ONLY,
         *(wrong(f"{share:.0%} random codes", wrong=share) for share in (0.25, 0.5, 0.75)),
         wrong("50% one wrong code", wrong=0.5, stubborn=True),
     ],
-    "what the feedback says, partial reward": [
+    "what the feedback says, partial reward (plain: the code)": [
         PARTIAL, told("right digits, others drawn", "other_digits"), told("right digits, marks", "marks"),
         told("nothing", "None"), Run("grpo", "partial reward"),
     ],
-    "learning rate": [
+    "learning rate (plain: 3e-4 and 1e-3)": [
         *(at_lr("grpo", "sparse success", lr) for lr in (1e-4, 1e-3)), at_lr("sdpo", "sparse success", 1e-3),
         at_lr("grpo", "partial reward", 3e-4),
     ],
@@ -219,6 +219,11 @@ def core_table(found: Found, task: str) -> str:
     return "\n".join([f"{task}; GRPO ends at {goal:.0%}", "", *lines])
 
 
+def asked(found: Found) -> dict[str, list[Run]]:
+    """The questions of which something is known."""
+    return {question: runs for question, runs in QUESTIONS.items() if any(r.label and r.name in found for r in runs)}
+
+
 def question_table(found: Found, question: str, runs: list[Run]) -> str:
     heads = [*(f"{step * SAMPLES:,}" for step in SHOWN), "seeds"]
     lines = [question, "", "| generations | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
@@ -229,8 +234,7 @@ def question_table(found: Found, question: str, runs: list[Run]) -> str:
 
 
 def plot(found: Found, path: Path) -> None:
-    shown = {task: [Run(algorithm, task) for algorithm in ALGORITHMS] for task in TASKS} | QUESTIONS
-    del shown["learning rate"]
+    shown = {task: [Run(algorithm, task) for algorithm in ALGORITHMS] for task in TASKS} | asked(found)
     figure, grid = pyplot.subplots(2, 4, figsize=(18, 8), layout="constrained", sharey=True)
     for axes, (title, runs) in zip(grid.flat, shown.items(), strict=False):
         for i, run in enumerate(runs):
@@ -266,7 +270,7 @@ def main() -> None:
                     failed.append(f"{run.name}, seed {seed}: see {directory(run, seed) / 'log.txt'}")
                 bar.update()
     seen = found()
-    tables = [core_table(seen, task) for task in TASKS] + [question_table(seen, *asked) for asked in QUESTIONS.items()]
+    tables = [core_table(seen, task) for task in TASKS] + [question_table(seen, *of) for of in asked(seen).items()]
     (OUT / "table.md").write_text("\n\n".join(filter(None, tables)) + "\n")
     plot(seen, ROOT / "docs" / "learning.png")
     print((OUT / "table.md").read_text())
