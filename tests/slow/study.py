@@ -171,7 +171,7 @@ def found() -> Found:
 
 def generations_to(summary: dict[str, Any], goal: float) -> float:
     """The samples drawn until the first evaluation at `goal` or above; infinite if there is none."""
-    return next((step * SAMPLES for step, value in summary["accuracy"] if value >= goal), inf)
+    return next((step * SAMPLES for step, value in summary["accuracy"] if value > goal - 1e-6), inf)
 
 
 def spread(values: list[float], form: str) -> str:
