@@ -27,7 +27,7 @@ TASK = ROOT / "runs" / "smart_home"
 sys.path.insert(0, str(ROOT / "recipes" / "smart_home"))
 from house import accuracy, answers, build, rows  # noqa: E402
 
-STEPS, BATCH, RATE = 25, 8, 1e-4
+STEPS, BATCH, RATE = 30, 8, 1e-4
 RUNS = ("supervised", "sdft", "sdpo")
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
