@@ -196,7 +196,8 @@ def accuracies(summaries: list[dict[str, Any]]) -> list[str]:
 def core_table(found: Found, task: str) -> str:
     """Generations are counted as far as GRPO's mean accuracy at its end, and the ratio to GRPO's own number of them.
 
-    A GRPO run that ends below its seeds' mean counts with all its generations. The ratio is of runs of one seed.
+    A GRPO run that ends below its seeds' mean counts with all its generations. The ratio is of runs of one seed, and 0
+    where its own number is infinite.
     """
     grpo = {summary["seed"]: summary for summary in found.get(f"grpo, {task}", [])}
     if not grpo:
@@ -211,7 +212,8 @@ def core_table(found: Found, task: str) -> str:
         needed = {summary["seed"]: generations_to(summary, goal) for summary in summaries}
         own = {seed: min(generations_to(summary, goal), STEPS * SAMPLES) for seed, summary in grpo.items()}
         ratios = [own[seed] / needed[seed] for seed in needed if seed in own]
-        compared = [spread(list(needed.values()), ",.0f"), spread(ratios, ".1f")] if goal > 0 else ["–", "–"]
+        times = spread(ratios, ".1f") if algorithm != "grpo" else "–"
+        compared = [spread(list(needed.values()), ",.0f"), times] if goal > 0 else ["–", "–"]
         half = spread([generations_to(summary, 0.5) for summary in summaries], ",.0f")
         wall = spread([summary["wall_s"] for summary in summaries], ".0f")
         cells = [algorithm, *accuracies(summaries), *compared, half, wall, str(len(summaries))]
@@ -241,7 +243,8 @@ def plot(found: Found, path: Path) -> None:
             if summaries := found.get(run.name):
                 label = run.algorithm if title in TASKS else run.name.replace(f", {run.task}", "")
                 band(axes, summaries, label, f"C{i}", SAMPLES)
-        axes.set(title=title, xlabel="generations", ylim=(-0.02, 1.02))
+        axes.set(xlabel="generations", ylim=(-0.02, 1.02))
+        axes.set_title(title, fontsize="medium")
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(shown) :]:
