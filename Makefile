@@ -12,7 +12,7 @@ demo-lm: .venv/lm
 	$(PY) recipes/demo.py smart_home
 	$(PY) recipes/smart_home/ask.py runs/smart_home
 
-# Two files of tests at a time: a run of OpenRLHF waits half of its time for another of its processes.
+# Two files of tests at a time: one run of OpenRLHF does not keep two cores busy.
 test: .venv/installed
 	$(PY) -m ruff check sdpo_plugin tests recipes
 	$(PY) -m pytest -n 2 --dist loadfile
