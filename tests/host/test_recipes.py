@@ -29,7 +29,7 @@ def test_a_recipe_distils_what_its_environment_says(openrlhf, small_model, path,
     for config in smoke.configs(flags):
         given |= recipes.load(config)
     if given.get("reward.remote_url", "").endswith("reasoning.py"):
-        pytest.importorskip("reasoning_gym")
+        pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'openrlhf-sdpo[reasoning]'")
     run = openrlhf.train(*flags, "--actor.model_name_or_path", str(small_model), timeout=120)
     assert f"openrlhf-sdpo: --algo {given['algo.name']}; plugins" in run.output
     first = {name: values[0][1] for name, values in run.metrics.items()}

@@ -201,7 +201,7 @@ ENDS = ("<|im_end|>", "</s>", "<eos>", "<pad><pad>", "<|eot_id|>\n", "<end_of_tu
 
 def usable(name: str) -> str:
     if name == "reasoning":
-        pytest.importorskip("reasoning_gym")
+        pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'openrlhf-sdpo[reasoning]'")
     if name == "code" and sandbox._bubblewrap() is None:
         pytest.skip("needs a kernel that allows namespaces")
     return name

@@ -141,7 +141,7 @@ def right_answer(row: dict, reward: str) -> str:
 def test_the_rows_can_be_answered_and_the_reward_function_knows(name, parsed):
     args = parsed[name]
     if args["reward.remote_url"].endswith("reasoning.py"):
-        pytest.importorskip("reasoning_gym")
+        pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'openrlhf-sdpo[reasoning]'")
     spec = importlib.util.spec_from_file_location("reward", ROOT / args["reward.remote_url"])
     spec.loader.exec_module(reward := importlib.util.module_from_spec(spec))
     rows = [json.loads(line) for line in (ROOT / smoke.rows(smoke.launch(NAMES[name]))).read_text().splitlines()]
