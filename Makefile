@@ -35,10 +35,11 @@ kills: .venv/installed
 variants: .venv/installed
 	$(PY) tests/slow/variants.py
 
-# What self-distillation learns from, on the quickstart's model, five seeds: writes docs/learning.png and
-# runs/study/table.md, some hours.
-study: .venv/installed
+# What self-distillation learns from: the quickstart's model with five seeds (docs/learning.png, runs/study/table.md) and
+# SmolLM2 with two (docs/language_model.png, runs/language_model/table.md). Some hours; run again, it goes on.
+study: .venv/lm
 	$(PY) tests/slow/study.py
+	$(PY) tests/slow/language_model.py
 
 install: .venv/installed
 
