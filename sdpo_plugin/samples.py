@@ -1,0 +1,83 @@
+"""`samples.jsonl`: the samples of a run that `--diagnostics.samples` keeps, one JSON object a line (docs/report.md).
+
+The file lies beside the event files of the run. Whoever stops a run at any moment leaves whole lines, and at most one
+broken one at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "samples.jsonl"
+
+
+def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of the file `path`, or of all `samples.jsonl` below the directory `path`, in the order of steps.
+
+    A broken last line is left out. A run that was continued in another directory has several files: in the order of
+    their directories' names, a later one takes the place of the earlier ones' lines from its first step on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another line is no JSON object with a step; names file and line.
+    """
+    files = sorted(Path(path).rglob(NAME)) if os.path.isdir(path) else [Path(path)]
+    if not files:
+        raise FileNotFoundError(f"no {NAME} below {path}; a run writes it with --diagnostics.samples N")
+    samples: list[dict[str, Any]] = []
+    for file in files:
+        found = [sample for _, sample in _lines(file)]
+        if found:
+            first = min(sample["step"] for sample in found)
+            samples = [sample for sample in samples if sample["step"] < first] + found
+    return samples
+
+
+def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a file, as they are and as what they mean."""
+    *whole, _ = file.read_bytes().split(b"\n")  # what no line break ends was not written to its end
+    found = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            sample = json.loads(line)
+            sample["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}, line {number}: not a sample ({error!r:.200})") from error
+        found.append((line + b"\n", sample))
+    return found
+
+
+class SampleFile:
+    """A run's `samples.jsonl`, to write to."""
+
+    def __init__(self, directory: str) -> None:
+        self.path = Path(directory) / NAME
+
+    def begin(self, step: int) -> None:
+        """The run goes on behind global step `step`, 0 if it starts anew: lines of later steps go.
+
+        Raises ValueError as `read_samples`.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line, sample in _lines(self.path) if sample["step"] <= step] if self.path.exists() else []
+        beside = self.path.with_suffix(f".{os.getpid()}")
+        beside.write_bytes(b"".join(kept))
+        os.replace(beside, self.path)
+
+    def append(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines. Raises OSError where there is no room for all of them; then none is added."""
+        # Environments hand over what they read: half of a surrogate pair has no UTF-8 form.
+        text = "".join(json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in samples)
+        rest = memoryview(text.encode("utf-8", "replace"))
+        with open(self.path, "ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(before)
+                raise
