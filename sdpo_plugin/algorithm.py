@@ -363,8 +363,8 @@ class SelfDistillation:
 
     def teacher_prompt(
         self, batch: RolloutBatch, i: int, context: TeacherContext, at: torch.Tensor
-    ) -> tuple[list[int], bool]:
-        """Token ids for the teacher to read before sample i's response, and whether what they show had to be cut.
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """Token ids for the teacher to read before sample i's response, and the names of sections that were cut.
 
         at: bool [A_i], the action positions that are scored behind them. Prompt and response, as far as the last of
         these, fit the model's positions together. Where nothing that can be cut makes them fit: no ids.
@@ -373,7 +373,7 @@ class SelfDistillation:
         room = batch.max_positions - replayed
         config = replace(self.reprompt, max_len=max(min(self.reprompt.max_len, room), 1))
         ids, cut = teacher_prompt_ids(context, batch.tokenizer, config, chat_template_kwargs(batch.args))
-        return (ids, cut) if len(ids) <= room else ([], False)
+        return (ids, cut) if len(ids) <= room else ([], ())
 
     # ── the policy worker: teacher, loss, update ──
 

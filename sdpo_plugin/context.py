@@ -192,8 +192,8 @@ def teacher_prompt_ids(
     tokenizer: Any,
     config: RepromptConfig,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[list[int], bool]:
-    """The teacher's prompt as token ids, ready for the response behind it, and whether it had to be cut.
+) -> tuple[list[int], tuple[str, ...]]:
+    """The teacher's prompt as token ids, ready for the response behind it, and the names of sections that were cut.
 
     Send these ids to an engine, not their text: as text, a section could become mark-up again.
 
@@ -216,7 +216,7 @@ def teacher_prompt_ids(
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     if context.prompt is None:
-        return encode([render(context.messages)])[0], False
+        return encode([render(context.messages)])[0], ()
 
     # Sentinels stand for the sections while the chat template runs, so that it can neither read nor change them.
     bare = render(_fill(context.prompt, {}, config))
@@ -225,12 +225,15 @@ def teacher_prompt_ids(
     pieces = re.split(f"([{''.join(names)}])", render(_fill(context.prompt, sentinels, config)))
     order = [names[sentinel] for sentinel in pieces[1::2]]
 
+    def in_order(cut: set[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for name in order if name in cut))
+
     # Environments hand over what they read: half of a surrogate pair has no UTF-8 form, and tokenizers raise on it.
     texts = [context.sections[name].encode("utf-8", "replace").decode() for name in order]
     bounded = texts
     if config.truncation != "error":
         bounded = ["".join(ends) for ends in _cut(texts, config.max_len * MAX_CHARS_PER_TOKEN, config.truncation)]
-    is_cut = bounded != texts
+    cut = {name for name, text, left in zip(order, texts, bounded, strict=True) if text != left}
     markup, markup_pattern = _markup(tokenizer, len(tokenizer))
     trusted = encode(pieces[0::2])
     shown = [_ids_without_markup(text, encode, markup, markup_pattern) for text in bounded]
@@ -238,9 +241,9 @@ def teacher_prompt_ids(
 
     plain = encode(["".join(_interleave(pieces[0::2], bounded))])[0]
     if len(plain) <= config.max_len and [i for i in plain if i in markup] == [i for i in ids if i in markup]:
-        return plain, is_cut
+        return plain, in_order(cut)
     if len(ids) <= config.max_len:
-        return ids, is_cut
+        return ids, in_order(cut)
     if config.truncation == "error":
         parts = ", ".join(f"{name} {len(part)}" for name, part in zip(order, shown, strict=True))
         raise ConfigError(
@@ -253,10 +256,13 @@ def teacher_prompt_ids(
         _whole_characters(before, tokenizer, -1) + _whole_characters(after, tokenizer, 0)
         for before, after in _cut(shown, budget, config.truncation)
     ]
+    cut |= {name for name, part, whole in zip(order, kept, shown, strict=True) if not part or part != whole}
     left = {name: context.sections[name] for name, part in zip(order, kept, strict=True) if part}
     if len(left) < len(context.sections):
-        return teacher_prompt_ids(replace(context, sections=left), tokenizer, config, chat_template_kwargs)[0], True
-    return _interleave(trusted, kept), True
+        fewer = replace(context, sections=left)
+        ids, again = teacher_prompt_ids(fewer, tokenizer, config, chat_template_kwargs)
+        return ids, in_order(cut.difference(left).union(again))
+    return _interleave(trusted, kept), in_order(cut)
 
 
 # ── successes, demonstrations, feedback ──

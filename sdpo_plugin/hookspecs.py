@@ -89,6 +89,11 @@ def openrlhf_batch(batch: RolloutBatch) -> None:
 
 
 @hookspec
+def openrlhf_trained(batch: RolloutBatch) -> None:
+    """The policy workers have trained on the batch; `batch.answers` has what they told about it (`batch.ask`)."""
+
+
+@hookspec
 def openrlhf_metrics(status: dict[str, Any], args: Any) -> None:
     """The step's metrics, before they reach progress bar, TensorBoard and W&B; change them in place."""
 

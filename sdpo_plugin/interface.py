@@ -20,6 +20,7 @@ from sdpo_plugin.fused import Head, Scores
 # Entries of OpenRLHF's `Experience.info`, the only field that carries new tensors to the policy workers.
 ATTACHED = "plugin/"
 SCALAR = "plugin scalar/"
+ASKED = "asked/"  # of attached names
 LOSS_MASK = "loss_mask"
 
 # What a micro-batch can provide, with what it does if no plugin has a say (`openrlhf_needs`).
@@ -29,6 +30,7 @@ NEEDS = {"old_log_probs": True, "log_probs": True, "samples": True, "entropy": F
 PIECE_BYTES = 256 * 2**20
 
 HeadFunction = Callable[[torch.Tensor, Head, torch.Tensor], Scores]
+Answers = dict[tuple[str, int, int], Any]  # by name, global step and number of the sample in its batch
 Aggregate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (loss [B, A], mask [B, A]) -> scalar
 
 
@@ -55,15 +57,25 @@ class RolloutBatch:
             sample is skipped (`--reward.on_error`).
         args, tokenizer: OpenRLHF's.
         max_positions: the longest sequence that the policy model is made for, in tokens.
+        step: OpenRLHF's global step that trains on the batch, from 1.
         metrics: scalars a plugin wants logged for this step.
+        answers: once the step has trained (`openrlhf_trained`), what policy workers answered: of each name that was
+            asked for, by number of the sample. One that no worker trained on is absent.
     """
 
     def __init__(
-        self, samples: Sequence[Any], experiences: Sequence[Any], args: Any, tokenizer: Any, max_positions: float
+        self,
+        samples: Sequence[Any],
+        experiences: Sequence[Any],
+        args: Any,
+        tokenizer: Any,
+        max_positions: float,
+        step: int = 1,
     ) -> None:
         self.samples, self.args, self.tokenizer = samples, args, tokenizer
-        self.max_positions = max_positions
+        self.max_positions, self.step = max_positions, step
         self.metrics: dict[str, float] = {}
+        self.answers: dict[str, dict[int, Any]] = {}
         self._experiences = experiences
         self.rewards: list[float | None] = [0.0] * len(samples)
         for experience in experiences:
@@ -108,6 +120,18 @@ class RolloutBatch:
         """
         for experience in self._experiences:
             experience.info[ATTACHED + name] = [values[i] for i in experience.index]
+
+    def ask(self, name: str, samples: Iterable[int]) -> None:
+        """Have the workers that train on these samples answer: `micro_batch.asked(name)`, and `answers[name]` later."""
+        self.answers[name] = {}
+        wanted = set(samples)
+        self.attach(ASKED + name, [torch.tensor([self.step, i] if i in wanted else []) for i in range(len(self))])
+
+    def take(self, answers: Answers) -> None:
+        """Keep what a policy worker answered about this batch; of a step without training some may be of another."""
+        for (name, step, number), value in answers.items():
+            if step == self.step:
+                self.answers[name][number] = value
 
     def attach_scalar(self, name: str, value: float) -> None:
         """Send a number along to all workers: `micro_batch.scalars[name]`."""
@@ -162,6 +186,7 @@ class MicroBatch:
         token_mean: Aggregate,
         sample_mean: Aggregate,
         rollout_correction: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        answers: Answers | None = None,
     ) -> None:
         self.worker, self.experience, self.needs = worker, experience, needs
         info = experience.info  # OpenRLHF logs every entry that stays
@@ -180,6 +205,7 @@ class MicroBatch:
         self.metrics: dict[str, float | torch.Tensor] = {}
         self.means: dict[str, tuple[float, float]] = {}
         self.rollout_correction = rollout_correction
+        self._answers = {} if answers is None else answers  # of all micro-batches of the rollout batch on this rank
         self._token_mean, self._sample_mean = token_mean, sample_mean
 
     @property
@@ -232,6 +258,19 @@ class MicroBatch:
     def mean(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float) -> None:
         """Log a mean as sum and number: those of all micro-batches and ranks are added. One of nothing is absent."""
         self.means[name] = (float(total), float(count))
+
+    def asked(self, name: str) -> list[int]:
+        """The rows of samples that the controller asks about (`RolloutBatch.ask`) and has no answer about yet.
+
+        So a second pass over a sample is not asked.
+        """
+        samples = (tuple(sample.tolist()) for sample in self.data.get(ASKED + name, ()))
+        return [row for row, sample in enumerate(samples) if sample and (name, *sample) not in self._answers]
+
+    def answer(self, name: str, row: int, value: Any) -> None:
+        """Tell the controller about a sample: anything that can be pickled, tensors in host memory."""
+        step, number = self.data[ASKED + name][row].tolist()
+        self._answers[name, step, number] = value
 
     def _weights(self, mean: Aggregate) -> torch.Tensor:
         unit = torch.zeros(self.loss_mask.shape, device=self.experience.sequences.device, requires_grad=True)

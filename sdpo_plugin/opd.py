@@ -52,5 +52,5 @@ class OPD(SelfDistillation):
 
     def teacher_prompt(
         self, batch: RolloutBatch, i: int, context: TeacherContext, at: torch.Tensor
-    ) -> tuple[list[int], bool]:
-        return super().teacher_prompt(batch, i, context, at) if context.sections else (batch.prompt_ids(i), False)
+    ) -> tuple[list[int], tuple[str, ...]]:
+        return super().teacher_prompt(batch, i, context, at) if context.sections else (batch.prompt_ids(i), ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 from transformers import set_seed
 
@@ -15,6 +16,7 @@ from sdpo_plugin.host.seams import overrides, seam
 
 _BASE = seam("openrlhf.trainer.ppo_trainer:BasePPOTrainer")
 seam("openrlhf.trainer.ppo_trainer_async:SamplesGenerator")
+seam("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name")
 
 
 def bind(args: Any) -> None:
@@ -40,10 +42,16 @@ class ControllerHooks:
 
     @overrides("rollout_samples", "global_step", of=_BASE)
     def train_step(self, rollout_samples: Sequence[Any], global_step: int) -> tuple[dict[str, Any], int]:
+        self.experience_maker.step = global_step + 1
         status, global_step = super().train_step(rollout_samples, global_step)
-        status.update(self.experience_maker.metrics)
+        batch, hook = self.experience_maker.batch, plugins.active().hook
+        if batch.answers:
+            for answers in ray.get(self.actor_model_group.async_run_method(method_name="take_answers")):
+                batch.take(answers)
+        hook.openrlhf_trained(batch=batch)
+        status.update(batch.metrics)
         try:
-            plugins.active().hook.openrlhf_metrics(status=status, args=self.args)
+            hook.openrlhf_metrics(status=status, args=self.args)
         except StopTraining as reason:
             self.stopped = reason
         self._begin(global_step)

@@ -186,7 +186,11 @@ def max_positions(model: str) -> float:
 
 
 class ExperienceMaker(seam(f"{_TRAINER}:RemoteExperienceMaker")):
-    """experience_maker.py: calls `openrlhf_batch` between rewards and advantages."""
+    """experience_maker.py: calls `openrlhf_batch` between rewards and advantages.
+
+    Attributes:
+        step: the global step that is to come. batch: its `RolloutBatch`, once it was made.
+    """
 
     @overrides("rollout_samples")
     def make_experience_batch(self, rollout_samples: Sequence[Any]) -> list[Any]:
@@ -208,11 +212,11 @@ class ExperienceMaker(seam(f"{_TRAINER}:RemoteExperienceMaker")):
     @overrides("experiences")
     def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
         positions = max_positions(self.args.actor.model_name_or_path)
-        batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer, positions)
+        batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer, positions, self.step)
         if self.args.reward.on_error == "skip":
             batch.metrics["reward_skipped_fraction"] = self.skipped
         plugins.active().hook.openrlhf_batch(batch=batch)
-        self.metrics = batch.metrics
+        self.batch = batch
         return super().compute_advantages_and_returns(experiences)
 
 

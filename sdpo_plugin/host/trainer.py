@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from sdpo_plugin import plugins
 from sdpo_plugin.host import lora, metrics
 from sdpo_plugin.host.seams import overrides, seam
-from sdpo_plugin.interface import Aggregate, MicroBatch, Worker, attached_loss_mask, loss_mask
+from sdpo_plugin.interface import Aggregate, Answers, MicroBatch, Worker, attached_loss_mask, loss_mask
 
 _PPO_ACTOR = "openrlhf.trainer.ray.ppo_actor"
 _BUFFER = "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer"
@@ -80,6 +80,7 @@ class PolicyTrainer(seam(f"{_PPO_ACTOR}:ActorPPOTrainer")):
         self.hook = plugins.active().hook
         self.host_loss_fn, self.actor_loss_fn = self.actor_loss_fn, self._loss
         self.needs = plugins.needs(self.args)
+        self.answers: Answers = {}
 
     @overrides("kl_ctl")
     def ppo_train(self, kl_ctl: float) -> dict[str, Any]:
@@ -97,6 +98,7 @@ class PolicyTrainer(seam(f"{_PPO_ACTOR}:ActorPPOTrainer")):
             self._mean(self._loss_mask_info(experience, step), self.host_loss_fn.token_level_loss),
             self._mean(loss_batch_info or self._loss_batch_info(experience, step), token_level=False),
             self._rollout_correction,
+            self.answers,
         )
         self.hook.openrlhf_before_forward(micro_batch=micro_batch)
         if self.args.train.dynamic_batch_enable:

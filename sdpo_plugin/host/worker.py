@@ -19,7 +19,7 @@ from sdpo_plugin.host.sleep import Sleeper
 from sdpo_plugin.host.teacher_model import AdapterTeacher, SeparateTeacher
 from sdpo_plugin.host.trainer import PolicyTrainer, data_loader, windows_with_loss_mask
 from sdpo_plugin.host.zero import MasterWeights
-from sdpo_plugin.interface import TeacherModel
+from sdpo_plugin.interface import Answers, TeacherModel
 
 _STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
 seam(f"{_STRATEGY}.load_ckpt")
@@ -86,6 +86,12 @@ class PolicyWorker(seam("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")):
         actor.eval()
         actor.tap_head()
         return SeparateTeacher(self, actor)
+
+    def take_answers(self) -> Answers:
+        """What this rank has to tell the controller about the rollout batch that it has trained on."""
+        answers = dict(self.trainer.answers)
+        self.trainer.answers.clear()
+        return answers
 
     @property
     def rank(self) -> int:

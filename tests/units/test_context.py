@@ -462,7 +462,7 @@ def plain_ids(messages, tokenizer, **kwargs):
 def test_harmless_text_tokenizes_as_the_plain_rendering(tokenizers, family):
     tokenizer = tokenizers[family]
     context = teacher("the answer is 42.", "line 3: name 'x' <b>is</b> [not] defined\n", "the answer")
-    assert teacher_prompt_ids(context, tokenizer, ALL) == (plain_ids(context.messages, tokenizer), False)
+    assert teacher_prompt_ids(context, tokenizer, ALL) == (plain_ids(context.messages, tokenizer), ())
 
 
 @by_family
@@ -470,7 +470,7 @@ def test_harmless_text_tokenizes_as_the_plain_rendering(tokenizers, family):
 def test_an_inactive_context_is_the_students_prompt(tokenizers, family, messages):
     context = teacher(messages=messages)
     assert not context.active
-    assert teacher_prompt_ids(context, tokenizers[family], SDPO) == (plain_ids(messages, tokenizers[family]), False)
+    assert teacher_prompt_ids(context, tokenizers[family], SDPO) == (plain_ids(messages, tokenizers[family]), ())
 
 
 @by_family
@@ -600,7 +600,7 @@ def test_which_side_is_cut(tokenizers, truncation, start, end):
     config = RepromptConfig(max_len=200, truncation=truncation)
     tokenizer = tokenizers["qwen3"]
     ids, truncated = teacher_prompt_ids(teacher(feedback=WORDY), tokenizer, config)
-    assert truncated and len(ids) == 200
+    assert truncated == ("feedback",) and len(ids) == 200
     before, after = "attempt:\n\n", "\n\nCorrectly solve the original question.<|im_end|>\n<|im_start|>assistant\n"
     text = tokenizer.decode(ids)
     assert text.startswith("<|im_start|>user\nQ?") and text.endswith(after)
@@ -618,21 +618,25 @@ def test_a_prompt_that_is_too_long_may_be_an_error(tokenizers):
     assert message.startswith(f"--reprompt.truncation error: a teacher's prompt of {len(whole)} tokens")
     assert "the 200 of --reprompt.max_len" in message and f"of at least {len(whole)}" in message
     enough = replace(config, max_len=len(whole))
-    assert teacher_prompt_ids(context, tokenizers["qwen3"], enough) == (whole, False)
+    assert teacher_prompt_ids(context, tokenizers["qwen3"], enough) == (whole, ())
 
 
 def test_sections_are_cut_together_and_go_with_their_frames(tokenizers):
     config = replace(SDPO, feedback_only_without_solution=False)
     context = teacher(WORDY, "boom " * 50, config=config)
-    def text(config):
-        return tokenizers["qwen3"].decode(teacher_prompt_ids(context, tokenizers["qwen3"], config)[0])
 
-    assert "w99" in text(config) and "boom" in text(config)
-    right = text(replace(config, max_len=250))
+    def text(config, *expected):
+        ids, cut = teacher_prompt_ids(context, tokenizers["qwen3"], config)
+        assert cut == expected
+        return tokenizers["qwen3"].decode(ids)
+
+    whole = text(config)
+    assert "w99" in whole and "boom" in whole
+    right = text(replace(config, max_len=250), "solution", "feedback")
     assert "w50 w51" in right and "feedback" not in right
-    left = text(replace(config, max_len=250, truncation="left"))
+    left = text(replace(config, max_len=250, truncation="left"), "solution")
     assert "boom boom" in left and "Correct solution" in left and "w0 w1" not in left and "w99" in left
-    assert text(replace(config, max_len=1)) == (
+    assert text(replace(config, max_len=1), "solution", "feedback") == (
         "<|im_start|>user\nQ?\n\nCorrectly solve the original question.<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -677,7 +681,7 @@ def test_a_question_longer_than_the_limit_is_not_cut(tokenizers):
     for context in (teacher(messages=messages), teacher("the answer", messages=messages)):
         ids, truncated = teacher_prompt_ids(context, tokenizers["qwen3"], replace(SDPO, max_len=10))
         assert WORDY in tokenizers["qwen3"].decode(ids) and "the answer" not in tokenizers["qwen3"].decode(ids)
-        assert truncated is context.active
+        assert bool(truncated) is context.active
 
 
 @pytest.mark.parametrize("line", ["Traceback: name 'x' is not defined\n", "<|im_end|>", "\u4e2d", " "], ids=repr)
