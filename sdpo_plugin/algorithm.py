@@ -42,6 +42,7 @@ from sdpo_plugin.fused import Head, Scores, TeacherStates, linear_distillation, 
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.interface import MicroBatch, Read, RolloutBatch, Worker, prompt_messages, teacher_inputs
 from sdpo_plugin.loss import Tokens, loss_from_log_probs
+from sdpo_plugin.recorder import Recorder, tell
 from sdpo_plugin.teacher import Teacher, make_teacher
 
 PREFIX = "self_distillation/"
@@ -146,6 +147,7 @@ class SelfDistillation:
         for group in self.options:
             setattr(self, group.prefix, from_namespace(group, args))
         self.watch = Watch(self.diagnostics, self.reprompt, self.uses_policy_loss)
+        self.recorder = Recorder(args) if self.diagnostics.samples else None
         self.first_micro_batch = True
 
     # ── the choices of a paper ──
@@ -224,6 +226,8 @@ class SelfDistillation:
     @hookimpl
     def openrlhf_configure(self, args: Any) -> None:
         refuse(args)
+        if self.recorder is not None and not args.logger.tensorboard_dir:
+            self.diagnostics.fail("samples", "they are written beside the event files; give --logger.tensorboard_dir")
         if self.teacher_config.kind == "model":
             require_same_tokenizer(args.actor.model_name_or_path, self.teacher_config.model_name_or_path)
         if not self.mixes and self.distill.weight != 1.0:
@@ -286,6 +290,7 @@ class SelfDistillation:
         wanted = [[scored_behind(batch, i, shown[i]) for i in every] for shown in contexts]
         masks = self._loss_masks(batch, wanted)
         reads: list[list[list[tuple[list[int], torch.Tensor]]]] = []
+        first_reads: list[tuple[list[int], tuple[str, ...]] | None] = []
         truncated, too_long = 0, 0
         for k, shown in enumerate(contexts):
             reads.append([])
@@ -293,12 +298,15 @@ class SelfDistillation:
                 asked = [(context, at) for context, at in wanted[k][i] if bool((at & masks[i]).any())]
                 prompts = [self.teacher_prompt(batch, i, context, at) for context, at in asked]
                 truncated += any(cut for _, cut in prompts)
+                if k == 0:
+                    first_reads.append(next((prompt for prompt in prompts if prompt[0]), None))
                 too_long += not all(ids for ids, _ in prompts)
                 reads[k].append([(ids, at) for (ids, _), (_, at) in zip(prompts, asked, strict=True) if ids])
                 # Without a token in the loss, or a prompt that leaves room for the response, a sample has no teacher.
                 shown[i] = shown[i] if reads[k][i] else TeacherContext(rollouts[i].messages, False)
             attach_reads(batch, k, reads[k], by_turn=any(context.by_turn for context in shown))
-        batch.attach("loss_mask", self._loss_masks(batch, reads))
+        masks = self._loss_masks(batch, reads)
+        batch.attach("loss_mask", masks)
         batch.attach("reward", [torch.tensor(float("nan") if r is None else float(r)) for r in batch.rewards])
         batch.metrics.update(context_metrics(rollouts, contexts[0], self.reprompt))
         groups = {rollout.group for rollout in rollouts}
@@ -309,6 +317,8 @@ class SelfDistillation:
         batch.metrics.update(length_metrics(batch.samples))
         self._watch(batch, rollouts, contexts[0])
         batch.attach_scalar("step", self.watch.steps)
+        if self.recorder is not None:
+            self.recorder.choose(batch, rollouts, first_reads, masks)
 
     def _loss_masks(
         self, batch: RolloutBatch, reads: Sequence[Sequence[Sequence[tuple[Any, torch.Tensor]]]]
@@ -340,6 +350,11 @@ class SelfDistillation:
             logger.warning(warning)
 
     @hookimpl
+    def openrlhf_trained(self, batch: RolloutBatch) -> None:
+        if self.recorder is not None:
+            self.recorder.write(batch)
+
+    @hookimpl
     def openrlhf_save_states(self, states: dict[str, Any], args: Any) -> None:
         states[PREFIX + "watch"] = self.watch.state()
 
@@ -347,6 +362,8 @@ class SelfDistillation:
     def openrlhf_load_states(self, states: dict[str, Any], args: Any) -> None:
         if PREFIX + "watch" in states:
             self.watch.restore(states[PREFIX + "watch"])
+        if self.recorder is not None:
+            self.recorder.begin(states.get("global_step", 0))
 
     def rollout(self, batch: RolloutBatch, i: int) -> Rollout:
         """What sample i can teach and be taught with."""
@@ -437,6 +454,9 @@ class SelfDistillation:
                     differentiable_log_probs=needs["log_probs"] or needs["entropy"],
                     with_entropy=needs["entropy"] or self.args.actor.entropy_coef is not None,
                 )
+                # Before the rollout's first update; where there is only one, that is the student itself.
+                before = data.get("old_log_probs", scores.log_probs).detach()
+                tell(micro_batch, before, TeacherStates(taught[0], teacher), token_ids, data["active"], temperature)
             micro_batch.mean(PREFIX + "loss", scores.token_loss[distilled].sum(), distilled.sum())
             if self.token_weights is not None:  # not where a rank has weighed some: all ranks must report alike
                 micro_batch.mean(PREFIX + "token_weight", token_weights[distilled].sum(), distilled.sum())

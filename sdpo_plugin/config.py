@@ -206,10 +206,16 @@ class DiagnosticsConfig(Group):
     )
     interval: int = option(1, "rollout batches between two looks")
     tolerance: int = option(5, "consecutive degenerate looks before the guard speaks or stops")
+    samples: int = option(
+        0, "samples of each rollout batch that are written to samples.jsonl, beside the event files of "
+        "--logger.tensorboard_dir, token by token with what the teacher read and would have said"
+    )
 
     def check(self) -> None:
         self.positive("interval", integer=True)
         self.positive("tolerance", integer=True)
+        if not isinstance(self.samples, int) or self.samples < 0:
+            self.fail("samples", "give an integer >= 0")
 
 
 @dataclass(frozen=True)

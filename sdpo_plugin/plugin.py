@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sdpo_plugin.config import GROUPS, add_group, from_namespace
+from sdpo_plugin.config import GROUPS, ConfigError, add_group, from_namespace
 from sdpo_plugin.hookspecs import hookimpl
 
 
@@ -34,3 +34,11 @@ def openrlhf_add_arguments(parser: argparse.ArgumentParser) -> None:
 def openrlhf_configure(args: Any) -> None:
     for group in GROUPS:
         from_namespace(group, args)
+    if args.diagnostics.samples and (args.algo.name is None or args.distill.weight == 0.0):
+        without, fix = ("without --algo", "--algo sdpo (or another)") if args.algo.name is None else (
+            "at --distill.weight 0", "a weight above 0"
+        )  # fmt: skip
+        raise ConfigError(
+            f"--diagnostics.samples {args.diagnostics.samples}: {without} there is no teacher, whose reading is what "
+            f"is recorded; give {fix}, or leave it out"
+        )

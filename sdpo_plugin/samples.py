@@ -7,12 +7,14 @@ broken one at the end.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 NAME = "samples.jsonl"
+logger = logging.getLogger(__name__)
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -60,10 +62,17 @@ class SampleFile:
     def begin(self, step: int) -> None:
         """The run goes on behind global step `step`, 0 if it starts anew: lines of later steps go.
 
-        Raises ValueError as `read_samples`.
+        A damaged file (`read_samples`) is set aside.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line, sample in _lines(self.path) if sample["step"] <= step] if self.path.exists() else []
+        kept: list[bytes] = []
+        if self.path.exists():
+            try:
+                kept = [line for line, sample in _lines(self.path) if sample["step"] <= step]
+            except ValueError as error:
+                aside = self.path.with_suffix(".damaged")
+                os.replace(self.path, aside)
+                logger.warning(f"{error}; the file is now {aside}, and a new one begins")
         beside = self.path.with_suffix(f".{os.getpid()}")
         beside.write_bytes(b"".join(kept))
         os.replace(beside, self.path)

@@ -44,7 +44,8 @@ class ControllerHooks:
     def train_step(self, rollout_samples: Sequence[Any], global_step: int) -> tuple[dict[str, Any], int]:
         self.experience_maker.step = global_step + 1
         status, global_step = super().train_step(rollout_samples, global_step)
-        batch, hook = self.experience_maker.batch, plugins.active().hook
+        hook, batch = plugins.active().hook, self.experience_maker.batch
+        self.experience_maker.batch = None  # not to be held while the next one is made
         if batch.answers:
             for answers in ray.get(self.actor_model_group.async_run_method(method_name="take_answers")):
                 batch.take(answers)

@@ -20,7 +20,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
         An `interface.Worker` with `micro_batch(plugin, sequences, attention_mask, action_mask, **data)`: a `MicroBatch`
         after `openrlhf_before_forward`, the student's forward pass and `openrlhf_policy_loss`; `data` is what a plugin
         attached on the controller. OpenRLHF's policy loss is the mean over tokens of -advantage * log_prob here; the
-        advantages are 1 if not given.
+        advantages are 1 if not given. `answers` has what plugins answered (`MicroBatch.answer`).
     """
     import copy
 
@@ -28,7 +28,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
 
     from sdpo_plugin.config import GROUPS
     from sdpo_plugin.fused import Head
-    from sdpo_plugin.interface import ATTACHED, Fragment, MicroBatch, combined_needs, response_rows
+    from sdpo_plugin.interface import ATTACHED, Answers, Fragment, MicroBatch, combined_needs, response_rows
 
     class Actor(torch.nn.Module):
         temperature = 1.0
@@ -81,6 +81,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             })  # fmt: skip
             torch.manual_seed(0)
             self.actor, self.masters = Actor(), self
+            self.answers: Answers = {}
 
         def fragments(self) -> dict[str, Any]:
             return {name: Fragment(0, p.data.view(-1)) for name, p in self.actor.named_parameters()}
@@ -110,6 +111,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                 lambda loss, mask: (loss * mask).sum() / mask.sum().clamp(min=1),
                 lambda loss, mask: ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean(),
                 lambda old, rollout, mask: (old - rollout).exp().clamp(max=2.0) * mask,
+                self.answers,
             )
             plugin.openrlhf_before_forward(micro_batch)
             rows = response_rows(micro_batch.response, sequences)

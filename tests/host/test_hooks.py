@@ -25,6 +25,7 @@ def test_the_example_weighs_prompts_and_survives_a_restart(
     first = openrlhf(model, rows, reward, *flags)
     assert first.metrics["train/curriculum/prompts"] == first.metrics["train/curriculum/known"] == [[1, 8.0]]
     assert 0.1 <= first.metrics["train/curriculum/rarity"][0][1] <= 1.0
+    assert -8 * 10 < first.metrics["train/curriculum/least_likely"][0][1] < -8  # up to 8 tokens of 100, any as likely
     assert torch.equal(first.weights["model.embed_tokens.weight"], initial["model.embed_tokens.weight"])
     assert not torch.equal(first.weights["lm_head.weight"], initial["lm_head.weight"])
     assert json.loads((first.directory / "model" / "updates.json").read_text()) == 1

@@ -66,6 +66,15 @@ def test_another_broken_line_is_named(tmp_path, line):
         read_samples(tmp_path)
 
 
+def test_a_damaged_file_does_not_stop_a_restart(tmp_path, caplog):
+    (tmp_path / NAME).write_bytes(b'{"step": 1}\n\0\0\n')
+    file = SampleFile(tmp_path)
+    file.begin(1)
+    file.append(lines(2))
+    assert steps_of(read_samples(tmp_path)) == [2]
+    assert (tmp_path / "samples.damaged").read_bytes().startswith(b'{"step": 1}') and "line 2" in caplog.text
+
+
 def test_a_full_disk_leaves_whole_lines(tmp_path):
     """A limit on the size of files stands for it: the write ends in the middle of a line."""
     file = SampleFile(tmp_path)
