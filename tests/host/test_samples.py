@@ -1,13 +1,10 @@
 """`--diagnostics.samples` on the real OpenRLHF: the numbers of two ranks are those of plain transformers."""
 
-import json
-
 import pytest
 import torch
 from common import LORA, ROWS, SDPO, TWO_RANKS, ZERO, same
 
 from sdpo_plugin.samples import NAME, read_samples
-from sdpo_plugin.testing import RunFailed
 
 TEMPERATURE = 0.7
 SOLUTION = "\nCorrect solution:\n\n{}\n\nCorrectly solve the original question."
@@ -75,3 +72,73 @@ def test_the_numbers_are_those_of_plain_transformers(openrlhf, model, reward, re
                 assert [piece for piece, _ in told] == pieces
         tokens += len(ids)
     assert tokens > 30
+
+
+def test_off_by_default_and_no_weight_is_another(replay, recorded):
+    """Two updates a rollout, so that a second look at a sample would be another."""
+    twice = (*SDPO, *TWO_RANKS, "--train.max_epochs", "2")
+    without, seen = replay(*twice), replay(*twice, "--diagnostics.samples", "3")
+    assert same(without, seen) and not same(seen, recorded)
+    assert not list(without.directory.rglob(NAME))
+    (file,) = seen.directory.rglob(NAME)
+    assert list(file.parent.glob("events.out.tfevents.*"))  # one directory is one run
+    lines = read_samples(file)
+    assert [line["step"] for line in lines] == [1] * 3 + [2] * 3
+    assert [line["sample"] for line in lines[:3]] != [0, 2, 4]  # not the first ones: those of lowest hash, in its order
+    prompts = [line["prompt"] for line in lines]
+    assert prompts[:3] == prompts[3:] and len({str(prompt) for prompt in prompts}) == 3
+    for line in lines:
+        assert line["active"] and len(line["tokens"]) == len(line["student"]) == len(line["teacher"]) > 0
+        assert all(len(five) == 5 for five in line["alternatives"])
+
+
+CASES = {
+    "lora": (*SDPO, *ZERO[3], *LORA),
+    "dynamic": (*SDPO, *ZERO[2], "--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "64"),
+    "policy loss": (*SDPO, *ZERO[2], "--distill.weight", "0.5", "--teacher.kind", "trust_region"),
+    "sdft": ("--algo", "sdft", *ZERO[2], "--reprompt.privileged_key", "note"),
+    "rlcsd": ("--algo", "rlcsd", *ZERO[3], "--rlcsd.wrong_hints", "1", "--reprompt.template",
+              "{prompt}{solution}{feedback}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_way_to_train_has_its_numbers(replay, case):
+    run = replay(*CASES[case], "--diagnostics.samples", "16")
+    lines = read_samples(run.directory / "tensorboard")
+    assert sorted((line["step"], line["sample"]) for line in lines) == [(s, i) for s in (1, 2) for i in range(16)]
+    active = [line for line in lines if line["active"]]
+    assert active
+    for line in active:
+        assert len(line["tokens"]) == len(line["student"]) == len(line["teacher"]) == len(line["alternatives"]) > 0
+        assert all(x < 0 for x in line["student"] + line["teacher"])
+        for five, log_prob, token in zip(line["alternatives"], line["teacher"], line["tokens"], strict=True):
+            values = [value for _, value in five]
+            assert values == sorted(values, reverse=True) and values[0] >= log_prob
+            assert token not in [piece for piece, _ in five] or dict(five)[token] == pytest.approx(log_prob, abs=1e-3)
+    if case == "sdft":
+        assert all("\nrow " in line["teacher_prompt"] for line in active) and len(active) == 32
+    if case == "rlcsd":  # the first context is the right hint
+        assert all(line["feedback"] in line["teacher_prompt"] for line in active)
+
+
+def test_asynchronous_training_is_recorded(openrlhf, model, reward):
+    flags = (*SDPO, "--diagnostics.samples", "2", "--train.async_enable", "--train.num_episodes", "2")
+    lines = read_samples(openrlhf(model, ROWS, reward, *flags).directory / "tensorboard")
+    assert [line["step"] for line in lines] == [1, 1, 2, 2] and all(line["teacher"] for line in lines)
+
+
+def test_a_restart_goes_on_where_its_checkpoint_was(openrlhf, model, reward, recorded, tmp_path):
+    """Two steps, a checkpoint after the first alone; the second step's lines and a broken one are not there twice."""
+    flags = (*SDPO, *TWO_RANKS, "--diagnostics.samples", "2", "--logger.wandb.run_name", "mine", "--ckpt.path",
+             str(tmp_path / "ckpt"), "--logger.tensorboard_dir", str(tmp_path / "tensorboard"))  # fmt: skip
+    file = tmp_path / "tensorboard" / "mine" / NAME
+    openrlhf(model, ROWS, reward, *flags, "--ckpt.save_steps", "1", replay=recorded)
+    whole = file.read_bytes()
+    (tmp_path / "ckpt" / "_actor" / "latest").write_text("global_step1")
+    file.write_bytes(whole + b'{"step": 3, "sam')
+    openrlhf(model, ROWS, reward, *flags, "--ckpt.load_enable", replay=recorded)
+    lines = file.read_bytes().splitlines()
+    # The replay begins with its first file again: the lines of steps 2 and 3 are of the samples of steps 1 and 2.
+    assert [line["step"] for line in read_samples(file)] == [1, 1, 2, 2, 3, 3]
+    assert lines[:2] == whole.splitlines()[:2] and lines[2:4] != whole.splitlines()[2:4]

@@ -35,6 +35,7 @@ def host_parser() -> argparse.ArgumentParser:
         "algo.advantage.is_correction_mode": "mask", "algo.advantage.is_correction_gating": "ratio",
     }.items():  # fmt: skip
         parser.add_argument(f"--{flag}", default=value, type=type(value))
+    parser.add_argument("--logger.tensorboard_dir")
     for flag in (
         "train.async_enable", "train.enable_ema", "algo.kl.use_loss", "ds.deepcompile", "data.apply_chat_template",
     ):  # fmt: skip
@@ -73,6 +74,7 @@ def parse(*arguments: str) -> argparse.Namespace:
         (RepromptConfig, {"max_len": 0}, r"--reprompt.max_len 0: give a positive integer"),
         (RepromptConfig, {"template": "{solution}"}, r"--reprompt.template .*must contain \{prompt\}"),
         (DiagnosticsConfig, {"interval": 0}, r"--diagnostics.interval 0"),
+        (DiagnosticsConfig, {"samples": -1}, r"--diagnostics.samples -1: give an integer >= 0"),
     ],
 )
 def test_out_of_range(group, values, message):
@@ -89,6 +91,9 @@ def test_out_of_range(group, values, message):
         (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .*size 1"),
         (["--algo", "sdpo", "--teacher.kind", "base", "--teacher.save"], r"--teacher.save True: .* --teacher.kind ema"),
         (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),
+        (["--algo", "sdpo", "--diagnostics.samples", "4"], r"samples 4: .* give --logger.tensorboard_dir"),
+        (["--diagnostics.samples", "4"], r"--diagnostics.samples 4: without --algo .* give --algo sdpo"),
+        (["--algo=sdpo", "--diagnostics.samples=4", "--distill.weight=0"], r"at --distill.weight 0 .* a weight above 0"),
         (["--data.chat_template_kwargs", "enable_thinking=false"], r"kwargs enable_thinking=false: not a JSON object"),
         (["--data.chat_template_kwargs", "[1]"], r"--data.chat_template_kwargs \[1\]: not a JSON object"),
         (["--data.chat_template_kwargs", '{"tokenize": true}'], r"OpenRLHF sets tokenize itself; leave it out"),

@@ -9,11 +9,9 @@ import torch
 from common import LargestTensor
 from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES
 
-from sdpo_plugin.config import ConfigError, DiagnosticsConfig
 from sdpo_plugin.context import FramedText, Rollout
 from sdpo_plugin.fused import Head
 from sdpo_plugin.interface import ATTACHED, RolloutBatch, Turn
-from sdpo_plugin.plugin import openrlhf_configure
 from sdpo_plugin.recorder import ASKED, chosen, likeliest, pieces
 from sdpo_plugin.samples import read_samples
 from sdpo_plugin.sdft import SDFT
@@ -152,13 +150,6 @@ def test_sdft_shows_its_demonstration(lines):
     assert line["active"] and "P" * 50 in line["teacher_prompt"]
 
 
-def test_off_nothing_is_asked_or_written(tokenizer, tmp_path):
-    args = fake_worker().args
-    assert SDPO(args).recorder is None and DiagnosticsConfig().samples == 0
-    with pytest.raises(ConfigError, match="--diagnostics.samples -1: give an integer >= 0"):
-        DiagnosticsConfig(samples=-1)
-
-
 def test_a_full_disk_is_told_and_the_run_goes_on(lines, monkeypatch, caplog):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -167,17 +158,6 @@ def test_a_full_disk_is_told_and_the_run_goes_on(lines, monkeypatch, caplog):
     with pytest.raises(AssertionError):  # there is nothing to read
         lines([("ab", 0.0, "no")])
     assert "the samples of step 3 are not recorded" in caplog.text and "No space left" in caplog.text
-
-
-def test_flags_that_cannot_record_are_named():
-    def configure(**options):
-        openrlhf_configure(fake_worker(diagnostics={"samples": 4}, **options).args)
-
-    configure()
-    with pytest.raises(ConfigError, match="--diagnostics.samples 4: without --algo there is no teacher"):
-        configure(algo={"name": None})
-    with pytest.raises(ConfigError, match="at --distill.weight 0 .* give a weight above 0"):
-        configure(distill={"weight": 0.0})
 
 
 def test_pieces_keep_the_spaces_of_sentencepiece():
