@@ -93,7 +93,7 @@ def test_out_of_range(group, values, message):
         (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),
         (["--algo", "sdpo", "--diagnostics.samples", "4"], r"samples 4: .* give --logger.tensorboard_dir"),
         (["--diagnostics.samples", "4"], r"--diagnostics.samples 4: without --algo .* give --algo sdpo"),
-        (["--algo=sdpo", "--diagnostics.samples=4", "--distill.weight=0"], r"at --distill.weight 0 .* a weight above 0"),
+        (["--algo=sdpo", "--diagnostics.samples=4", "--distill.weight=0"], r"weight 0 .* give a weight above 0"),
         (["--data.chat_template_kwargs", "enable_thinking=false"], r"kwargs enable_thinking=false: not a JSON object"),
         (["--data.chat_template_kwargs", "[1]"], r"--data.chat_template_kwargs \[1\]: not a JSON object"),
         (["--data.chat_template_kwargs", '{"tokenize": true}'], r"OpenRLHF sets tokenize itself; leave it out"),
