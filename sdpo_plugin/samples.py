@@ -80,8 +80,8 @@ class SampleFile:
     def append(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Add lines. Raises OSError where there is no room for all of them; then none is added."""
         # Environments hand over what they read: half of a surrogate pair has no UTF-8 form.
-        text = "".join(json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in samples)
-        rest = memoryview(text.encode("utf-8", "replace"))
+        encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+        rest = memoryview("".join(encode(sample) + "\n" for sample in samples).encode("utf-8", "replace"))
         with open(self.path, "ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
             try:
