@@ -248,6 +248,19 @@ def test_turns_that_no_teacher_read_are_empty():
     assert None not in told["teacher"][1:] and all(len(ids) == 5 for ids in told["ids"][1:])
 
 
+def test_by_default_nothing_is_computed_or_sent(monkeypatch):
+    monkeypatch.setattr("sdpo_plugin.recorder.likeliest", None)
+    worker = fake_worker()
+    plugin = algorithm(worker)
+    assert plugin.recorder is None
+    worker.micro_batch(plugin, SEQUENCES, ATTENTION, ACTION, teacher_prompt=PROMPTS, loss_mask=MASKS)
+    assert not worker.answers
+    sample = SimpleNamespace(action_mask=ACTION[:1])
+    batch = RolloutBatch([sample], [], worker.args, None, math.inf)
+    plugin.openrlhf_trained(batch)
+    assert not batch.answers
+
+
 def test_a_loss_is_the_same_whoever_looks():
     found = []
     for asked in ((), (0, 1, 2)):
