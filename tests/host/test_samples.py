@@ -36,9 +36,11 @@ def plain(model):
     return score
 
 
-def test_the_numbers_are_those_of_plain_transformers(openrlhf, model, reward, recorded, plain):
-    options = ["--no-reprompt.use_feedback", "--ds.param_dtype", "fp32", "--rollout.temperature", str(TEMPERATURE)]
-    run = openrlhf(model, ROWS, reward, *flags(*ZERO[3], *options), replay=recorded)
+def test_the_numbers_are_those_of_plain_transformers(openrlhf, model, reward, recorded, plain, tmp_path):
+    """Half of the samples have a teacher context. In float32, whose digits can be compared."""
+    options = ["--no-reprompt.use_feedback", "--rollout.temperature", str(TEMPERATURE)]
+    fp32 = ["--plugins", "probe", "--probe.fp32", "--probe.out", str(tmp_path / "gradients.pt")]
+    run = openrlhf(model, ROWS, reward, *flags(*ZERO[3], *options, *fp32), replay=recorded)
     lines = read_samples(run.directory / "tensorboard")
     assert [list(line) for line in lines] == [KEYS] * 32
     assert [line["step"] for line in lines] == [1] * 16 + [2] * 16
