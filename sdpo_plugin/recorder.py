@@ -178,7 +178,8 @@ def tell(
         elif batch.rollout_log_probs is not None:
             told["student"] = batch.rollout_log_probs[row][batch.action_mask[row].bool()].tolist()
         if wanted[own].any():
-            at = [place if scored else None for place, scored in zip(places[own].tolist(), wanted[own], strict=True)]
+            scored = wanted[own].tolist()
+            at = [place if its else None for place, its in zip(places[own].tolist(), scored, strict=True)]
             for name, values, nothing in zip(("teacher", "ids", "log_probs"), found, (None, [], []), strict=True):
                 told[name] = [nothing if place is None else values[place] for place in at]
         micro_batch.answer(ASKED, row, told)
