@@ -41,7 +41,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Point links at the pages that `on_files` made."""
     here = page.file.src_uri
     generated = page.file.generated_by is not None
-    path = here.removesuffix("" if here.endswith("/README.md") else ".md") if generated else f"{DOCS}/{here}"
+    path = here if generated else f"{DOCS}/{here}"  # in the repository; of a listing only the folder matters, it has no links
 
     def local(link: re.Match[str]) -> str:
         target = repository_path(path, link[1])
@@ -66,7 +66,8 @@ def outside(page: str, text: str) -> Iterator[str]:
 def repository_path(page: str, link: str) -> str:
     """Of what `page` links to; a folder stands for its README, as in a Git browser."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
-    return f"{path}/README.md" if (ROOT / path).is_dir() else path
+    path = f"{path}/README.md" if (ROOT / path).is_dir() else path
+    return f"{DOCS}/index.md" if path == "README.md" else path  # the repository's first page and the site's
 
 
 def name_on_site(path: str) -> str:

@@ -1,20 +1,53 @@
-"""The listings of docs/hooks.md as files."""
+"""What the pages of docs/ hold, as tests read it: listings as files, commands, flags, links, tables."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-PAGE = (Path(__file__).parents[1] / "docs" / "hooks.md").read_text()
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
+PAGE = (DOCS / "hooks.md").read_text()
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROGRAMS = ("make", "pip", "python", "openrlhf-sdpo", "ray", "git")
 
 
-def modules() -> dict[str, str]:
-    """The page's Python, by the file name in a listing's first line; listings of one file are put together."""
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def modules(page: str = "hooks.md", language: str = "python") -> dict[str, str]:
+    """A page's listings by the file name in their first line; listings of one file are put together."""
     found: dict[str, str] = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        name = re.search(r"\w+(?=\.py)", block.splitlines()[0])[0]
-        found[name] = found.get(name, "") + block + "\n"
+    for kind, block in FENCE.findall((DOCS / page).read_text()):
+        if kind == language and (file := re.search(r"\w+(?=\.(?:py|yaml)\b)", block.splitlines()[0])):
+            found[file[0]] = found.get(file[0], "") + block + "\n"
     return found
+
+
+def commands(page: Path) -> list[str]:
+    """The commands in a page's listings, a line each, without comments and environment variables."""
+    text = page.read_text()
+    blocks = [block for kind, block in FENCE.findall(text) if kind not in ("python", "pycon", "yaml", "json", "toml")]
+    blocks += re.findall(r"(?:^    .*\n)+", FENCE.sub("", text), re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"^\$ |^(?:\w+=\S+ )+|\s+#.*$", "", " ".join(line.split())) for line in lines]
+    return [line for line in lines if line.split(" ")[0] in PROGRAMS]
+
+
+def inline(page: Path) -> list[str]:
+    """The commands in a page's text."""
+    return [
+        " ".join(span.split())
+        for span in re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text()))
+        if re.match(rf"({'|'.join(PROGRAMS)}) [\w./'-]+( |$)", span)
+    ]
+
+
+def first_cells(text: str) -> list[str]:
+    """The first cell of every row of the tables in `text`."""
+    return [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if re.match(r"\| `", line)]
 
 
 def install_toy(directory: Path) -> Path:

@@ -1,0 +1,307 @@
+"""The pages of docs/: as a site, in a Git browser, and against the code that they describe."""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from documented import DOCS, FENCE, PAGES, ROOT, commands, first_cells, inline, modules, name
+
+import sdpo_plugin.host.cli
+import sdpo_plugin.host.failures
+from sdpo_plugin import host, plugins
+from sdpo_plugin.config import GROUPS, RepromptConfig, RewardConfig
+from sdpo_plugin.context import context_metrics
+from sdpo_plugin.diagnostics import length_metrics
+
+SOURCES = [path for path in (ROOT / "sdpo_plugin").rglob("*.py") if "testing" not in path.parts]
+OPENRLHF = Path(importlib.util.find_spec("openrlhf").submodule_search_locations[0])
+
+# ── as a site ──
+
+
+class Html(HTMLParser):
+    """Ids, links, and what a browser loads by itself."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.ids |= {found[key] for key in ("id", "name") if found.get(key)}
+        if tag == "a" and "href" in found:
+            self.links.append(found["href"])
+        elif tag == "link" and found.get("rel") not in ("canonical", "prev", "next"):
+            self.loaded.append(found["href"])
+        self.loaded += [found[key] for key in ("src", "srcset", "poster", "data") if found.get(key) and tag != "a"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Built as `make docs` builds it: every warning is an error."""
+    directory = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", ROOT / ".ci/mkdocs.yml", "-d", directory]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def built(site) -> dict[Path, Html]:
+    return {path: Html(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"}
+
+
+def test_every_page_is_in_the_menu(site, built):
+    menu = {link.partition("#")[0] for link in built[site / "index.html"].links}
+    assert {f"{page.stem}.html" for page in DOCS.glob("*.md")} - {"index.html"} <= menu
+
+
+def test_links_and_anchors_lead_somewhere(site, built):
+    broken = []
+    for page, html in built.items():
+        for link in [*html.links, *html.loaded]:
+            at = urlsplit(link)
+            if at.scheme or at.netloc:
+                continue
+            target = (page.parent / unquote(at.path)).resolve() if at.path else page
+            target = target / "index.html" if target.is_dir() else target
+            known = built[target].ids if target in built else set()
+            if not target.exists() or (at.fragment and unquote(at.fragment) not in known):
+                broken.append(f"{page.relative_to(site)}: {link}")
+    assert not broken
+    assert sum(len(html.links) for html in built.values()) > 1000
+
+
+def test_what_is_outside_docs_is_part_of_the_site(site, built):
+    assert "recipes/gsm8k/index.html" in built[site / "recipes.html"].links
+    assert "class TrustRegionTeacher" in re.sub("<[^>]+>", "", (site / "sdpo_plugin/teacher.py.html").read_text())
+
+
+def test_nothing_is_loaded_from_elsewhere(site, built):
+    for html in built.values():
+        assert [url for url in html.loaded if urlsplit(url).scheme not in ("", "data") or url.startswith("//")] == []
+    assert len(list(site.rglob("*.css"))) >= 2
+    for style in site.rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import\s*)['\"]?(?:https?:)?//", style.read_text()), style
+    assert not any('class="mermaid"' in page.read_text() for page in built)  # its script would come from elsewhere
+
+
+# ── in a Git browser ──
+
+
+def slugs(page: Path) -> set[str]:
+    """Anchors that a Git browser makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    bare = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in bare}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere_in_the_repository(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in slugs(target), link
+
+
+def test_the_picture_is_well_formed_and_says_what_it_shows():
+    from xml.etree import ElementTree
+
+    picture = ElementTree.parse(DOCS / "data_way.svg").getroot()
+    tags = {child.tag.rpartition("}")[2]: child for child in picture}
+    assert len(tags["desc"].text) > 200 and "prefers-color-scheme: dark" in tags["style"].text
+
+
+# ── metrics ──
+
+
+def text_of(node: ast.AST) -> str | None:
+    """A string expression with … for what is not constant; None for other expressions."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(value) or "…" for value in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return "…"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = text_of(node.left), text_of(node.right)
+        prefix = isinstance(node.left, ast.Name) and node.left.id == "PREFIX"
+        left = "self_distillation/" if prefix else left
+        return None if left is None and right is None else (left or "…") + (right or "…")
+    return None
+
+
+@cache
+def texts() -> list[str]:
+    """Every string expression of the package."""
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    return [text for node in nodes if (text := text_of(node)) is not None]
+
+
+def logged() -> set[str]:
+    """The metrics of this package, by its source."""
+    found = {text for text in texts() if re.fullmatch(r"(self_distillation|teacher)/[\w…]+", text)}
+    made = {text for text in found if "…" in text}
+    assert made == {"self_distillation/…", "self_distillation/…_fraction"}, "look at what makes these names, below"
+    sample = SimpleNamespace(action_mask=torch.ones(1, 3), truncated=False)
+    found |= length_metrics([sample]).keys() | context_metrics([], [], RepromptConfig()).keys()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "metrics":
+                found |= {text_of(node.slice)} - {None}
+    return found - made - {"self_distillation/watch"}  # a key of the checkpoint
+
+
+METRICS = (DOCS / "metrics.md").read_text()
+NAMED = {metric for cell in first_cells(METRICS) for metric in re.findall(r"`([\w/]+)`", cell)}
+
+
+def test_the_page_names_the_metrics_that_are_logged_and_no_others():
+    ours = {metric for metric in NAMED if metric.startswith(("self_distillation/", "teacher/", "reward_skipped"))}
+    assert ours == logged()
+
+
+def test_openrlhf_s_metrics_on_the_page_are_in_openrlhf():
+    source = "".join(path.read_text() for path in [*OPENRLHF.glob("trainer/**/*.py"), *OPENRLHF.glob("cli/*.py")])
+    for metric in NAMED - logged():
+        pattern = re.escape(metric).replace("NAME", r"\{ds\}").replace("passN", r"pass\{n_samples_per_prompt\}")
+        last = metric.rpartition("/")[2] if metric in ("return", "response_length", "total_length") else pattern
+        assert re.search(rf"(?<![\w/]){last}(?!\w)", source), metric
+
+
+# ── messages ──
+
+TROUBLES = (DOCS / "troubleshooting.md").read_text()
+MESSAGES = [m for cell in first_cells(TROUBLES.partition("## By symptom")[0]) for m in re.findall(r"`([^`]+)`", cell)]
+
+
+@cache
+def said() -> list[str]:
+    return [re.sub("…+", "…", " ".join(text.split())) for text in texts()]
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_is_one_that_the_code_says(message):
+    assert any(message in text for text in said())
+
+
+def test_every_warning_of_the_watch_is_on_the_page():
+    tree = ast.parse((ROOT / "sdpo_plugin/diagnostics.py").read_text())
+    warnings = [
+        " ".join((text_of(node.args[2]) or "").split())
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_counted"
+    ]
+    assert len(warnings) == 5
+    assert [warning for warning in warnings if not any(message in warning for message in MESSAGES)] == []
+
+
+def test_the_exit_codes_are_those_of_the_code():
+    rows = dict(re.findall(r"^\| (\d) \| (.+?) \|$", TROUBLES, re.MULTILINE))
+    source = dict(re.findall(r"^\| (\d)    \| (.+?) *\|$", host.failures.__doc__, re.MULTILINE))
+    assert rows.keys() == source.keys() == {"0", "1", "2", "3", "4", "5"}
+    for code, meaning in source.items():
+        assert re.match(r"\w+", meaning)[0] == re.match(r"\w+", rows[code])[0]
+
+
+# ── flags and commands ──
+
+ADDED = re.compile(r"(?:add_argument\(\s*|^ +)f?\"(--[\w.{}-]+)\"", re.MULTILINE)
+
+
+@cache
+def flags() -> set[str]:
+    """Every flag of OpenRLHF, this package, its scripts, and the plugins on the pages."""
+    scripts = [*(ROOT / "tests/slow").rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), *SOURCES]
+    found = {flag for path in [OPENRLHF / "cli/train_ppo_ray.py", *scripts] for flag in ADDED.findall(path.read_text())}
+    found |= {flag.replace("{prefix}", model) for flag in found for model in ("actor", "critic")}  # of each optimizer
+    groups = [*GROUPS, RewardConfig]
+    groups += [group for one in plugins.algorithms(plugins.load()[0]).values() for group in one.options]
+    for group in groups:
+        names = [f"{group.prefix}.{field.name}" for field in dataclasses.fields(group)]
+        found |= {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
+    for page in DOCS.glob("*.md"):
+        for listing in modules(page.name).values():
+            found |= set(ADDED.findall(listing))
+            prefix = re.search(r'^    prefix = "(\w+)"', listing, re.MULTILINE)
+            for field in re.findall(r"(\w+): \w+ = option\(", listing) if prefix else ():
+                found.add(f"--{prefix[1]}.{field}")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_flags_of_a_page_exist(page):
+    text = page.read_text()
+    dotted = set(re.findall(r"--(?:no-)?[a-z_]+\.[\w.]*\w", text))
+    groups = set(re.findall(r"(--[a-z_]+\.[\w.]*?)\*", text))
+    of_commands = {flag for c in [*commands(page), *inline(page)] if c.startswith(("openrlhf-sdpo", "python -m openrlhf"))
+                   for flag in re.findall(r"(?<!\S)--[\w.-]+", c.partition(" -- ")[2] or c)}  # fmt: skip
+    starts = {group.rstrip("_.") for group in groups}
+    known = flags() | {"--my.rate"}  # a plugin that is not shown
+    unknown = {f for f in dotted | of_commands if f not in known and f.rstrip("_.") not in starts}
+    assert unknown == set()
+    assert [group for group in groups if not any(flag.startswith(group) for flag in flags())] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_commands_of_a_page_name_what_is_there(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for command in [*commands(page), *inline(page)]:
+        program, first, *rest = [*command.split(" "), ""]
+        if program == "make":
+            assert first in targets, command
+        elif program == "openrlhf-sdpo":
+            assert f"openrlhf-sdpo {first}" in host.cli.USAGE, command
+        elif program == "python" and first == "-m":
+            assert importlib.util.find_spec(rest[0]), command
+        elif program == "python" and "/" in first:
+            assert (ROOT / first).exists(), command
+        elif program == "pip" and first == "install":
+            assert set(",".join(re.findall(r"\[([\w,]+)\]", command)).split(",")) - {""} <= set(extras), command
+
+
+# ── listings ──
+
+
+def test_the_reward_function_of_the_data_page_says_what_it_is_said_to_say():
+    found: dict = {}
+    exec(modules("data.md")["reward"], found)
+    asked = [found["reward_func"]([f"Q?{answer}"], ["Q?"], ["10"]) for answer in ("It has 9", "10", "many")]
+    assert [answer["rewards"].item() for answer in asked] == [0.0, 1.0, 0.0]
+    assert [answer["feedback"] for answer in asked] == [
+        ["9 is wrong, it has 10 letters."], [None], ["The answer has no number in it."]
+    ]  # fmt: skip
+
+
+def test_the_tutorial_s_files_do_what_it_says(tmp_path, monkeypatch, capsys):
+    files = modules("tutorial.md")
+    for file, text in files.items():
+        (tmp_path / f"{file}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    tests = vars(importlib.import_module("test_corrections"))
+    found = [test for name, test in tests.items() if name.startswith("test_")]
+    assert len(found) == 2
+    for test in found:
+        test()
+    expected = re.search(r"ends with\n\n```\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.DOTALL)[1]
+    host.cli.show_plugins(["--plugins", "first", "corrections"])
+    assert capsys.readouterr().out.endswith(expected.replace("corrections (", "first (") + expected)
+    assert len(files["corrections"].strip().splitlines()) <= 35
