@@ -40,8 +40,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links at the pages that `on_files` made."""
     here = page.file.src_uri
-    generated = page.file.generated_by is not None
-    path = here if generated else f"{DOCS}/{here}"  # in the repository; of a listing only the folder matters, it has no links
+    # In the repository. A listing, whose name differs there, has no links.
+    path = here if page.file.generated_by is not None else f"{DOCS}/{here}"
 
     def local(link: re.Match[str]) -> str:
         target = repository_path(path, link[1])

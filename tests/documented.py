@@ -13,7 +13,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAMS = ("make", "pip", "python", "openrlhf-sdpo", "ray", "git")
 
 
-def name(page: Path) -> str:
+def where(page: Path) -> str:
+    """A page's path in the repository."""
     return str(page.relative_to(ROOT))
 
 
@@ -28,11 +29,10 @@ def modules(page: str = "hooks.md", language: str = "python") -> dict[str, str]:
 
 def commands(page: Path) -> list[str]:
     """The commands in a page's listings, a line each, without comments and environment variables."""
-    text = page.read_text()
-    blocks = [block for kind, block in FENCE.findall(text) if kind not in ("python", "pycon", "yaml", "json", "toml")]
-    blocks += re.findall(r"(?:^    .*\n)+", FENCE.sub("", text), re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    lines = [re.sub(r"^\$ |^(?:\w+=\S+ )+|\s+#.*$", "", " ".join(line.split())) for line in lines]
+    other = ("python", "pycon", "yaml", "json", "toml")
+    blocks = [block for kind, block in FENCE.findall(page.read_text()) if kind not in other]
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    lines = [re.sub(r"^\$ |^(?:\w+=\S+ )+|\s+#.*$", "", line) for line in lines]  # an indented line is output
     return [line for line in lines if line.split(" ")[0] in PROGRAMS]
 
 

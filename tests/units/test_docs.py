@@ -16,14 +16,13 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from documented import DOCS, FENCE, PAGES, ROOT, commands, first_cells, inline, modules, name
+from documented import DOCS, FENCE, PAGES, ROOT, commands, first_cells, inline, modules, where
 
-import sdpo_plugin.host.cli
-import sdpo_plugin.host.failures
-from sdpo_plugin import host, plugins
+from sdpo_plugin import plugins
 from sdpo_plugin.config import GROUPS, RepromptConfig, RewardConfig
 from sdpo_plugin.context import context_metrics
 from sdpo_plugin.diagnostics import length_metrics
+from sdpo_plugin.host import cli, failures
 
 SOURCES = [path for path in (ROOT / "sdpo_plugin").rglob("*.py") if "testing" not in path.parts]
 OPENRLHF = Path(importlib.util.find_spec("openrlhf").submodule_search_locations[0])
@@ -55,8 +54,8 @@ class Html(HTMLParser):
 def site(tmp_path_factory) -> Path:
     """Built as `make docs` builds it: every warning is an error."""
     directory = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", ROOT / ".ci/mkdocs.yml", "-d", directory]
-    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", ROOT / ".ci/mkdocs.yml", "-d", directory]
+    ran = subprocess.run(build, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return directory
 
@@ -111,7 +110,7 @@ def slugs(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in bare}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=where)
 def test_links_lead_somewhere_in_the_repository(page):
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())) if "://" not in link]
     for link in links:
@@ -164,7 +163,7 @@ def logged() -> set[str]:
     found |= length_metrics([sample]).keys() | context_metrics([], [], RepromptConfig()).keys()
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "metrics":
+            if isinstance(node, ast.Subscript) and getattr(node.value, "attr", "") == "metrics":
                 found |= {text_of(node.slice)} - {None}
     return found - made - {"self_distillation/watch"}  # a key of the checkpoint
 
@@ -215,7 +214,7 @@ def test_every_warning_of_the_watch_is_on_the_page():
 
 def test_the_exit_codes_are_those_of_the_code():
     rows = dict(re.findall(r"^\| (\d) \| (.+?) \|$", TROUBLES, re.MULTILINE))
-    source = dict(re.findall(r"^\| (\d)    \| (.+?) *\|$", host.failures.__doc__, re.MULTILINE))
+    source = dict(re.findall(r"^\| (\d)    \| (.+?) *\|$", failures.__doc__, re.MULTILINE))
     assert rows.keys() == source.keys() == {"0", "1", "2", "3", "4", "5"}
     for code, meaning in source.items():
         assert re.match(r"\w+", meaning)[0] == re.match(r"\w+", rows[code])[0]
@@ -246,13 +245,13 @@ def flags() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=where)
 def test_the_flags_of_a_page_exist(page):
     text = page.read_text()
     dotted = set(re.findall(r"--(?:no-)?[a-z_]+\.[\w.]*\w", text))
     groups = set(re.findall(r"(--[a-z_]+\.[\w.]*?)\*", text))
-    of_commands = {flag for c in [*commands(page), *inline(page)] if c.startswith(("openrlhf-sdpo", "python -m openrlhf"))
-                   for flag in re.findall(r"(?<!\S)--[\w.-]+", c.partition(" -- ")[2] or c)}  # fmt: skip
+    ours = [c for c in [*commands(page), *inline(page)] if c.startswith(("openrlhf-sdpo", "python -m openrlhf"))]
+    of_commands = {flag for command in ours for flag in re.findall(r"(?<!\S)--[\w.-]+", command)}
     starts = {group.rstrip("_.") for group in groups}
     known = flags() | {"--my.rate"}  # a plugin that is not shown
     unknown = {f for f in dotted | of_commands if f not in known and f.rstrip("_.") not in starts}
@@ -260,7 +259,7 @@ def test_the_flags_of_a_page_exist(page):
     assert [group for group in groups if not any(flag.startswith(group) for flag in flags())] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=where)
 def test_the_commands_of_a_page_name_what_is_there(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -269,7 +268,7 @@ def test_the_commands_of_a_page_name_what_is_there(page):
         if program == "make":
             assert first in targets, command
         elif program == "openrlhf-sdpo":
-            assert f"openrlhf-sdpo {first}" in host.cli.USAGE, command
+            assert f"openrlhf-sdpo {first}" in cli.USAGE, command
         elif program == "python" and first == "-m":
             assert importlib.util.find_spec(rest[0]), command
         elif program == "python" and "/" in first:
@@ -302,6 +301,6 @@ def test_the_tutorial_s_files_do_what_it_says(tmp_path, monkeypatch, capsys):
     for test in found:
         test()
     expected = re.search(r"ends with\n\n```\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.DOTALL)[1]
-    host.cli.show_plugins(["--plugins", "first", "corrections"])
+    cli.show_plugins(["--plugins", "first", "corrections"])
     assert capsys.readouterr().out.endswith(expected.replace("corrections (", "first (") + expected)
     assert len(files["corrections"].strip().splitlines()) <= 35

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from documented import DOCS, PAGES, commands, inline, modules, where
 
 from sdpo_plugin import StopTraining
 from sdpo_plugin.host import recipe
@@ -18,7 +20,6 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "recipes" / "test_time")]
 import smoke  # noqa: E402
 
-PAGES = [*sorted((ROOT / "recipes").glob("*/README.md")), ROOT / "docs" / "recipes.md"]
 NAMES = {str(path.relative_to(ROOT)): path for path in smoke.RECIPES}
 SMALL = {f"{name}, small": smoke.small(smoke.launch(path)) for name, path in NAMES.items()}
 PARSE_ALL = """
@@ -36,10 +37,23 @@ launch.train(sys.argv[1:])
 """
 
 
-def commands(page: Path) -> list[str]:
-    """The training commands in a page's listings."""
-    listings = "".join(re.findall(r"```\w*\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
-    return [line for line in listings.splitlines() if line.startswith("openrlhf-sdpo train")]
+TRAIN = re.compile(r"(openrlhf-sdpo train|(ray job submit -- )?python -m openrlhf\.cli\.train_ppo_ray) ")
+# What readers put in: dots for their usual flags, a recipe or data of theirs.
+THEIRS = {" ...": "", "RECIPE.yaml": "recipes/quickstart/sdpo.yaml"}
+
+
+def training(page: Path) -> list[str]:
+    """A page's training commands."""
+    return [line for line in [*commands(page), *inline(page)] if TRAIN.match(line) and " --" in line]
+
+
+TRAINING = [page for page in PAGES if training(page)]
+
+
+def as_given(command: str) -> str:
+    for theirs, ours in THEIRS.items():
+        command = command.replace(theirs, ours)
+    return TRAIN.sub("", command)
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +63,20 @@ def parsed(tmp_path_factory):
     From OpenRLHF's own parser and all plugins.
     """
     directory = tmp_path_factory.mktemp("lines")
-    file, mine = directory / "lines.json", directory / "mine.yaml"
-    mine.write_text(re.search(r"```yaml\n(.*?)```", PAGES[-1].read_text(), re.DOTALL)[1])
+    file = directory / "lines.json"
+    for page in DOCS.glob("*.md"):  # the recipes and plugins that commands name
+        for language, suffix in (("yaml", "yaml"), ("python", "py")):
+            for listing, text in modules(page.name, language).items():
+                (directory / f"{listing}.{suffix}").write_text(text)
     lines = {name: smoke.launch(path) for name, path in NAMES.items()} | SMALL
-    for command in (command for page in PAGES for command in commands(page)):
-        lines[command] = shlex.split(command.replace("mine.yaml", str(mine)))[2:]
+    for command in (command for page in TRAINING for command in training(page)):
+        words = shlex.split(as_given(command))
+        lines[command] = [str(directory / word) if (directory / word).exists() else word for word in words]
     file.write_text(json.dumps(lines))
     run = subprocess.run(
-        [sys.executable, "-c", PARSE_ALL, file], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-c", PARSE_ALL, file], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(directory)])},
+    )  # fmt: skip
     found = [line.removeprefix("PARSED ") for line in run.stdout.splitlines() if line.startswith("PARSED ")]
     assert len(found) == len(lines), run.stderr[-2000:]
     return dict(json.loads(line) for line in found)
@@ -88,9 +107,14 @@ def test_a_launch_line_is_understood_and_its_last_recipe_wins(name, parsed):
     assert {key: parsed[name][key] for key in wanted} == wanted
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", TRAINING, ids=where)
 def test_the_commands_of_a_page_are_understood(page, parsed):
-    assert commands(page) and all(parsed[command] for command in commands(page))
+    assert all(parsed[command] for command in training(page))
+
+
+def test_every_task_and_the_pages_on_training_have_a_command():
+    assert {page for page in PAGES if page.name == "README.md" and page.parent != ROOT} <= set(TRAINING)
+    assert {"data.md", "gpu.md", "recipes.md", "train.md", "tutorial.md", "hooks.md"} <= {p.name for p in TRAINING}
 
 
 @pytest.mark.parametrize("task", sorted({path.parent for path in smoke.RECIPES} - {ROOT / "recipes"}))
