@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-lm test bench matrix kills variants study install clean
+.PHONY: demo demo-lm test docs bench matrix kills variants study install clean
 
 demo: .venv/installed
 	$(PY) recipes/demo.py quickstart
@@ -16,6 +16,10 @@ demo-lm: .venv/lm
 test: .venv/installed
 	$(PY) -m ruff check sdpo_plugin tests recipes
 	$(PY) -m pytest -n 2 --dist loadfile
+
+# The pages of docs/ as a site, in runs/site: open index.html, or serve it (python -m http.server -d runs/site) to search.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict -f .ci/mkdocs.yml
 
 bench: .venv/installed
 	$(PY) -m pip install -q -e '.[bench]'
