@@ -2,6 +2,7 @@
 
 import pytest
 from common import ROWS, SDPO
+from documented import DOCS
 
 from sdpo_plugin.diagnostics import GAIN
 from sdpo_plugin.testing import RunFailed
@@ -14,6 +15,12 @@ def test_the_gain_reaches_the_logs(recorded):
     assert recorded.metrics["train/self_distillation/inactive_group_fraction"][0][1] == 0.0
     assert recorded.metrics["train/self_distillation/response_length_drift"][0][1] == 1.0
     assert not any(" of " in tag for tag in recorded.metrics)
+
+
+def test_the_page_on_metrics_names_all_that_a_run_logs(recorded):
+    page = (DOCS / "metrics.md").read_text()
+    tags = {tag.partition("/")[2] for tag in recorded.metrics}
+    assert len(tags) > 40 and {tag for tag in tags if f"`{tag}`" not in page} == set()
 
 
 def test_stop_ends_the_run_with_a_checkpoint(openrlhf, model, reward, recorded, monkeypatch, tmp_path):

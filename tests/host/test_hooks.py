@@ -1,4 +1,4 @@
-"""The plugins of docs/hooks.md, with the real OpenRLHF. (That a generation prompt acts is in test_sdft.py.)"""
+"""The plugins of docs/hooks.md and docs/tutorial.md in OpenRLHF. (That a generation prompt acts is in test_sdft.py.)"""
 
 import json
 
@@ -46,6 +46,15 @@ def test_the_algorithm_is_offered_and_has_its_option(openrlhf, model, reward, re
     weights = [run.metrics["train/self_distillation/token_weight"][0][1] for run in (soon, late)]
     assert 0 < weights[0] < weights[1] < 1
     assert not same(soon, recorded) and not same(soon, late)
+
+
+def test_the_tutorial_s_variant_acts(openrlhf, model, reward, recorded, tmp_path, monkeypatch):
+    (tmp_path / "corrections.py").write_text(modules("tutorial.md")["corrections"])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = ("--algo", "corrections", "--distill.topk", "20", "--plugins", "corrections", "--corrections.margin", "0")
+    run = openrlhf(model, ROWS, reward, *flags, replay=recorded)
+    assert 0.0 < run.metrics["train/self_distillation/token_weight"][0][1] < 1.0
+    assert not same(run, recorded)
 
 
 def test_the_package_s_own_test_passes(openrlhf, tmp_path, monkeypatch):
