@@ -14,11 +14,24 @@ ROOT = Path(__file__).parents[1]
 DOCS = "docs"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+STYLE = """
+.md-typeset table:not([class]) td:first-child code { word-break: normal; overflow-wrap: normal }
+.md-typeset img { max-width: min(100%, 36rem); display: block; margin: auto }
+"""
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    config.extra_css.append("assets/pages.css")
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for each file outside docs/ that a page links to: Markdown as it is, other text as a listing."""
+    """Add the style, and a page for each file outside docs/ that a page links to.
+
+    Markdown is shown as it is, other text as a listing.
+    """
+    files.append(File.generated(config, "assets/pages.css", content=STYLE))
     todo = [f"{DOCS}/{file.src_uri}" for file in files.documentation_pages()]
     seen = set(todo)
     while todo:
