@@ -16,7 +16,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 STYLE = """
 .md-typeset table:not([class]) td:first-child code { word-break: normal; overflow-wrap: normal }
-.md-typeset img { max-width: min(100%, 36rem); display: block; margin: auto }
+.md-typeset img { max-width: min(100%, 27rem); display: block; margin: auto }
 """
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
 
