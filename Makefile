@@ -19,7 +19,7 @@ test: .venv/installed
 
 # The pages of docs/ as a site, in runs/site: open index.html, or serve it (python -m http.server -d runs/site) to search.
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict -f .ci/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f .ci/mkdocs.yml
 
 bench: .venv/installed
 	$(PY) -m pip install -q -e '.[bench]'

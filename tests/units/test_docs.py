@@ -54,7 +54,7 @@ class Html(HTMLParser):
 def site(tmp_path_factory) -> Path:
     """Built as `make docs` builds it: every warning is an error."""
     directory = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", ROOT / ".ci/mkdocs.yml", "-d", directory]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / ".ci/mkdocs.yml", "-d", directory]
     ran = subprocess.run(build, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return directory
