@@ -277,6 +277,21 @@ def test_the_commands_of_a_page_name_what_is_there(page):
             assert set(",".join(re.findall(r"\[([\w,]+)\]", command)).split(",")) - {""} <= set(extras), command
 
 
+def test_the_defaults_on_the_page_for_newcomers_are_ours():
+    """`--flag` (value): that is ours; `name` (value) | `--flag`: ours is the same."""
+    defaults = {
+        f"--{group.prefix}.{field.name}": str(field.default) for group in GROUPS for field in dataclasses.fields(group)
+    }
+    row = re.compile(r"^\| `[\w.]+`(?: \(`?([^`()]+)`?\))? \| `(--[\w.]+)`(?: \(`?([\w.-]+)`?\))? \|", re.MULTILINE)
+    compared = 0
+    for theirs, flag, ours in row.findall((DOCS / "coming-from.md").read_text()):
+        if flag in defaults and (stated := ours or theirs):
+            same = {stated, f"{stated}.0", stated.replace(".0", "")}
+            assert defaults[flag] in same, (flag, stated)
+            compared += 1
+    assert compared > 30
+
+
 # ── listings ──
 
 
