@@ -587,8 +587,11 @@ class SelfDistillation:
 
     @hookimpl
     def openrlhf_metrics(self, status: dict[str, Any], args: Any) -> None:
+        warnings = []
         if GAIN in status and no_reward.is_rewarded(args):
-            for warning in self.watch.at_gain(status[GAIN], f"{args.teacher.kind}, {args.teacher.update_rate}"):
-                if self.diagnostics.guard == "stop":
-                    raise StopTraining(warning)
-                logger.warning(warning)
+            warnings = self.watch.at_gain(status[GAIN], f"{args.teacher.kind}, {args.teacher.update_rate}")
+        status.update(self.watch.handed_over())
+        for warning in warnings:
+            if self.diagnostics.guard == "stop":
+                raise StopTraining(warning)
+            logger.warning(warning)

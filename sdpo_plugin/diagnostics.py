@@ -21,6 +21,7 @@ from sdpo_plugin.fused import Head, TeacherStates, linear_distillation, linear_l
 from sdpo_plugin.loss import objective_of
 
 GAIN = "teacher/context_gain"
+ALARM = "alarm/"  # what it is about follows; 1 at the steps where the watch speaks of it, 0 where it looked
 WATCHED_SAMPLES = 8  # in an optimizer step, over all ranks: each takes its share from its first micro-batch
 REFERENCE_LOOKS = 3  # whose median context gain later ones are compared with: one look may err by a third
 # Shares of the reference. A base teacher's gain stays within a few percent of it for as long as samples fail; once a
@@ -87,6 +88,7 @@ class Watch:
         self.rate: float | None = None  # what `slowed` found
         self.given: float | None = None  # --teacher.update_rate, when it did
         self.lengths: list[float] = []
+        self.alarms: dict[str, float] = {}  # metrics of the looks since they were last handed over
 
     def state(self) -> dict[str, Any]:
         """What a restart must not begin anew, in plain values."""
@@ -176,8 +178,15 @@ class Watch:
         """What `slowed` found, but where the flag says something else than it did then, the flag's."""
         return rate if self.rate is None or rate != self.given else self.rate
 
+    def handed_over(self) -> dict[str, float]:
+        """The metrics of its looks since the last call: whether it spoke, and of what."""
+        alarms, self.alarms = self.alarms, {}
+        return alarms
+
     def _counted(self, name: str, present: bool, text: str) -> list[str]:
         looks = self.consecutive[name] = self.consecutive.get(name, 0) + 1 if present else 0
-        if looks and looks % self.config.tolerance == 0:
+        rings = looks > 0 and looks % self.config.tolerance == 0
+        self.alarms[ALARM + name.replace(" ", "_")] = float(rings)
+        if rings:
             return [f"self-distillation: {text} (for {looks} looks in a row)"]
         return []

@@ -7,18 +7,22 @@ import sys
 from collections.abc import Sequence
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import GROUPS, RewardConfig, options_page
+from sdpo_plugin.config import GROUPS, ConfigError, RewardConfig, options_page
 from sdpo_plugin.host import launch
 
 USAGE = """usage: openrlhf-sdpo train [--config RECIPE.yaml] [--algo NAME] [any flag of openrlhf.cli.train_ppo_ray]
        openrlhf-sdpo doctor [--config RECIPE.yaml] [--run]   what will go wrong, on this machine, before it does
+       openrlhf-sdpo report RUN [RUN ...] [--out report.html] [--text]   what runs logged, and their samples
        openrlhf-sdpo plugins [--plugins MODULE ...]   which plugins are active, and what they do
        openrlhf-sdpo options                          every option of the algorithms, as a page"""
 
 
 def main(command: Sequence[str] | None = None) -> None:
     name, *arguments = (sys.argv[1:] if command is None else command) or ["--help"]
-    commands = {"train": launch.train, "doctor": show_doctor, "plugins": show_plugins, "options": show_options}
+    commands = {
+        "train": launch.train, "doctor": show_doctor, "report": report, "plugins": show_plugins,
+        "options": show_options,
+    }  # fmt: skip
     if name not in commands:
         sys.exit(USAGE if name in ("-h", "--help") else f"unknown command {name}\n{USAGE}")
     try:
@@ -44,6 +48,16 @@ def show_doctor(arguments: list[str]) -> None:
     from sdpo_plugin.host.doctor import doctor
 
     doctor(arguments)
+
+
+def report(arguments: list[str]) -> None:
+    """Write the page of runs, or print their samples."""
+    try:
+        from sdpo_plugin.report.command import main
+
+        main(arguments)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"report needs {error.name}: pip install 'openrlhf-sdpo[report]'") from error
 
 
 def show_plugins(arguments: list[str]) -> None:

@@ -1,0 +1,287 @@
+"""The page: one HTML file with curves and samples, which needs nothing else.
+
+Text of rollouts reaches the page as JSON in a data block, and the document as text nodes: none is ever parsed as HTML.
+The page's policy lets nothing run but the page's own scripts, by their hashes, and nothing load.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+import sdpo_plugin
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.diagnostics import ALARM, COLLAPSED, GAIN, REFERENCE_LOOKS
+from sdpo_plugin.report.events import STEP_TOTAL, Run, first_looks, running_median, thinned
+from sdpo_plugin.report.readable import LEVELS, disagreement, prompt_text, token_text, visible
+from sdpo_plugin.samples import NAME
+
+MOST_POINTS = 1_000  # of a curve
+MOST_TOKENS = 4_000  # of a response
+MOST_CHARACTERS = 20_000  # of a text
+LONGEST_PIECE = 200  # characters of a token
+MOST_BYTES = 12_000_000  # of all samples
+SELF = "train/self_distillation/"
+ACCURACY = r"eval/eval_(.+)_pass\d+"
+
+Samples = Sequence[dict[str, Any]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One metric of all runs: `low` to `high` is the healthy range, where there is one."""
+
+    title: str
+    words: str
+    tag: str
+    low: float | None = None
+    high: float | None = None
+    percent: bool = False
+
+
+GAIN_SHARE = "gain share"  # computed, no tag
+LEARNING = (
+    Chart("Mean reward", "of a step's samples", "train/rollout/reward_mean"),
+    Chart("Self-distillation loss", "near zero at success and at collapse: see the watch", SELF + "loss"),
+    Chart("Gradient norm", "before clipping", "train/actor_grad_norm"),
+)
+WATCH = (
+    Chart(
+        "Context gain", f"share of the first {REFERENCE_LOOKS} looks', median of {REFERENCE_LOOKS}; below "
+        f"{COLLAPSED:.0%} the teacher forgets to read its context", GAIN_SHARE, low=COLLAPSED, percent=True,
+    ),
+    Chart(
+        "Advantage on failures", "log T \u2212 log S, nats a token: below zero the teacher would not have said it",
+        "train/teacher/advantage_on_failures", high=0.0,
+    ),
+    Chart(
+        "Advantage on successes", "log T \u2212 log S, nats a token: about zero or above",
+        "train/teacher/advantage_on_successes",
+    ),
+    Chart(
+        "Entropy of the student", "nats a token; at zero while samples fail, nothing new is tried",
+        SELF + "student_entropy",
+    ),
+    Chart(
+        "Response length", "relative to the first looks'; no alarm hangs on it, half to double is a rule of thumb",
+        SELF + "response_length_drift", low=0.5, high=2.0, percent=True,
+    ),
+    Chart(
+        "Samples with a teacher", "share with a context and a token in the loss; at zero nothing is learned",
+        SELF + "reprompt_sample_fraction", low=0.001, percent=True,
+    ),
+    Chart("Responses cut", "share that reached the length limit", "train/rollout/truncated_rate", percent=True),
+    Chart("Teacher prompts cut", "share that --reprompt.max_len shortened", SELF + "truncated_fraction", percent=True),
+    Chart("Distance of the average", "relative, of student and ema teacher", "train/teacher/ema_distance"),
+    Chart("Rate of the average", "in use; --diagnostics.guard slow lowers it", "train/teacher/update_rate"),
+)  # fmt: skip
+ALARMS = {
+    "collapse": "the teacher reads its context less and less",
+    "inactive": "no sample has a teacher context, nothing is distilled",
+    "feedback_off": "there is feedback, and it is ignored",
+    "flat_rewards": "all rewards are equal, the policy loss teaches nothing",
+    "flat_successes": "all rewards are equal and count as success",
+}
+
+
+def write(runs: Sequence[tuple[Run, Samples]], path: Path) -> None:
+    """Write the page of some runs and their samples, UTF-8.
+
+    Raises ConfigError for samples that are not as docs/report.md says.
+    """
+    room = MOST_BYTES // len(runs)
+    vocabulary: dict[str, int] = {}
+    shown = [{"name": visible(run.name), **_samples(run, samples, room, vocabulary)} for run, samples in runs]
+    curves = {
+        "runs": [_run(run) for run, _ in runs], "sections": _sections([run for run, _ in runs]), "alarms": ALARMS,
+        "most": MOST_POINTS,
+    }  # fmt: skip
+    pieces = [token_text(piece[:LONGEST_PIECE]) for piece in vocabulary]
+    samples = {"runs": shown, "vocabulary": pieces, "levels": LEVELS}
+    path.write_text(_render(curves, samples), encoding="utf-8")
+
+
+def _render(curves: dict[str, Any], samples: dict[str, Any]) -> str:
+    def own(name: str) -> str:
+        return (resources.files(__package__) / name).read_text(encoding="utf-8")
+
+    scripts = [vl_convert.javascript_bundle(), *map(own, ("dom.js", "charts.js", "samples.js"))]
+    if any("</script" in text.lower() or "<!--" in text for text in scripts):
+        raise ValueError("a script of the page would end its element")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(own("page.html")).render(
+        css=Markup(own("page.css")), curves=_block(curves), samples=_block(samples),
+        scripts=[Markup(text) for text in scripts],
+        hashes=[base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts],
+        names=[run["name"] for run in curves["runs"]], version=sdpo_plugin.__version__,
+    )  # fmt: skip
+
+
+def _block(data: dict[str, Any]) -> Markup:
+    """JSON for a data block, in ASCII: no text in it can end the block, and halves of surrogate pairs have no UTF-8."""
+    return Markup(json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+
+
+# --- curves ---------------------------------------------------------------------------------------------------------
+
+
+def _sections(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+    """Charts of each section, of what at least one run logged."""
+    evaluated = sorted({name for run in runs for name in run.matching(ACCURACY)})
+    tags = {tag for run in runs for tag in run.curves}
+    accuracy = [
+        Chart(
+            "Accuracy" if evaluated == ["default"] else f"Accuracy, {visible(name)}", "of the evaluation", tag,
+            percent=True,
+        )
+        for name in evaluated
+        for tag in sorted(tags)
+        if tag.startswith(f"eval/eval_{name}_pass")
+    ]  # fmt: skip
+    present = tags | ({GAIN_SHARE} if f"train/{GAIN}" in tags else set())
+    sections = {"learning": (*accuracy, *LEARNING), "watch": WATCH}
+    seconds = Chart("Seconds a step", "generation and weight sync included", STEP_TOTAL)
+    found = {name: [vars(c) for c in charts if c.tag in present] for name, charts in sections.items()}
+    watched = {chart["tag"] for chart in found["watch"]} - {"train/rollout/truncated_rate"}
+    return {**found, "watch": found["watch"] if watched else [], "time": [vars(seconds)] if STEP_TOTAL in tags else []}
+
+
+def _run(run: Run) -> dict[str, Any]:
+    drawn = {chart.tag for chart in (*LEARNING, *WATCH)} | {STEP_TOTAL} | {
+        tag for tag in run.curves if tag.startswith("eval/")
+    }  # fmt: skip
+    curves = {tag: curve for tag, curve in run.curves.items() if tag in drawn}
+    gains = run.curves.get(f"train/{GAIN}")
+    if gains and first_looks(gains, REFERENCE_LOOKS):
+        reference = first_looks(gains, REFERENCE_LOOKS)
+        curves[GAIN_SHARE] = [(s, gain / reference) for s, gain in running_median(gains, REFERENCE_LOOKS)]
+    finite = {tag: [(s, v) for s, v in curve if math.isfinite(v)] for tag, curve in curves.items()}
+    points = {tag: thinned(curve, MOST_POINTS) for tag, curve in finite.items() if curve}
+    steps = sorted({step for curve in points.values() for step, _ in curve} | {step for step, _ in _alarms(run)})
+    logged = [step for curve in run.curves.values() for step, _ in curve]
+    return {
+        "name": visible(run.name),
+        "directory": visible(str(run.directory)),
+        "steps": len({step for step in logged}),
+        "last": max(logged),
+        "axes": {
+            "step": steps,
+            "generations": [run.generations[step] for step in steps] if run.generations else None,
+            "hours": [round(run.hours[step], 5) for step in steps],
+        },
+        "curves": {tag: [[s for s, _ in c], [float(f"{v:.5g}") for _, v in c]] for tag, c in points.items()},
+        "longest": max(len(curve) for curve in run.curves.values()),
+        "alarms": [[step, visible(name)] for step, name in _alarms(run)],
+        "watched": any(tag.startswith("train/" + ALARM) for tag in run.curves),
+        "gain": gains[0][1] if gains else None,
+        "timing": _timing(run),
+    }
+
+
+def _alarms(run: Run) -> list[tuple[int, str]]:
+    """Where alarms rang: step and name, in the order of steps."""
+    named = run.matching(f"train/{ALARM}(.+)")
+    return sorted((step, name) for name, curve in named.items() for step, value in curve if value)
+
+
+def _timing(run: Run) -> list[list[Any]]:
+    """Name and median seconds of each part of a step, without the first step, which warms up, if there are more."""
+    medians = {name: statistics.median(v for _, v in curve[1:] or curve) for name, curve in run.matching("train/timing/(.+)").items()}
+    total = medians.pop("step_total", None)
+    rest = 0.0 if total is None else total - sum(medians.values())
+    parts = sorted(medians.items(), key=lambda part: -part[1])
+    return [[visible(name), round(seconds, 4)] for name, seconds in [*parts, *([("other", rest)] if rest > 0 else [])]]
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def _samples(run: Run, samples: Samples, room: int, vocabulary: dict[str, int]) -> dict[str, Any]:
+    """A run's samples as the page has them: of evenly spaced steps, as many as `room` bytes hold."""
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        by_step.setdefault(sample["step"], []).append(sample)
+    steps = sorted(by_step)
+    sizes = {step: sum(_read(run, sample, _size) for sample in by_step[step]) for step in steps}
+    stride = 1
+    while stride < len(steps) and sum(sizes[step] for step in _every(steps, stride)) > room:
+        stride += 1
+    prompts: dict[str, int] = {}
+    shown, used = [], 0
+    for sample in (sample for step in _every(steps, stride) for sample in by_step[step]):
+        used += _size(sample)
+        if used > room and shown:
+            break
+        shown.append(_read(run, sample, lambda sample: _sample(sample, prompts, vocabulary)))
+    return {"recorded": len(samples), "steps": len(steps), "stride": stride, "prompts": list(prompts), "shown": shown}
+
+
+def _read(run: Run, sample: dict[str, Any], function: Callable[[dict[str, Any]], T]) -> T:
+    try:
+        return function(sample)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        where = f"{run.directory}, {NAME}, step {sample['step']}, sample {sample.get('sample')}"
+        raise ConfigError(f"report: {where}: not as docs/report.md says ({error!r:.200})") from error
+
+
+def _every(steps: Sequence[int], stride: int) -> list[int]:
+    """Every so many steps, and the last."""
+    return sorted({*steps[::stride], *steps[-1:]})
+
+
+def _size(sample: dict[str, Any]) -> int:
+    """About how many bytes a sample takes in the page."""
+    texts = (prompt_text(sample["prompt"]), sample["response"], sample["feedback"] or "", sample["teacher_prompt"] or "")
+    tokens = min(len(sample["tokens"]), MOST_TOKENS)
+    return 200 + sum(min(len(text), MOST_CHARACTERS) for text in texts) + tokens * (90 if sample["alternatives"] else 25)
+
+
+def _sample(sample: dict[str, Any], prompts: dict[str, int], vocabulary: dict[str, int]) -> dict[str, Any]:
+    def known(piece: str) -> int:
+        return vocabulary.setdefault(piece, len(vocabulary))
+
+    mean = disagreement(sample)
+    return {
+        "step": int(sample["step"]),
+        "sample": int(sample["sample"]),
+        "prompt": prompts.setdefault(_bounded(prompt_text(sample["prompt"])), len(prompts)),
+        "response": _bounded(sample["response"]),
+        "reward": _rounded([sample["reward"]])[0],
+        "feedback": None if sample["feedback"] is None else _bounded(sample["feedback"]),
+        "active": bool(sample["active"]),
+        "truncated": bool(sample["truncated"]),
+        "teacher_prompt": None if sample["teacher_prompt"] is None else _bounded(sample["teacher_prompt"]),
+        "cut": [visible(str(section)) for section in sample["cut"]],
+        "length": len(sample["tokens"]),
+        "tokens": [known(piece) for piece in sample["tokens"][:MOST_TOKENS]],
+        "in_loss": "".join("01"[bool(counts)] for counts in sample["in_loss"][:MOST_TOKENS]),
+        "student": _rounded(sample["student"][:MOST_TOKENS]),
+        "teacher": _rounded(sample["teacher"][:MOST_TOKENS]),
+        "alternatives": [
+            [value for piece, log_prob in likeliest for value in (known(piece), *_rounded([log_prob]))]
+            for likeliest in sample["alternatives"][:MOST_TOKENS]
+        ],
+        "disagreement": None if mean is None else round(mean, 3),
+    }
+
+
+def _bounded(text: str) -> str:
+    more = len(text) - MOST_CHARACTERS
+    return visible(text[:MOST_CHARACTERS]) + (f"\n\u2026 {more:,} more characters in {NAME}" if more > 0 else "")
+
+
+def _rounded(values: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None or not math.isfinite(value) else round(value, 2) for value in values]
