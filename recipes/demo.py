@@ -3,7 +3,7 @@
     python recipes/demo.py quickstart
     python recipes/demo.py smart_home
 
-Writes below runs/TASK: report.json, curve.png, and of each run its log, TensorBoard files and final model.
+Writes below runs/TASK: report.json, curve.png, report.html, and of each run its log, TensorBoard files and final model.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import yaml
 from tqdm import tqdm
 
-from sdpo_plugin import report
+from sdpo_plugin.report import command, read_scalars
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
 
 ROOT = Path(__file__).parents[1]
+HOST = ("openrlhf", "vllm", "ray", "deepspeed", "torch")
 MAKERS = {"quickstart": "vault", "smart_home": "house"}  # of a task's model and data
 EVALUATED = re.compile(r"global_step (\d+), eval_metrics: (\{.*\})")
 STEPPED = re.compile(r"Global step (\d+):")
@@ -52,7 +58,7 @@ def train(task: str, name: str, accuracy_at_start: float) -> dict[str, Any]:
                 bar.set_postfix(accuracy=f"{accuracy[-1][1]:.0%}")
     if process.wait():
         sys.exit(f"{name} failed; see {directory / 'log.txt'}")
-    timed = report.read_scalars(str(directory / "tensorboard"))["train/timing/step_total"]
+    timed = read_scalars(str(directory / "tensorboard"))["train/timing/step_total"]
     return {
         "steps": bar.n,
         "median_step_s": round(statistics.median(seconds for _, seconds in timed), 3),
@@ -70,6 +76,39 @@ def steps(settings: dict[str, Any]) -> int:
     return rows // settings["rollout"]["batch_size"] * settings["train"]["num_episodes"]
 
 
+def host_versions() -> dict[str, str]:
+    found = {}
+    for name in HOST:
+        for distribution in (name, f"{name}-cpu"):
+            try:
+                found[name] = version(distribution)
+            except PackageNotFoundError:
+                continue
+    return found
+
+
+def table(runs: dict[str, dict[str, Any]]) -> str:
+    """Greedy accuracy over steps, a line per run."""
+    steps = sorted({step for run in runs.values() for step, _ in run["accuracy"]})
+    lines = ["step".ljust(8) + "".join(f"{step:>5.0f}" for step in steps) + "  a step    wall"]
+    for name, run in runs.items():
+        values = dict(run["accuracy"])
+        cells = "".join(f"{values[step]:5.0%}" if step in values else " " * 5 for step in steps)
+        lines.append(f"{name:8}{cells}{run['median_step_s']:6.2f} s{run['wall_s']:6.0f} s")
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, run in runs.items():
+        axes.plot(*zip(*run["accuracy"], strict=True), marker="o", markersize=3, label=name)
+    axes.set(xlabel="step", ylabel="greedy accuracy", ylim=(-0.02, 1.02))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=MAKERS)
@@ -78,8 +117,12 @@ def main() -> None:
     maker, out = MAKERS[task], ROOT / "runs" / task
     subprocess.run([sys.executable, ROOT / "recipes" / task / f"{maker}.py", out], check=True)
     start = json.loads((out / f"{maker}.json").read_text())["accuracy_without_context"]
-    report.write({name: train(task, name, start) for name in ("sdpo", "grpo")}, str(out))
+    runs = {name: train(task, name, start) for name in ("sdpo", "grpo")}
+    (out / "report.json").write_text(json.dumps({"host": host_versions(), "runs": runs}, indent=1))
+    plot(runs, out / "curve.png")
+    print(table(runs))
     print(f"wrote {out / 'report.json'} and {out / 'curve.png'}")
+    command.main([*(f"{name}={out / name}" for name in runs), "--out", str(out / "report.html")])
 
 
 if __name__ == "__main__":

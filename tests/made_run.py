@@ -35,11 +35,16 @@ def curves(steps: int, collapses: bool = False, seed: int = 0) -> dict[str, list
     def curve(function: Any, noise: float = 0.0) -> list[tuple[int, float]]:
         return [(step, function(step / steps) + noise * (draw.random() - 0.5)) for step in every]
 
-    rise = (lambda x: 0.3 * math.exp(-((x - 0.45) ** 2) / 0.02)) if collapses else (lambda x: 1 / (1 + math.exp(8 - 16 * x)))
-    gain = (lambda x: 1.8 / (1 + math.exp(22 * (x - 0.5)))) if collapses else (lambda x: 1.83)
+    def rise(x: float) -> float:
+        return 0.3 * math.exp(-((x - 0.45) ** 2) / 0.02) if collapses else 1 / (1 + math.exp(8 - 16 * x))
+
+    def gain(x: float) -> float:
+        return 1.8 / (1 + math.exp(22 * (x - 0.5))) if collapses else 1.83
+
+    evaluated = range(max(steps // 12, 1), steps + 1, max(steps // 12, 1))
     alarms = [(step, float(collapses and step >= 0.5 * steps and step % 5 == 0)) for step in every]
     return {
-        "eval/eval_default_pass1": [(step, max(rise(step / steps), 0.0)) for step in every if step % max(steps // 12, 1) == 0],
+        "eval/eval_default_pass1": [(step, rise(step / steps)) for step in evaluated],
         "train/rollout/reward_mean": curve(lambda x: 0.9 * rise(x), 0.05),
         "train/rollout/num_samples": curve(lambda x: float(SAMPLES_A_STEP)),
         "train/rollout/truncated_rate": curve(lambda x: 0.02, 0.02),
@@ -106,6 +111,7 @@ def record(directory: Path, samples: list[dict[str, Any]]) -> Path:
 
 def two_runs(directory: Path) -> list[str]:
     """One run that learns, with samples, and one that collapses; as arguments of `openrlhf-sdpo report`."""
-    record(log(directory / "base", curves(60)), [sample(step, number) for step in range(1, 61, 6) for number in range(4)])
+    samples = [sample(step, number) for step in range(1, 61, 6) for number in range(4)]
+    record(log(directory / "base", curves(60)), samples)
     log(directory / "ema", curves(40, collapses=True, seed=1))
     return [f"base={directory / 'base'}", f"ema 0.05={directory / 'ema'}"]

@@ -1,6 +1,6 @@
 // Curves: one figure a metric, all runs in it, one cursor for all figures.
 const data = JSON.parse(document.getElementById("curves-data").textContent);
-const HEIGHT = 150;
+const HEIGHT = 154;
 const DASHES = [[1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3]];
 const runs = data.runs.map((run, number) => ({
   ...run, shown: true, colour: `var(--run-${number % 6})`, dash: DASHES[number % 6],
@@ -49,7 +49,7 @@ function rungs(run) {
 
 function domain(chart, values) {
   let low = Math.min(...values), high = Math.max(...values);
-  if (chart.percent) return [0, Math.max(1, 1.04 * high)];
+  if (chart.percent) return [0, high > 0.3 || chart.low !== null ? Math.max(1, 1.04 * high) : Math.max(0.05, 1.3 * high)];
   for (const bound of [chart.low, chart.high, 0]) if (bound !== null) [low, high] = [Math.min(low, bound), Math.max(high, bound)];
   const room = 0.06 * (high - low) || 1;
   return [low < 0 ? low - room : 0, high > 0 ? high + room : high + room / 2];
@@ -89,7 +89,7 @@ function spec(figure, width) {
     },
   });
   return {
-    width, height: HEIGHT, autosize: { type: "fit", contains: "padding" }, padding: { left: 0, right: 6, top: 2, bottom: 0 }, layer,
+    width, height: HEIGHT, autosize: { type: "fit", contains: "padding" }, padding: { left: 0, right: 6, top: 2, bottom: 4 }, layer,
     config: {
       font: "system-ui, sans-serif", background: null, aria: false, view: { stroke: null },
       axis: {
@@ -286,7 +286,7 @@ function times() {
   const parts = [...new Set(runs.flatMap((run) => run.timing.map(([name]) => name)))];
   const section = document.querySelector("#time .charts");
   if (!parts.length) {
-    section.before(make("p", { className: "lead", textContent: "The runs logged no times (timing/...)." }));
+    lead("time", "The runs logged no times (timing/...).");
     return;
   }
   const totals = runs.map((run) => run.timing.reduce((sum, [, seconds]) => sum + seconds, 0));
@@ -298,7 +298,7 @@ function times() {
     return make("td", {}, make("span", { textContent: `${number(seconds)} s` }), make("small", { textContent: `${Math.round((100 * seconds) / total)}%` }), bar);
   };
   const row = (name, cells, className = "") => make("tr", { className }, make("th", { scope: "row", textContent: name }), ...cells);
-  section.before(make("div", { className: "scroll", tabIndex: 0, aria: { label: "Seconds of a step by its parts", role: "region" } },
+  section.append(make("div", { className: "scroll", tabIndex: 0, aria: { label: "Seconds of a step by its parts", role: "region" } },
     make("table", { className: "times" },
       make("caption", { textContent: "Medians, without the first step" }),
       make("thead", {}, make("tr", {}, make("th", { textContent: "part" }), ...runs.map((run) => make("th", { scope: "col" }, runs.length > 1 ? key(run) : null, run.name)))),

@@ -60,15 +60,15 @@ LEARNING = (
 )
 WATCH = (
     Chart(
-        "Context gain", f"share of the first {REFERENCE_LOOKS} looks', median of {REFERENCE_LOOKS}; below "
-        f"{COLLAPSED:.0%} the teacher forgets to read its context", GAIN_SHARE, low=COLLAPSED, percent=True,
+        "Context gain", f"of the first {REFERENCE_LOOKS} looks'; sinking, the teacher forgets to read its context",
+        GAIN_SHARE, low=COLLAPSED, percent=True,
     ),
     Chart(
-        "Advantage on failures", "log T \u2212 log S, nats a token: below zero the teacher would not have said it",
+        "Advantage on failures", "log T \u2212 log S, nats a token; below zero: not what the teacher would say",
         "train/teacher/advantage_on_failures", high=0.0,
     ),
     Chart(
-        "Advantage on successes", "log T \u2212 log S, nats a token: about zero or above",
+        "Advantage on successes", "log T \u2212 log S, nats a token; about zero or above",
         "train/teacher/advantage_on_successes",
     ),
     Chart(
@@ -76,15 +76,15 @@ WATCH = (
         SELF + "student_entropy",
     ),
     Chart(
-        "Response length", "relative to the first looks'; no alarm hangs on it, half to double is a rule of thumb",
+        "Response length", "relative to the first looks'; half to double is a rule of thumb, no alarm hangs on it",
         SELF + "response_length_drift", low=0.5, high=2.0, percent=True,
     ),
     Chart(
-        "Samples with a teacher", "share with a context and a token in the loss; at zero nothing is learned",
+        "Samples with a teacher", "with a context and a token in the loss; at zero nothing is learned",
         SELF + "reprompt_sample_fraction", low=0.001, percent=True,
     ),
-    Chart("Responses cut", "share that reached the length limit", "train/rollout/truncated_rate", percent=True),
-    Chart("Teacher prompts cut", "share that --reprompt.max_len shortened", SELF + "truncated_fraction", percent=True),
+    Chart("Responses cut", "at the length limit", "train/rollout/truncated_rate", percent=True),
+    Chart("Teacher prompts cut", "shortened to --reprompt.max_len", SELF + "truncated_fraction", percent=True),
     Chart("Distance of the average", "relative, of student and ema teacher", "train/teacher/ema_distance"),
     Chart("Rate of the average", "in use; --diagnostics.guard slow lowers it", "train/teacher/update_rate"),
 )  # fmt: skip
@@ -199,7 +199,8 @@ def _alarms(run: Run) -> list[tuple[int, str]]:
 
 def _timing(run: Run) -> list[list[Any]]:
     """Name and median seconds of each part of a step, without the first step, which warms up, if there are more."""
-    medians = {name: statistics.median(v for _, v in curve[1:] or curve) for name, curve in run.matching("train/timing/(.+)").items()}
+    curves = run.matching("train/timing/(.+)")
+    medians = {name: statistics.median(seconds for _, seconds in c[1:] or c) for name, c in curves.items()}
     total = medians.pop("step_total", None)
     rest = 0.0 if total is None else total - sum(medians.values())
     parts = sorted(medians.items(), key=lambda part: -part[1])
@@ -244,9 +245,9 @@ def _every(steps: Sequence[int], stride: int) -> list[int]:
 
 def _size(sample: dict[str, Any]) -> int:
     """About how many bytes a sample takes in the page."""
-    texts = (prompt_text(sample["prompt"]), sample["response"], sample["feedback"] or "", sample["teacher_prompt"] or "")
-    tokens = min(len(sample["tokens"]), MOST_TOKENS)
-    return 200 + sum(min(len(text), MOST_CHARACTERS) for text in texts) + tokens * (90 if sample["alternatives"] else 25)
+    texts = (prompt_text(sample["prompt"]), sample["response"], sample["feedback"], sample["teacher_prompt"])
+    characters = sum(min(len(text or ""), MOST_CHARACTERS) for text in texts)
+    return 200 + characters + min(len(sample["tokens"]), MOST_TOKENS) * (90 if sample["alternatives"] else 25)
 
 
 def _sample(sample: dict[str, Any], prompts: dict[str, int], vocabulary: dict[str, int]) -> dict[str, Any]:

@@ -18,15 +18,8 @@ ACTIVE = re.compile(
 
 
 def visible(text: str) -> str:
-    """Text without characters that act: each is written as a sign or by its number. Line breaks and tabs stay."""
-    return ACTIVE.sub(_sign, text)
-
-
-def _sign(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)  # the control pictures
-    return "\u2421" if code == 0x7F else f"\u27e8U+{code:04X}\u27e9"
+    """Text without characters that act: each is written by its number. Line breaks and tabs stay."""
+    return ACTIVE.sub(lambda match: f"\u27e8U+{ord(match[0]):04X}\u27e9", text)
 
 
 def token_text(piece: str) -> str:

@@ -18,6 +18,8 @@ const percent = (logProb) => {
   return share >= 99.95 || share === 0 ? `${share.toFixed(0)}%` : share < 0.1 ? "<0.1%" : `${share.toFixed(share < 10 ? 1 : 0)}%`;
 };
 const line = (text) => text.replace(/\s+/g, " ").trim();
+const plain = (text) => line(text.replace(/<\|[^|<>]{1,40}\|>/g, " ")); // without a chat template's tokens
+const piece = (id) => vocabulary[id].replaceAll(" ", "\u2423"); // a token by itself
 
 // log T − log S of a token; null where it is not in the loss or nobody scored it.
 function advantage(sample, i) {
@@ -109,15 +111,15 @@ function facts(sample) {
   return [
     make("b", { textContent: `step ${sample.step}` }),
     make("span", { className: sample.reward ? "reward good" : "reward", textContent: `reward ${sample.reward ?? "none"}` }),
-    make("span", { className: "much", textContent: sample.disagreement === null ? "no teacher" : `|Δ| ${sample.disagreement.toFixed(2)}` }),
+    make("span", { className: "much", textContent: sample.disagreement === null ? "no teacher" : `Δ ${sample.disagreement.toFixed(2)}` }),
   ];
 }
 
 function row(sample) {
   const node = make("div", { className: "row", tabIndex: -1, aria: { role: "option", selected: String(sample === chosen) } },
     make("p", { className: "facts" }, runs.length > 1 ? make("i", { className: "swatch", title: sample.run.name }) : null, ...facts(sample)),
-    make("p", { className: "snippet", dir: "auto", textContent: line(sample.text.slice(-200)) }),
-    make("p", { className: "snippet answer", dir: "auto", textContent: line(sample.response.slice(0, 200)) || "(empty)" }));
+    make("p", { className: "snippet", dir: "auto", textContent: plain(sample.text.slice(-300)).slice(-120) }),
+    make("p", { className: "snippet answer", dir: "auto", textContent: plain(sample.response.slice(0, 200)) || "(empty)" }));
   node.style.setProperty("--colour", `var(--run-${sample.number % 6})`);
   node.addEventListener("click", () => choose(sample, true));
   node.addEventListener("focus", () => reach(list, node));
@@ -224,7 +226,7 @@ function inspected(sample, i) {
   const value = advantage(sample, i);
   const [s, t] = [sample.student[i], sample.teacher[i] ?? null];
   const said = (name, logProb) => make("span", {}, make("small", { textContent: name }), logProb === null ? "–" : `${percent(logProb)} (${nats(logProb)})`);
-  const head = make("p", { className: "facts" }, make("code", { textContent: line(vocabulary[sample.tokens[i]]) || "space" }),
+  const head = make("p", { className: "facts" }, make("code", { textContent: piece(sample.tokens[i]) }),
     said("student", s), said("teacher", t),
     make("span", {}, make("small", { textContent: "log T − log S" }), make("b", { textContent: value === null ? "–" : signed(value) }),
       ` ${value === null ? "not in the loss" : opinion(value)}`));
@@ -235,7 +237,7 @@ function inspected(sample, i) {
     const bar = make("i", { className: "part" });
     bar.style.width = `${100 * Math.exp(flat[k + 1] ?? -Infinity)}%`;
     const same = flat[k] === sample.tokens[i];
-    rows.push(make("li", { className: same ? "same" : "" }, make("code", { textContent: line(vocabulary[flat[k]]) || "space" }),
+    rows.push(make("li", { className: same ? "same" : "" }, make("code", { textContent: piece(flat[k]) }),
       make("span", { className: "track" }, bar), make("span", { textContent: flat[k + 1] === null ? "–" : percent(flat[k + 1]) })));
   }
   return [head, make("p", { className: "caption", textContent: "The teacher's likeliest here" }), make("ol", { className: "alternatives" }, ...rows)];
@@ -250,10 +252,8 @@ function teacherPrompt(sample) {
   while (behind < Math.min(own.length, read.length) - before && own.at(-1 - behind) === read.at(-1 - behind)) behind++;
   const pre = text("");
   pre.append(read.slice(0, before), make("mark", { textContent: read.slice(before, read.length - behind) }), behind ? read.slice(-behind) : "");
-  const cut = sample.cut.length
-    ? make("p", { className: "cut", textContent: `✂ Cut to fit: ${sample.cut.join(", ")}.` })
-    : make("p", { className: "lead", textContent: "Nothing was cut." });
-  return block("Teacher’s prompt, as it was read", cut, make("p", { className: "lead", textContent: "Marked: what the student’s prompt does not have." }), pre);
+  const cut = sample.cut.length ? make("b", { className: "cut", textContent: ` ✂ Cut to fit: ${sample.cut.join(", ")}.` }) : " Nothing was cut to fit.";
+  return block("Teacher’s prompt, as it was read", make("p", { className: "lead" }, "Marked: what the student’s prompt does not have.", cut), pre);
 }
 
 function overSteps(sample) {
@@ -268,7 +268,7 @@ function overSteps(sample) {
       make("td", {}, open), make("td", { textContent: one.reward ?? "–" }),
       make("td", { textContent: one.disagreement === null ? "–" : one.disagreement.toFixed(2) }), make("td", {}, answer));
   });
-  const heads = ["step", "reward", "|Δ|", "response"].map((name) => make("th", { scope: "col", textContent: name }));
+  const heads = ["step", "reward", "Δ", "response"].map((name) => make("th", { scope: "col", textContent: name }));
   return block("The same prompt over the steps", make("div", { className: "scroll" },
     make("table", { className: "steps" }, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows))));
 }
@@ -283,7 +283,8 @@ function words(run) {
   return `${name}${run.shown.length.toLocaleString("en")} of ${all}, of evenly spaced steps; samples.jsonl has all.`;
 }
 
-byId("recorded").textContent = runs.map(words).join(" ");
+const delta = samples.length ? " Δ: mean |log T − log S| over a sample’s tokens in the loss, in nats." : "";
+byId("recorded").textContent = runs.map(words).join(" ") + delta;
 if (samples.length) {
   document.querySelector(".panes").hidden = false;
   buildFilters();
