@@ -5,6 +5,7 @@ from common import ROWS, SDPO
 from documented import DOCS
 
 from sdpo_plugin.diagnostics import GAIN
+from sdpo_plugin.report import read_scalars
 from sdpo_plugin.testing import RunFailed
 
 
@@ -14,6 +15,7 @@ def test_the_gain_reaches_the_logs(recorded):
     assert "train/teacher/ema_distance" in recorded.metrics
     assert recorded.metrics["train/self_distillation/inactive_group_fraction"][0][1] == 0.0
     assert recorded.metrics["train/self_distillation/response_length_drift"][0][1] == 1.0
+    assert recorded.metrics["train/alarm/collapse"] == recorded.metrics["train/alarm/inactive"] == [[1, 0.0], [2, 0.0]]
     assert not any(" of " in tag for tag in recorded.metrics)
 
 
@@ -29,7 +31,9 @@ def test_stop_ends_the_run_with_a_checkpoint(openrlhf, model, reward, recorded, 
     (tmp_path / "demanding.py").write_text(demanding)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     flags = ["--diagnostics.guard", "stop", "--diagnostics.tolerance", "1", "--ckpt.path", str(tmp_path / "ckpt")]
+    flags += ["--logger.tensorboard_dir", str(tmp_path / "logs")]
     plugins = ["--plugins", "sdpo_plugin.testing", "demanding"]
     with pytest.raises(RunFailed, match=r"openrlhf-sdpo: stopped: .*reads its context less and less.*step 1 is saved"):
         openrlhf(model, ROWS, reward, *SDPO, *flags, *plugins, replay=recorded)
     assert (tmp_path / "ckpt" / "_actor" / "latest").read_text() == "global_step1"
+    assert read_scalars(str(tmp_path / "logs"))["train/alarm/collapse"] == [[1, 1.0]]

@@ -96,6 +96,18 @@ def test_a_sinking_gain_is_a_collapse_and_slows_the_average():
     assert w.slowed(0.05) < 1e-4 * 1.2  # it comes back, but slowly
 
 
+def test_alarms_are_metrics_where_it_looked():
+    w = watch(tolerance=2)
+    rung = []
+    for gain in (2.0, 2.0, 2.0, 0.1, 0.1, 0.1, 0.1):
+        said(w, rollouts([0.0, 1.0]), looks=1)
+        warnings = w.at_gain(gain, "ema")
+        alarms = w.handed_over()
+        assert alarms["alarm/collapse"] == bool(warnings) and alarms["alarm/flat_rewards"] == 0.0
+        rung.append(alarms["alarm/collapse"])
+    assert rung == [0, 0, 0, 0, 0, 1, 0] and w.handed_over() == {}
+
+
 def test_a_found_rate_is_kept_as_long_as_the_flag_is_the_same():
     w = watch(guard="slow")
     for gain in (2.0, 2.0, 2.0, 1.9):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import made_run
 import pytest
@@ -32,6 +30,11 @@ def blocks(html: str) -> tuple[dict, dict]:
     found = re.findall(r'<script type="application/json" id="(\w+)-data">(.*?)</script>', html, re.DOTALL)
     data = {name: json.loads(text) for name, text in found}
     return data["curves"], data["samples"]
+
+
+def markup(html: str) -> str:
+    """The page without its scripts."""
+    return re.sub(r'<script type="module">.*?</script>', "", html, flags=re.DOTALL)
 
 
 def written(directory, *arguments) -> tuple[str, dict, dict]:
@@ -95,7 +98,7 @@ def test_thinned_curves_keep_peaks_and_ends():
 def test_hostile_text_is_data_in_the_page(tmp_path):
     made_run.record(made_run.log(tmp_path, made_run.curves(3)), [made_run.hostile(1)])
     html, curves, samples = written(tmp_path, f"</title><script>alert(1)</script>\u202e={tmp_path}")
-    assert "window.harmed" in html and not re.search("<script>[wa]|<img", html)
+    assert "window.harmed" in html and not re.search("<script>|<img", markup(html))
     assert html.count("</script>") == html.count("<script ") == 6  # four scripts, two blocks of data
     assert not ACTS.search(html.replace("\r", ""))
     texts = [*samples["vocabulary"], samples["runs"][0]["shown"][0]["feedback"], curves["runs"][0]["name"]]
@@ -104,7 +107,7 @@ def test_hostile_text_is_data_in_the_page(tmp_path):
 
 def test_the_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path):
     html, _, _ = written(tmp_path, *made_run.two_runs(tmp_path))
-    assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:|//)|url\(|@import", html)
+    assert not re.search(r"(src|href)\s*=\s*[\"']?\s*(https?:|//)|url\(|@import", markup(html))
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
     assert policy.startswith("default-src 'none'; script-src 'sha256-") and policy.count("sha256") == 4
     assert "unsafe-eval" not in policy and "script-src 'unsafe-inline'" not in policy
@@ -117,7 +120,7 @@ def test_a_long_run_makes_a_page_of_bounded_size(tmp_path, monkeypatch):
         "teacher": [-0.75] * 300, "alternatives": [[[f"word{k}", -1.5] for k in range(5)]] * 300,
     }  # fmt: skip
     samples = [made_run.sample(step, number, **long) for step in range(1, 201) for number in range(2)]
-    made_run.record(made_run.log(tmp_path, made_run.curves(4_000)), samples)
+    made_run.record(made_run.log(tmp_path, {"train/reward": [(step, step % 7) for step in range(1, 4_001)]}), samples)
     monkeypatch.setattr(page, "MOST_BYTES", 2_000_000)
     html, curves, samples = written(tmp_path, str(tmp_path))
     assert len(html) < 4_000_000
@@ -183,12 +186,17 @@ def test_levels_tell_the_sign():
 # --- in the terminal
 
 
-def printed(*arguments, **environment) -> str:
-    run = [sys.executable, "-m", "sdpo_plugin.host.cli", "report", "--text", *arguments]
-    import os
+@pytest.fixture
+def printed(capsys, monkeypatch):
+    """`printed(*arguments, VARIABLE=value)`: what the command prints with --text, into a pipe."""
 
-    done = subprocess.run(run, capture_output=True, env=os.environ | {"COLUMNS": "100"} | environment, check=True)
-    return done.stdout.decode()
+    def run(*arguments: str, **environment: str) -> str:
+        for name, value in {"COLUMNS": "100", **environment}.items():
+            monkeypatch.setenv(name, value)
+        command.main([*arguments, "--text"])
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +206,7 @@ def recorded(tmp_path_factory):
     return str(made_run.record(directory, samples))
 
 
-def test_the_terminal_shows_a_sample_token_by_token(recorded):
+def test_the_terminal_shows_a_sample_token_by_token(recorded, printed):
     out = printed(recorded, "--step", "7", "--sample", "2")
     assert "\x1b" not in out  # piped
     assert out.count("where they differ most") == 1 and "step 7, sample 2" in out
@@ -209,14 +217,14 @@ def test_the_terminal_shows_a_sample_token_by_token(recorded):
     assert printed(recorded, "--step", "7").count("where they differ most") == 3
 
 
-def test_colours_are_for_terminals_and_obey_no_color(recorded):
+def test_colours_are_for_terminals_and_obey_no_color(recorded, printed):
     coloured = printed(recorded, "--step", "1", "--sample", "0", FORCE_COLOR="1", TERM="xterm-256color")
     assert "\x1b[4;48;5;" in coloured and "{-" not in coloured  # less likely: underlined as well
     plain = printed(recorded, "--step", "1", "--sample", "0", NO_COLOR="1", FORCE_COLOR="1", TERM="xterm-256color")
     assert "48;5;" not in plain and "{-" in plain
 
 
-def test_hostile_text_is_not_obeyed_by_the_terminal(recorded):
+def test_hostile_text_is_not_obeyed_by_the_terminal(recorded, printed):
     out = printed(recorded)  # the last step's
     assert not ACTS.search(out) and "⟨U+001B⟩[31mred" in out and "⟨U+202E⟩gnp.exe" in out
 
