@@ -19,10 +19,10 @@ ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\
 @pytest.fixture(scope="module", autouse=True)
 def bundled():
     """The library's JavaScript is put together once, which takes a second or more."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(page.vl_convert, "javascript_bundle", lambda text=page.vl_convert.javascript_bundle(): text)
-    yield
-    patch.undo()
+    text = page.vl_convert.javascript_bundle()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page.vl_convert, "javascript_bundle", lambda: text)
+        yield
 
 
 def blocks(html: str) -> tuple[dict, dict]:
@@ -154,7 +154,8 @@ def test_what_cannot_be_reported_is_one_message(tmp_path, capsys, arguments):
 
 
 def test_a_line_that_is_no_sample_is_named(tmp_path):
-    made_run.record(made_run.log(tmp_path, made_run.curves(3)), [made_run.sample(1), made_run.sample(2, 7, student=[0.0])])
+    samples = [made_run.sample(1), made_run.sample(2, 7, student=[0.0])]
+    made_run.record(made_run.log(tmp_path, made_run.curves(3)), samples)
     with pytest.raises(ConfigError, match=r"samples\.jsonl, step 2, sample 7: not as docs/report\.md says"):
         written(tmp_path, str(tmp_path))
 

@@ -47,8 +47,9 @@ def pages(directory: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory):
+    text = page.vl_convert.javascript_bundle()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page.vl_convert, "javascript_bundle", lambda text=page.vl_convert.javascript_bundle(): text)
+        patch.setattr(page.vl_convert, "javascript_bundle", lambda: text)
         return pages(tmp_path_factory.mktemp("pages"))
 
 
@@ -109,13 +110,14 @@ def test_curves_over_steps_generations_and_wall_time(visit, addresses):
         tab.keyboard.press("End")
         ends[axis] = tab.inner_text("#learning .chart .readout .where")
     assert ends == {"step": "step 60", "generations": "generations 5,760", "hours": "minutes 2"}
-    assert tab.query_selector("#learning .chart").get_attribute("aria-label").startswith("Accuracy, of the evaluation. base:")
+    assert tab.get_attribute("#learning .chart", "aria-label").startswith("Accuracy, of the evaluation. base:")
 
 
 def test_the_watch_shows_range_and_alarm(visit, addresses):
     tab = visit(addresses["two"])
-    assert "ema 0.05, step 20: the teacher reads its context less and less, and 4 more times" in tab.inner_text("#alarms")
-    assert "base: no alarm rang" in tab.inner_text("#alarms")
+    said = tab.inner_text("#alarms")
+    assert "ema 0.05, step 20: the teacher reads its context less and less, and 4 more times" in said
+    assert "base: no alarm rang" in said
     tab.query_selector("#watch .chart").scroll_into_view_if_needed()
     band, ring = (
         tab.wait_for_selector(f"#watch .chart:nth-of-type(1) svg {mark}", state="attached").bounding_box()
@@ -157,7 +159,8 @@ def test_a_token_shows_the_teachers_alternatives(visit, addresses):
     tab.keyboard.press("Home")
     first = tab.query_selector(token)
     assert "log T − log S−" in tab.inner_text(".inspector") and "less likely" in first.get_attribute("aria-label")
-    assert first.get_attribute("data-level").startswith("-") and first.evaluate("node => node === document.activeElement")
+    assert first.get_attribute("data-level").startswith("-")
+    assert first.evaluate("node => node === document.activeElement")
     styles = [
         tab.eval_on_selector(f".legend [data-level='{level}']", "node => getComputedStyle(node).borderBottomStyle")
         for level in (-3, 3)
@@ -185,7 +188,8 @@ def test_the_list_is_walked_with_the_keyboard(visit, addresses):
     for key in ("ArrowDown", "ArrowDown", "ArrowUp"):
         tab.keyboard.press(key)
     assert tab.inner_text("#detail h3") == "base, step 1, sample 1"
-    assert len(tab.query_selector_all("#list [tabindex='0']")) == len(tab.query_selector_all("[aria-selected=true]")) == 1
+    for one in ("#list [tabindex='0']", "#list [aria-selected=true]"):
+        assert len(tab.query_selector_all(one)) == 1
 
 
 def test_what_is_missing_is_said(visit, addresses):
