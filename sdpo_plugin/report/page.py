@@ -25,7 +25,7 @@ import sdpo_plugin
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.diagnostics import ALARM, COLLAPSED, GAIN, REFERENCE_LOOKS
 from sdpo_plugin.report.events import STEP_TOTAL, Run, first_looks, running_median, thinned
-from sdpo_plugin.report.readable import LEVELS, disagreement, prompt_text, token_text, visible
+from sdpo_plugin.report.readable import LEVELS, disagreement, last_content, prompt_text, token_text, visible
 from sdpo_plugin.samples import NAME
 
 MOST_POINTS = 1_000  # of a curve
@@ -220,7 +220,7 @@ def _samples(run: Run, samples: Samples, room: int, vocabulary: dict[str, int]) 
     stride = 1
     while stride < len(steps) and sum(sizes[step] for step in _every(steps, stride)) > room:
         stride += 1
-    prompts: dict[str, int] = {}
+    prompts: dict[tuple[str, str | None], int] = {}
     shown, used = [], 0
     for sample in (sample for step in _every(steps, stride) for sample in by_step[step]):
         used += _size(sample)
@@ -250,15 +250,18 @@ def _size(sample: dict[str, Any]) -> int:
     return 200 + characters + min(len(sample["tokens"]), MOST_TOKENS) * (90 if sample["alternatives"] else 25)
 
 
-def _sample(sample: dict[str, Any], prompts: dict[str, int], vocabulary: dict[str, int]) -> dict[str, Any]:
+def _sample(
+    sample: dict[str, Any], prompts: dict[tuple[str, str | None], int], vocabulary: dict[str, int]
+) -> dict[str, Any]:
     def known(piece: str) -> int:
         return vocabulary.setdefault(piece, len(vocabulary))
 
-    mean = disagreement(sample)
+    mean, last = disagreement(sample), last_content(sample["prompt"])
+    last = None if last is None else visible(last[:MOST_CHARACTERS])
     return {
         "step": int(sample["step"]),
         "sample": int(sample["sample"]),
-        "prompt": prompts.setdefault(_bounded(prompt_text(sample["prompt"])), len(prompts)),
+        "prompt": prompts.setdefault((_bounded(prompt_text(sample["prompt"])), last), len(prompts)),
         "response": _bounded(sample["response"]),
         "reward": _rounded([sample["reward"]])[0],
         "feedback": None if sample["feedback"] is None else _bounded(sample["feedback"]),

@@ -35,13 +35,17 @@ def prompt_text(prompt: str | list[Mapping[str, Any]]) -> str:
     return "\n\n".join(f"{m['role']}: {content}" for m, content in zip(prompt, contents, strict=True))
 
 
+def last_content(prompt: str | list[Mapping[str, Any]]) -> str | None:
+    """The text of the last message, which a teacher's prompt begins with; None where there are no messages."""
+    last = prompt[-1]["content"] if prompt and not isinstance(prompt, str) else None
+    return last if isinstance(last, str) else None
+
+
 def advantages(sample: Mapping[str, Any]) -> list[float | None]:
-    """log T - log S of each token, in nats; None of those outside the loss, and of all without a teacher."""
-    teacher = sample["teacher"] or [None] * len(sample["tokens"])
-    return [
-        t - s if counts and t is not None and s is not None else None
-        for t, s, counts in zip(teacher, sample["student"], sample["in_loss"], strict=True)
-    ]
+    """log T - log S of each token, in nats; None where it is unknown or not in the loss."""
+    unknown = [None] * len(sample["tokens"])
+    both = zip(sample["teacher"] or unknown, sample["student"] or unknown, sample["in_loss"], strict=True)
+    return [t - s if counts and t is not None and s is not None else None for t, s, counts in both]
 
 
 def disagreement(sample: Mapping[str, Any]) -> float | None:

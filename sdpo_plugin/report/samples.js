@@ -2,7 +2,7 @@
 const { runs, vocabulary, levels } = JSON.parse(document.getElementById("samples-data").textContent);
 const PAGE = 100; // rows of the list
 const MINUS = "\u2212";
-const samples = runs.flatMap((run, number) => run.shown.map((sample) => ({ ...sample, run, number, text: run.prompts[sample.prompt] })));
+const samples = runs.flatMap((run, number) => run.shown.map((sample) => ({ ...sample, run, number, text: run.prompts[sample.prompt][0], asked: run.prompts[sample.prompt][1] })));
 let found = [];
 let listed = PAGE;
 let chosen = null;
@@ -23,8 +23,8 @@ const piece = (id) => vocabulary[id].replaceAll(" ", "\u2423"); // a token by it
 
 // log T − log S of a token; null where it is not in the loss or nobody scored it.
 function advantage(sample, i) {
-  const [s, t] = [sample.student[i], sample.teacher[i]];
-  return sample.in_loss[i] === "1" && s !== null && t !== null && t !== undefined ? t - s : null;
+  const [s, t] = [sample.student[i] ?? null, sample.teacher[i] ?? null];
+  return sample.in_loss[i] === "1" && s !== null && t !== null ? t - s : null;
 }
 
 function level(value) {
@@ -224,7 +224,7 @@ function response(sample) {
 
 function inspected(sample, i) {
   const value = advantage(sample, i);
-  const [s, t] = [sample.student[i], sample.teacher[i] ?? null];
+  const [s, t] = [sample.student[i] ?? null, sample.teacher[i] ?? null];
   const said = (name, logProb) => make("span", {}, make("small", { textContent: name }), logProb === null ? "–" : `${percent(logProb)} (${nats(logProb)})`);
   const head = make("p", { className: "facts" }, make("code", { textContent: piece(sample.tokens[i]) }),
     said("student", s), said("teacher", t),
@@ -243,17 +243,31 @@ function inspected(sample, i) {
   return [head, make("p", { className: "caption", textContent: "The teacher's likeliest here" }), make("ol", { className: "alternatives" }, ...rows)];
 }
 
-// The teacher's prompt; what the student's has not is marked.
-function teacherPrompt(sample) {
-  if (sample.teacher_prompt === null) return block("Teacher’s prompt", make("p", { className: "lead", textContent: "None: the sample has no teacher." }));
+// Where the context stands in the teacher's prompt: between what it shares with the student's prompt, or, where that
+// is messages, between the last message and the chat template's end.
+function context(sample) {
   const [own, read] = [sample.text, sample.teacher_prompt];
+  if (sample.asked !== null) {
+    const at = sample.asked ? read.indexOf(sample.asked) : -1;
+    if (at < 0) return null;
+    const [from, tail] = [at + sample.asked.length, read.slice(-200)]; // short: no text may keep the pattern busy
+    const closing = /(?:<[^<>\s]{1,40}>\s{0,2}\w{0,20}\s{0,2})*$/.exec(tail)[0].length;
+    return [from, Math.max(from, read.length - closing)];
+  }
   let before = 0, behind = 0;
   while (before < Math.min(own.length, read.length) && own[before] === read[before]) before++;
   while (behind < Math.min(own.length, read.length) - before && own.at(-1 - behind) === read.at(-1 - behind)) behind++;
+  return [before, read.length - behind];
+}
+
+function teacherPrompt(sample) {
+  if (sample.teacher_prompt === null) return block("Teacher’s prompt", make("p", { className: "lead", textContent: "None: the sample has no teacher." }));
+  const [read, found] = [sample.teacher_prompt, context(sample)];
+  const [from, to] = found ?? [read.length, read.length];
   const pre = text("");
-  pre.append(read.slice(0, before), make("mark", { textContent: read.slice(before, read.length - behind) }), behind ? read.slice(-behind) : "");
+  pre.append(read.slice(0, from), make("mark", { textContent: read.slice(from, to) }), read.slice(to));
   const cut = sample.cut.length ? make("b", { className: "cut", textContent: ` ✂ Cut to fit: ${sample.cut.join(", ")}.` }) : " Nothing was cut to fit.";
-  return block("Teacher’s prompt, as it was read", make("p", { className: "lead" }, "Marked: what the student’s prompt does not have.", cut), pre);
+  return block("Teacher’s prompt, as it was read", make("p", { className: "lead" }, found ? "Marked: what the student’s prompt does not have." : "", cut), pre);
 }
 
 function overSteps(sample) {

@@ -114,16 +114,16 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(tmp_path):
 
 
 def test_a_long_run_makes_a_page_of_bounded_size(tmp_path, monkeypatch):
-    tokens = [f"word{i % 50}" for i in range(300)]
+    tokens = [f"word{i % 50}" for i in range(100)]
     long = {
-        "tokens": tokens, "token_ids": [0] * 300, "in_loss": [True] * 300, "student": [-1.25] * 300,
-        "teacher": [-0.75] * 300, "alternatives": [[[f"word{k}", -1.5] for k in range(5)]] * 300,
+        "tokens": tokens, "token_ids": [0] * 100, "in_loss": [True] * 100, "student": [-1.25] * 100,
+        "teacher": [-0.75] * 100, "alternatives": [[[f"word{k}", -1.5] for k in range(5)]] * 100,
     }  # fmt: skip
     samples = [made_run.sample(step, number, **long) for step in range(1, 201) for number in range(2)]
     made_run.record(made_run.log(tmp_path, {"train/reward": [(step, step % 7) for step in range(1, 4_001)]}), samples)
-    monkeypatch.setattr(page, "MOST_BYTES", 2_000_000)
+    monkeypatch.setattr(page, "MOST_BYTES", 1_000_000)
     html, curves, samples = written(tmp_path, str(tmp_path))
-    assert len(html) < 4_000_000
+    assert len(html) < 2_200_000
     assert all(len(steps) <= page.MOST_POINTS for steps, _ in curves["runs"][0]["curves"].values())
     assert curves["runs"][0]["longest"] == 4_000
     (run,) = samples["runs"]
@@ -142,6 +142,14 @@ def test_a_response_of_100_000_tokens_is_cut_in_the_page(tmp_path):
     (shown,) = samples["runs"][0]["shown"]
     assert shown["length"] == many and len(shown["tokens"]) == len(shown["alternatives"]) == page.MOST_TOKENS
     assert "80,000 more characters in samples.jsonl" in shown["response"] and len(html) < 2_000_000
+
+
+def test_a_sample_that_nobody_scored_is_shown_without_numbers(tmp_path, printed):
+    silent = {"student": [], "teacher": [], "alternatives": [], "active": False, "teacher_prompt": None, "reward": None}
+    made_run.record(made_run.log(tmp_path, made_run.curves(3)), [made_run.sample(1, **silent)])
+    _, _, samples = written(tmp_path, str(tmp_path))
+    assert samples["runs"][0]["shown"][0]["disagreement"] is None
+    assert "no reward · no teacher" in printed(str(tmp_path))
 
 
 @pytest.mark.parametrize("arguments", [["{}"], ["{}/none"], ["a={}", "a={}"], ["{}", "--text"], ["{}", "--step", "1"]])

@@ -36,8 +36,13 @@ def pages(directory: Path) -> dict[str, str]:
     runs = {
         "two": made_run.two_runs(directory),
         "bare": [str(made_run.log(directory / "bare", {"train/reward": [(1, 0.5)]}))],
+        "messages": [str(directory / "messages")],
         "hostile": [f"{made_run.HOSTILE.partition('=')[0]}={directory / 'hostile'}"],
     }
+    chat = [{"role": "user", "content": "what is the vault code of vault-0?"}]
+    silent = {"student": [], "teacher": [], "alternatives": [], "active": False, "teacher_prompt": None}
+    samples = [made_run.sample(1, prompt=chat, cut=["feedback", "solution"]), made_run.sample(2, **silent)]
+    made_run.record(made_run.log(directory / "messages", made_run.curves(3)), samples)
     samples = [made_run.hostile(1), made_run.sample(2, **LONG)]
     made_run.record(made_run.log(directory / "hostile", made_run.curves(3)), samples)
     for name, arguments in runs.items():
@@ -179,7 +184,13 @@ def test_the_same_prompt_over_the_steps(visit, addresses):
     assert texts(tab, ".steps button") == [str(step) for step in range(1, 61, 6)]
     tab.click(".steps button >> nth=-1")
     assert tab.inner_text("#detail h3") == "base, step 55, sample 0"
-    assert tab.inner_text("#detail .text mark").strip().startswith("A right answer: 4821")
+    assert tab.inner_text("#detail .text mark").strip() == "A right answer: 4821"
+
+
+def test_the_context_is_marked_behind_messages_too(visit, addresses):
+    tab = visit(addresses["messages"])
+    assert tab.inner_text("#detail .text mark").strip().startswith("The attempt before was wrong: expected 4821, got")
+    assert "Cut to fit: feedback, solution." in tab.inner_text("#detail .cut")
 
 
 def test_the_list_is_walked_with_the_keyboard(visit, addresses):
