@@ -276,7 +276,7 @@ function alarmList() {
   if (rows.length) place.append(make("ul", { className: "alarms" }, ...rows));
   const lacks = [
     [runs.filter((run) => run.watched && !run.alarms.length), "no alarm rang"],
-    [runs.filter((run) => !run.watched), "logged no watch: it is of self-distillation, with --diagnostics.guard other than off"],
+    [runs.filter((run) => !run.watched), "no alarms were logged (alarm/...); the watch is of self-distillation, with --diagnostics.guard other than off"],
   ];
   for (const [of, words] of lacks)
     if (of.length) place.append(make("p", { className: "lead", textContent: `${of.map((run) => run.name).join(", ")}: ${words}.` }));

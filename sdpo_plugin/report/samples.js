@@ -291,14 +291,15 @@ function overSteps(sample) {
 
 function words(run) {
   const name = runs.length > 1 ? `${run.name}: ` : "";
-  if (!run.recorded) return `${name}no samples were recorded; --diagnostics.samples N records N a step.`;
   const all = `${run.recorded.toLocaleString("en")} samples of ${run.steps.toLocaleString("en")} ${run.steps === 1 ? "step" : "steps"}`;
   if (run.shown.length === run.recorded) return `${name}${all}.`;
   return `${name}${run.shown.length.toLocaleString("en")} of ${all}, of evenly spaced steps; samples.jsonl has all.`;
 }
 
 const delta = samples.length ? " Δ: mean |log T − log S| over a sample’s tokens in the loss, in nats." : "";
-byId("recorded").textContent = runs.map(words).join(" ") + delta;
+const without = runs.filter((run) => !run.recorded).map((run) => run.name);
+const lack = without.length ? ` ${without.join(", ")}: no samples were recorded; --diagnostics.samples N records N a step.` : "";
+byId("recorded").textContent = (runs.filter((run) => run.recorded).map(words).join(" ") + lack + delta).trim();
 if (samples.length) {
   document.querySelector(".panes").hidden = false;
   buildFilters();

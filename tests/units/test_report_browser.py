@@ -206,7 +206,7 @@ def test_the_list_is_walked_with_the_keyboard(visit, addresses):
 def test_what_is_missing_is_said(visit, addresses):
     tab = visit(addresses["bare"])
     said = tab.inner_text("main")
-    for words in ("The runs logged neither evaluations nor rewards", "One step was logged", "logged no watch",
+    for words in ("The runs logged neither evaluations nor rewards", "One step was logged", "no alarms were logged",
                   "The runs logged no times", "no samples were recorded; --diagnostics.samples N"):  # fmt: skip
         assert words in said, words
     assert not tab.query_selector("svg") and tab.is_hidden(".panes") and tab.is_disabled("[value=generations]")
