@@ -104,12 +104,14 @@ def _hours(parts: Iterable[dict[str, dict[int, Logged]]]) -> dict[int, float]:
 
 
 def _merged(parts: Iterable[dict[str, dict[int, Logged]]]) -> dict[str, Curve]:
-    """By tag; what a later part logged of a step counts."""
+    """By tag; a later part counts from its first step on."""
     merged: dict[str, dict[int, float]] = {}
     for part in parts:
+        first = min(step for points in part.values() for step in points)
+        merged = {tag: {s: value for s, value in points.items() if s < first} for tag, points in merged.items()}
         for tag, points in part.items():
             merged.setdefault(tag, {}).update({step: point.value for step, point in points.items()})
-    return {tag: sorted(points.items()) for tag, points in merged.items()}
+    return {tag: sorted(points.items()) for tag, points in merged.items() if points}
 
 
 def _parts(directory: str) -> list[dict[str, dict[int, Logged]]]:

@@ -78,6 +78,9 @@ def test_hours_and_generations_of_a_continued_run_leave_out_the_pause(tmp_path):
     run = read_run("run", str(tmp_path))
     assert run.hours == pytest.approx({1: 1, 2: 2, 3: 3, 4: 4, 5: 5}, abs=1e-3)
     assert run.generations == {1: 8, 2: 16, 3: 24, 4: 32, 5: 40}
+    logged("b", range(1, 3), 1e9 + 2e6)  # begun anew, and not as far yet
+    assert read_run("run", str(tmp_path)).generations == {1: 8, 2: 16}
+    assert len(written(tmp_path, str(tmp_path))[1]["runs"][0]["axes"]["hours"]) == 2
 
 
 def test_a_clock_that_is_set_back_does_not_turn_time_back(tmp_path):
