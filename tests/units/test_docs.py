@@ -21,7 +21,7 @@ from documented import DOCS, FENCE, PAGES, ROOT, commands, first_cells, inline, 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import GROUPS, RepromptConfig, RewardConfig
 from sdpo_plugin.context import context_metrics
-from sdpo_plugin.diagnostics import length_metrics
+from sdpo_plugin.diagnostics import ALARM, length_metrics
 from sdpo_plugin.host import cli, failures
 
 SOURCES = [path for path in (ROOT / "sdpo_plugin").rglob("*.py") if "testing" not in path.parts]
@@ -165,6 +165,8 @@ def logged() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Subscript) and getattr(node.value, "attr", "") == "metrics":
                 found |= {text_of(node.slice)} - {None}
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_counted":
+                found.add(ALARM + node.args[0].value.replace(" ", "_"))
     return found - made - {"self_distillation/watch"}  # a key of the checkpoint
 
 
@@ -173,7 +175,8 @@ NAMED = {metric for cell in first_cells(METRICS) for metric in re.findall(r"`([\
 
 
 def test_the_page_names_the_metrics_that_are_logged_and_no_others():
-    ours = {metric for metric in NAMED if metric.startswith(("self_distillation/", "teacher/", "reward_skipped"))}
+    prefixes = ("self_distillation/", "teacher/", "reward_skipped", ALARM)
+    ours = {metric for metric in NAMED if metric.startswith(prefixes)}
     assert ours == logged()
 
 
