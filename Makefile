@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-lm test docs bench matrix kills variants study install clean
+.PHONY: demo demo-lm test docs bench matrix kills robustness soak variants study install clean
 
 demo: .venv/installed
 	$(PY) recipes/demo.py quickstart
@@ -34,6 +34,15 @@ matrix: .venv/installed
 # Kills twenty runs at random moments and continues them: most of an hour.
 kills: .venv/installed
 	$(PY) -m pytest -s tests/slow/kills.py
+
+# What a run does when something around it fails: writes docs/robustness.md, half an hour.
+robustness: .venv/installed
+	$(PY) -m pip install -q -e '.[robustness]'
+	$(PY) -m pytest tests/slow/robustness.py
+
+# Two hours of training with checkpoints, evaluations and kills: writes docs/soak.md and docs/soak.png.
+soak: .venv/installed
+	$(PY) tests/slow/soak.py
 
 # Every algorithm on the quickstart's task, three seeds: writes docs/variants.png and runs/variants/table.md, most of an hour.
 variants: .venv/installed

@@ -188,16 +188,16 @@ class EmaTeacher(Teacher):
         """Fill this rank's part from the files of all ranks, however many there were.
 
         Raises:
-            FileNotFoundError: the checkpoint holds no teacher; it was written without `--teacher.kind ema`.
+            ConfigError: the checkpoint holds no teacher; it was written without `--teacher.kind ema`.
         """
         images, fragments = self.model.images(), self.worker.masters.fragments()
         rank, ranks = 0, 1
         while rank < ranks:
             path = os.path.join(directory, STATE.format(rank=rank))
             if not os.path.exists(path):
-                raise FileNotFoundError(
-                    f"no teacher in {directory} ({os.path.basename(path)} is missing): this checkpoint was written "
-                    "without --teacher.kind ema; resume with the teacher it was trained with"
+                raise ConfigError(
+                    f"--teacher.kind ema: no teacher in {directory} ({os.path.basename(path)} is missing): this "
+                    "checkpoint was written without --teacher.kind ema; resume with the teacher it was trained with"
                 )
             saved = torch.load(path, weights_only=True)
             self.steps, ranks = saved["steps"], saved["ranks"]

@@ -1,6 +1,12 @@
 """What the end-to-end tests share: data, flags, and how runs are compared."""
 
+import contextlib
+import json
 import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -54,6 +60,30 @@ class LargestTensor(TorchDispatchMode):
         known = storages((args, kwargs))
         self.bytes = max([self.bytes, *(size for at, size in storages(result).items() if at not in known)])
         return result
+
+
+class Service:
+    """A reward service on this machine: `answer(request) -> bytes`, after `delay` seconds, at `url`."""
+
+    def __init__(self, answer: Callable[[dict[str, Any]], bytes], delay: float = 0.0) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:  # noqa: N802
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                time.sleep(delay)
+                body = answer(request)
+                with contextlib.suppress(OSError):  # whoever asked has gone
+                    self.send_response(200)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{server.server_port}/reward"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
 def asked(environment, response, label, **options):

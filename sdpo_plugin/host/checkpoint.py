@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +14,12 @@ from typing import Any
 
 import torch
 
+from sdpo_plugin.config import ConfigError
+
 RANDOM_STATE = "random_state_rank{rank}.pt"
 OPTIMIZER_SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # `--actor.adam.*`, `--actor.muon.momentum`
-WHOLE = "whole"  # an empty file in a checkpoint that was written to its end
+# A file in a checkpoint that was written to its end: how long the others are, and what they can be read with, as JSON.
+WHOLE = "whole"
 
 
 def save_random_state(directory: str, rank: int) -> None:
@@ -81,12 +86,13 @@ def all_kept(args: Any) -> Iterator[int]:
 def prune(directory: str, max_num: int, tag: str, metric_of: Callable[[str], float | None]) -> None:
     """Delete all but `max_num` checkpoints, `tag` being the newest of them, in OpenRLHF's order.
 
-    Those without a metric go first, then those with the worst, then the oldest. Best ones stay and do not count.
+    Those that are not whole go first, then those without a metric, then those with the worst, then the oldest. Best
+    ones stay and do not count.
     """
 
-    def order(path: str) -> tuple[bool, float, float]:
+    def order(path: str) -> tuple[bool, bool, float, int]:
         metric = metric_of(path)
-        return metric is not None, metric or 0.0, os.path.getmtime(path)
+        return os.path.exists(os.path.join(path, WHOLE)), metric is not None, metric or 0.0, step_of(path)
 
     found = {path.rstrip(os.sep) for path in glob.glob(os.path.join(directory, "*", ""))}
     regular = [path for path in found if not os.path.basename(path).startswith("best")]
@@ -95,15 +101,38 @@ def prune(directory: str, max_num: int, tag: str, metric_of: Callable[[str], flo
         shutil.rmtree(path)
 
 
+def step_of(path: str) -> int:
+    """The global step in a checkpoint's name; times of files are the clock's, which may jump."""
+    step = re.search(r"(\d+)$", path)
+    return int(step[1]) if step else -1
+
+
+def written_with(args: Any) -> dict[str, Any]:
+    """The flags without which DeepSpeed cannot read what it wrote with them."""
+    return {
+        "--actor.num_nodes": args.actor.num_nodes, "--actor.num_gpus_per_node": args.actor.num_gpus_per_node,
+        "--actor.optim": args.actor.optim, "--ds.zero_stage": args.ds.zero_stage, "--ds.lora.rank": args.ds.lora.rank,
+    }  # fmt: skip
+
+
+def mark_whole(directory: str, tag: str, flags: dict[str, Any]) -> None:
+    """Note in `directory/tag` that all of it is written, how long each file is, and with which `flags`."""
+    content = {"bytes": _sizes(os.path.join(directory, tag)), "flags": flags}
+    _replace(os.path.join(directory, tag, WHOLE), json.dumps(content))
+
+
 def name_latest(directory: str, tag: str) -> None:
-    """Mark `directory/tag` as whole, and as the checkpoint to resume from."""
-    open(os.path.join(directory, tag, WHOLE), "w").close()
-    path = os.path.join(directory, f"latest.{os.getpid()}")
-    with open(path, "w") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path, os.path.join(directory, "latest"))
+    """Let `directory/tag` be the checkpoint to resume from."""
+    _replace(os.path.join(directory, "latest"), tag)
+
+
+def named_latest(directory: str) -> str | None:
+    """The checkpoint to resume from, as `latest` names it."""
+    try:
+        with open(os.path.join(directory, "latest")) as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        return None
 
 
 def mend_latest(directory: str) -> None:
@@ -112,15 +141,74 @@ def mend_latest(directory: str) -> None:
     OpenRLHF deletes the checkpoint with the worst metric, be it the one to resume from, before it saves with too little
     room (`--ckpt.max_mem`); a run killed during that save has only older ones left.
     """
-    try:
-        with open(os.path.join(directory, "latest")) as file:
-            named = file.read().strip()
-    except FileNotFoundError:
-        return
-    if not os.path.isdir(os.path.join(directory, named)):
-        whole = glob.glob(os.path.join(directory, "*", WHOLE))
-        if whole:
-            name_latest(directory, os.path.basename(os.path.dirname(max(whole, key=os.path.getmtime))))
+    named = named_latest(directory)
+    if named is not None and not os.path.isdir(os.path.join(directory, named)):
+        if whole := whole_ones(directory):
+            name_latest(directory, whole[-1])
         else:
             with suppress(FileNotFoundError):  # another rank was faster
                 os.remove(os.path.join(directory, "latest"))
+
+
+def require_readable(directory: str, flags: dict[str, Any]) -> None:
+    """Raises ConfigError where the checkpoint to resume from has lost something, or was written with other `flags`.
+
+    A full or failing disk, an interrupted copy or a loss of power leave files that are not as long as they were. Of
+    what was written without this plugin nothing is known.
+    """
+    named = named_latest(directory)
+    if named is None:
+        return
+    path = os.path.join(directory, named)
+    if lacking := missing(path):
+        others = [tag for tag in whole_ones(directory) if tag != named]
+        fix = f"to go on from {others[-1]}: echo {others[-1]} > {os.path.join(directory, 'latest')}" if others else (
+            "no other one is whole; to start anew give another --ckpt.path"
+        )  # fmt: skip
+        raise ConfigError(f"--ckpt.load_enable: the checkpoint {path} is damaged: {lacking}; {fix}")
+    for flag, value in (_written(path) or {}).get("flags", {}).items():
+        if flag in flags and flags[flag] != value:
+            raise ConfigError(
+                f"{flag} {flags[flag]}: the checkpoint {path} was written with {value} and cannot be read otherwise; "
+                f"give {flag} {value}, or to start anew another --ckpt.path"
+            )
+
+
+def whole_ones(directory: str) -> list[str]:
+    """The checkpoints that are whole, the newest last."""
+    marked = (os.path.dirname(path) for path in glob.glob(os.path.join(directory, "*", WHOLE)))
+    return [os.path.basename(path) for path in sorted(marked, key=step_of) if not missing(path)]
+
+
+def missing(path: str) -> str:
+    """What a checkpoint has lost since it was written, or ""."""
+    found = _sizes(path)
+    for name, size in (_written(path) or {}).get("bytes", {}).items():
+        if found.get(name) != size:
+            has = f"has {found[name]:,} bytes of {size:,}" if name in found else "is missing"
+            return f"{name} {has}"
+    return ""
+
+
+def _written(path: str) -> dict[str, Any] | None:
+    """What `mark_whole` noted; None in a checkpoint that is not whole, or that OpenRLHF wrote alone."""
+    try:
+        with open(os.path.join(path, WHOLE)) as file:
+            return json.loads(file.read() or "{}")  # it was empty once
+    except FileNotFoundError:
+        return None
+
+
+def _sizes(path: str) -> dict[str, int]:
+    files = [os.path.join(at, name) for at, _, names in os.walk(path) for name in names if name != WHOLE]
+    return {os.path.relpath(file, path): os.path.getsize(file) for file in files}
+
+
+def _replace(path: str, text: str) -> None:
+    """Write a file that is there wholly or not at all."""
+    new = f"{path}.{os.getpid()}"
+    with open(new, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)

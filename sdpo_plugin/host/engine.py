@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
 import traceback
 from collections.abc import Awaitable, Callable
@@ -35,6 +37,8 @@ _shown: ContextVar[list[int] | None] = ContextVar("shown", default=None)
 _own: ContextVar[list[int]] = ContextVar("own")
 _reward: ContextVar[RewardConfig] = ContextVar("reward")
 _replaced: ContextVar[int | None] = ContextVar("replaced", default=None)
+# Of a call of a reward server, per asyncio task: what OpenRLHF logged about its requests, each of which it swallows.
+_said: ContextVar[list[str] | None] = ContextVar("said", default=None)
 # Of the trajectory of an agent, per asyncio task: what each step so far said, of the whole and of its own turn.
 _steps: ContextVar[list[tuple[Any, Any]]] = ContextVar("steps")
 
@@ -76,6 +80,7 @@ for _name in _FETCHES:
 MultiTurnAgentExecutor = seam("openrlhf.utils.agent:MultiTurnAgentExecutor")
 seam("openrlhf.utils.agent:MultiTurnAgentExecutor.__init__", "agent_instance_cls")
 seam("openrlhf.utils.agent:AgentInstanceBase.step")
+_agent_logger = seam("openrlhf.utils.agent:logger")
 RolloutRayActor = seam("openrlhf.trainer.ray.vllm_engine:RolloutRayActor")
 
 
@@ -88,6 +93,7 @@ class Engine(RolloutRayActor):
             # A thread that never returns is left behind, so there must be more threads than may work at a time.
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MAX_THREADS))
             at_a_time = asyncio.Semaphore(min(32, (os.cpu_count() or 1) + 4))  # as many as asyncio's default
+            _agent_logger.addFilter(_overheard)
             for name in _FETCHES:
                 fetch = feedback_and_failures_kept(getattr(self.executor, name), at_a_time)
                 setattr(self.executor, name, fetch)
@@ -142,17 +148,29 @@ def feedback_and_failures_kept(fetch: Fetch, at_a_time: asyncio.Semaphore) -> Fe
         for attempt in range(config.attempts):
             if attempt:
                 await asyncio.sleep(2.0 ** (attempt - 1))
+            _said.set(said := [])
             try:
                 async with at_a_time:
                     results = await asyncio.wait_for(fetch(queries, prompts, labels), config.timeout)
                 return [_with_feedback(result) for result in results]
             except (TimeoutError, asyncio.TimeoutError):
-                failure = f"no answer within {config.timeout:g} s (--reward.timeout)"
+                failure = f"no answer within {config.timeout:g} s (--reward.timeout){_last(said)}"
             except Exception as error:
-                failure = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+                failure = f"{type(error).__name__}: {error}{_last(said)}\n{traceback.format_exc()}"
         return [{"extra_logs": {FAILURE: failure}} for _ in queries]
 
     return call
+
+
+def _overheard(record: logging.LogRecord) -> bool:
+    """A filter that lets everything pass, and notes it for the call that it is about."""
+    if (said := _said.get()) is not None:
+        said.append(record.getMessage())
+    return True
+
+
+def _last(said: list[str]) -> str:
+    return f" ({said[-1]})" if said else ""
 
 
 def steps_noted(agent: type) -> type:
@@ -191,7 +209,8 @@ def failures_kept(execute: Execute) -> Execute:
 
     async def call(**given: Any) -> dict[str, Any]:
         try:
-            return await execute(**given)
+            response = await execute(**given)
+            return {**response, **{name: _number(name, response.get(name)) for name in ("reward", "scores")}}
         except ConfigError:
             raise
         except Exception as error:
@@ -209,13 +228,36 @@ def failures_kept(execute: Execute) -> Execute:
 
 
 def _with_feedback(result: Any) -> dict[str, Any]:
+    """What a reward function returned for one query, in OpenRLHF's terms.
+
+    Raises TypeError or ValueError where it is none: OpenRLHF would go on without a reward, or with one that is NaN.
+    """
     if not isinstance(result, dict) or result.get("rewards") is None:
         given = f"a dict with {', '.join(map(repr, result))}" if isinstance(result, dict) else type(result).__name__
         raise TypeError(f"expected a dict with 'rewards', one number per query, but {given} was returned")
-    if FEEDBACK not in result:
-        return result
-    feedback = result[FEEDBACK]
-    if isinstance(feedback, (list, tuple)) and len(feedback) == 1:  # one entry per query, like `rewards`
-        feedback = feedback[0]
-    extra_logs = {**(result.get("extra_logs") or {}), FEEDBACK: feedback}
-    return {**{k: v for k, v in result.items() if k != FEEDBACK}, "extra_logs": extra_logs}
+    extra_logs = dict(result.get("extra_logs") or {})
+    extra_logs = {name: _number(f"extra_logs[{name!r}]", value) for name, value in extra_logs.items()}
+    if FEEDBACK in result:
+        feedback = result[FEEDBACK]
+        if isinstance(feedback, (list, tuple)) and len(feedback) == 1:  # one entry per query, like `rewards`
+            feedback = feedback[0]
+        extra_logs[FEEDBACK] = feedback
+    numbers = {name: _number(name, result.get(name)) for name in ("rewards", "scores")}
+    return {**numbers, "extra_logs": extra_logs}
+
+
+def _number(name: str, value: Any) -> float | None:
+    """The one number in a scalar, a tensor or a list; None stays.
+
+    Raises TypeError where there is not exactly one, ValueError where it is infinite or NaN.
+    """
+    given, value = value, value.tolist() if hasattr(value, "tolist") else value
+    while isinstance(value, (list, tuple)) and len(value) == 1:
+        (value,) = value
+    if value is None:
+        return None
+    if not isinstance(value, (bool, int, float)):
+        raise TypeError(f"{name} is {given!r:.200}; expected one number per query, and there is one query a call")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; expected a finite number")
+    return float(value)

@@ -27,9 +27,18 @@ from sdpo_plugin.host.seams import SeamError
 SOFTWARE, SETTINGS, REWARD, MACHINE, STOPPED = 1, 2, 3, 4, 5
 FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
 LOST = re.compile("Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process exited")
+# What torch, DeepSpeed and numpy say where a file cannot be written to its end, and torch of one that has none.
+UNWRITTEN = re.compile(
+    r"PytorchStreamWriter failed|inline_container\S* \. unexpected pos|No space left on device|Disk quota exceeded|"
+    r"File too large|\d+ requested and \d+ written"
+)
+UNREAD = re.compile("PytorchStreamReader failed|unexpected EOF|pickle data was truncated")
 NO_ROOM = (
     "lower --train.micro_batch_size and --rollout.micro_batch_size, --teacher.max_tokens_per_gpu or "
     "--vllm.gpu_memory_utilization, or use --teacher.offload; openrlhf-sdpo doctor --config RECIPE shows what takes it"
+)
+NO_DISK = (
+    "make room, or give another --ckpt.path and --ckpt.output_dir; --ckpt.load_enable goes on from the last checkpoint"
 )
 
 
@@ -38,6 +47,10 @@ class RewardError(RuntimeError):
 
     The first line says what happened, the rest is the traceback.
     """
+
+
+class NotFinite(RuntimeError):
+    """A loss or a gradient is infinite or NaN, and with it the weights."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,28 @@ def explain(error: BaseException) -> Failure:
         return Failure(SETTINGS, found)
     if kind == "OutOfMemoryError" or "out of memory" in said.lower():
         return Failure(MACHINE, f"out of memory: {said.splitlines()[0]}", actor or last_frame(text), NO_ROOM)
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return Failure(MACHINE, said, last_frame(text), "make room, or give another --ckpt.path and --ckpt.output_dir")
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return Failure(MACHINE, said, last_frame(text), NO_DISK)
+    if UNWRITTEN.search(said):
+        what = f"a file could not be written to its end: {said.splitlines()[0][:300]}"
+        return Failure(MACHINE, what, last_frame(text), NO_DISK)
+    if UNREAD.search(said):
+        return Failure(
+            MACHINE, f"a file of the checkpoint is damaged: {said.splitlines()[0][:300]}", last_frame(text),
+            "write the name of an older checkpoint into the file `latest` beside it",
+        )  # fmt: skip
+    if isinstance(cause, RuntimeError) and "loading state_dict" in said:
+        first = [line.strip() for line in said.splitlines()[:2]]
+        return Failure(
+            SETTINGS, f"--ckpt.load_enable: the checkpoint is of another model: {' '.join(first)[:300]}", actor,
+            "give its --actor.model_name_or_path, or another --ckpt.path",
+        )  # fmt: skip
+    if isinstance(cause, NotFinite):
+        return Failure(
+            SETTINGS, said, actor,
+            "lower --actor.adam.lr or --actor.max_norm, or look at what plugins add to the loss; --ckpt.load_enable "
+            "goes on from the last checkpoint",
+        )  # fmt: skip
     if kind in ("EngineDeadError", "EngineGenerateError"):
         return Failure(
             MACHINE, f"a rollout engine died: {said.splitlines()[0]}", actor,

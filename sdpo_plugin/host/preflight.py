@@ -7,15 +7,21 @@ function its source.
 from __future__ import annotations
 
 import ast
+import fcntl
 import os
+import socket
+import time
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import ConfigError
+from sdpo_plugin.host import checkpoint
 from sdpo_plugin.host.cluster import Cluster, require_gpus
 from sdpo_plugin.host.seams import seam
+
+LOCK = ".openrlhf-sdpo.lock"
 
 blending_datasets = seam("openrlhf.trainer.ppo_trainer:blending_datasets", "datasets", "strategy", "dataset_split")
 
@@ -26,10 +32,16 @@ def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
     Files are looked for on this machine only where the run stays on it; a driver need not have what the nodes have.
     """
     require_gpus(args, cluster, cpu)
-    if cluster is not None and cluster.nodes > 1:
+    written = {"--ckpt.output_dir": args.ckpt.output_dir, "--ckpt.path": args.ckpt.path}
+    on_one_machine = cluster is None or cluster.nodes == 1
+    if on_one_machine:
+        for flag, path in written.items():
+            writable(flag, path)
+    for path, flag in {os.path.realpath(path): flag for flag, path in written.items()}.items():
+        alone(flag, path)
+    checkpoints(args)
+    if not on_one_machine:
         return
-    writable("--ckpt.output_dir", args.ckpt.output_dir)
-    writable("--ckpt.path", args.ckpt.path)
     reward(args)
     for flag, path in (
         ("--actor.model_name_or_path", args.actor.model_name_or_path),
@@ -50,6 +62,45 @@ def writable(flag: str, path: str) -> None:
         os.remove(file.name)
     except OSError as error:
         raise ConfigError(f"{flag} {path}: cannot be written to ({error.strerror}); give another directory") from error
+
+
+_locked: list[Any] = []  # files, open as long as this process lives
+
+
+def alone(flag: str, path: str) -> None:
+    """No other run that has not ended writes to the same directory; the system forgets a lock with its process."""
+    try:
+        file = open(os.path.join(path, LOCK), "a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ConfigError(
+            f"{flag} {path}: another run writes there ({file.read().strip()}); end it, or give another directory"
+        ) from error
+    except OSError:
+        return  # a directory of the nodes that this machine does not see, or a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}\n")
+    file.flush()
+    _locked.append(file)
+
+
+def checkpoints(args: Any) -> None:
+    """What is there can be read if the run is to go on from it, and is not lost if it is not.
+
+    A run that starts anew deletes and writes over the checkpoints of an earlier one, as its own old ones.
+    """
+    directory = os.path.join(args.ckpt.path, "_actor")
+    if args.ckpt.load_enable:
+        universal = args.ds.use_universal_ckpt  # DeepSpeed's own, which any number of ranks can read
+        checkpoint.require_readable(directory, {} if universal else checkpoint.written_with(args))
+        return
+    best = bool(args.eval.dataset) and args.eval.steps > 0 and args.ckpt.best_metric_key != "none"
+    if (args.ckpt.save_steps > 0 or best) and (named := checkpoint.named_latest(directory)):
+        raise ConfigError(
+            f"--ckpt.path {args.ckpt.path}: an earlier run has left {named} there, and this one would write over its "
+            "checkpoints; give --ckpt.load_enable to go on from it, or another directory, or delete it"
+        )
 
 
 def reward(args: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -14,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from sdpo_plugin import plugins
 from sdpo_plugin.host import lora, metrics
+from sdpo_plugin.host.checkpoint import named_latest
+from sdpo_plugin.host.failures import NotFinite
 from sdpo_plugin.host.seams import overrides, seam
 from sdpo_plugin.interface import Aggregate, Answers, MicroBatch, Worker, attached_loss_mask, loss_mask
 
@@ -104,8 +108,10 @@ class PolicyTrainer(seam(f"{_PPO_ACTOR}:ActorPPOTrainer")):
         if self.args.train.dynamic_batch_enable:
             # OpenRLHF makes DeepSpeed think that every micro-batch is a step: ZeRO 1 and 2 then drop all but the last.
             self.actor.model.set_gradient_accumulation_boundary(self._ends_optimizer_step(step))
+        ends = self.actor.model.is_gradient_accumulation_boundary()
         with self.actor.reads(micro_batch):
             status = super().training_step(experience, kl_ctl, step, loss_batch_info)
+        self._require_finite(status["metrics"], skipped=ends and not self.actor.model.was_step_applied())
         if self._ends_optimizer_step(step) and self.actor.model.was_step_applied():
             self.hook.openrlhf_optimizer_step(worker=self.worker)
         return metrics.report(status, micro_batch.metrics, micro_batch.means)
@@ -125,6 +131,33 @@ class PolicyTrainer(seam(f"{_PPO_ACTOR}:ActorPPOTrainer")):
                 super().broadcast_to_vllm()
         finally:
             self.actor = actor
+
+    def _require_finite(self, found: dict[str, Any], skipped: bool) -> None:
+        """Raises NotFinite: in bf16 DeepSpeed skips such a step in silence and logs the norm of the one before.
+
+        In fp16 it skips steps to find its loss scale.
+        """
+        loss = float(found["policy_loss"])
+        norm = found.get("actor_grad_norm", 0.0)  # -1 at ZeRO 1 and 2 where the gradient is not finite
+        if not math.isfinite(loss):
+            what = f"the loss is {loss:g}"
+        elif self.args.ds.param_dtype == "fp16":
+            return
+        elif skipped:
+            what = f"the gradient is not, and DeepSpeed skipped the step; the loss is {loss:g}"
+        elif not 0.0 <= norm < math.inf:
+            what = f"the gradient's norm is {'nan' if norm < 0 else f'{norm:g}'}, of a loss of {loss:g}"
+        else:
+            return
+        values = {name: torch.as_tensor(value, dtype=torch.float) for name, value in found.items()}
+        names = [name for name, value in values.items() if name != "actor_grad_norm" and not value.isfinite().all()]
+        path = os.path.join(self.args.ckpt.path, "_actor")
+        latest = named_latest(path)
+        raise NotFinite(
+            f"an update that is not finite: on rank {self.worker.rank} {what}"
+            + (f" (not finite: {', '.join(names)})" if names else "")
+            + (f"; the last checkpoint is {os.path.join(path, latest)}" if latest else f"; {path} has no checkpoint")
+        )
 
     def _ends_optimizer_step(self, step: int) -> bool:
         """Whether micro-batch `step` may end an optimizer step: of dynamic ones the buffer knows, else DeepSpeed."""

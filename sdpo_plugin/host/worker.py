@@ -115,6 +115,7 @@ class PolicyWorker(seam("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")):
             self.hook.openrlhf_save_checkpoint(worker=self, path=path)
             dist.barrier()  # every rank has written
             if self.rank == 0:
+                checkpoint.mark_whole(os.path.dirname(path), tag, checkpoint.written_with(self.args))
                 checkpoint.name_latest(os.path.dirname(path), tag)
                 checkpoint.prune(os.path.dirname(path), max_num, tag, self.strategy._read_ckpt_metric)
 

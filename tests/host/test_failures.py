@@ -1,12 +1,14 @@
 """Bad launches: each ends by itself, soon, with one message and the exit code of docs/train.md, and leaves nothing."""
 
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from common import ROWS, SDPO, TWO_RANKS
+from common import ROWS, SDPO, TWO_RANKS, Service
 
 from sdpo_plugin.testing import RunFailed, tiny_model
 
@@ -117,6 +119,67 @@ def test_a_reward_function(openrlhf, model, tmp_path, name):
     failed = ends(openrlhf, model, ROWS, tmp_path / "reward.py", *SDPO, "--reward.timeout", "2")
     assert error in message(failed) and where in message(failed)
     assert failed.code == REWARD and failed.seconds < IN_RAY
+
+
+def test_a_reward_service_that_answers_with_two_rewards_for_one(openrlhf, model):
+    service = Service(lambda request: b'{"rewards": [1.0, 0.0]}')
+    failed = ends(openrlhf, model, ROWS, service.url, *SDPO)
+    assert "rewards is [1.0, 0.0]; expected one number per query" in message(failed)
+    assert failed.code == REWARD and failed.seconds < IN_RAY
+
+
+# name: (what happens to a checkpoint of two ranks, flags, message)
+CHECKPOINTS = {
+    "truncated": (lambda path: os.truncate(path / "mp_rank_00_model_states.pt", 100), ["--ckpt.load_enable"],
+                  "mp_rank_00_model_states.pt has 100 bytes of "),
+    "other ranks": (None, ["--ckpt.load_enable", "--actor.num_gpus_per_node", "1"],
+                    "--actor.num_gpus_per_node 1: the checkpoint "),
+    "of an earlier run": (None, [], "an earlier run has left global_step2 there, and this one would write over"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint(openrlhf, model, reward, recorded, tmp_path, name):
+    damage, flags, error = CHECKPOINTS[name]
+    shutil.copytree(recorded.directory / "ckpt", tmp_path / "ckpt")
+    if damage:
+        damage(tmp_path / "ckpt" / "_actor" / "global_step2")
+    flags = [*SDPO, *TWO_RANKS, "--ckpt.save_steps", "1", "--ckpt.path", str(tmp_path / "ckpt"), *flags]
+    failed = ends(openrlhf, model, ROWS, reward, *flags, replay=recorded)
+    assert error in message(failed)
+    assert failed.code == SETTINGS and failed.seconds < BEFORE_RAY
+    assert (tmp_path / "ckpt" / "_actor" / "latest").read_text() == "global_step2"
+
+
+def test_two_runs_in_one_directory(openrlhf, model, reward, recorded, tmp_path):
+    """This process is the other run."""
+    from sdpo_plugin.host import preflight
+
+    (tmp_path / "model").mkdir()
+    preflight.alone("--ckpt.output_dir", str(tmp_path / "model"))
+    failed = ends(openrlhf, model, ROWS, reward, *SDPO, "--ckpt.output_dir", f"{tmp_path}/model", replay=recorded)
+    assert f"model: another run writes there (process {os.getpid()} on " in message(failed)
+    assert failed.code == SETTINGS and failed.seconds < BEFORE_RAY
+
+
+FAULTS = {
+    "controller": (MACHINE, "Controller died"),
+    "loss": (SETTINGS, "the loss is nan"),
+    "gradient": (SETTINGS, "the gradient"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_in_step_2_of_training(openrlhf, model, reward, recorded, tmp_path, fault):
+    """On the last of two ranks; what step 1 saved is there."""
+    code, error = FAULTS[fault]
+    flags = (*SDPO, *TWO_RANKS, "--ckpt.save_steps", "1", "--plugins", "fault")
+    flags += ("--fault.at", fault, "--fault.marker", f"{tmp_path}/fault")
+    failed = ends(openrlhf, model, ROWS, reward, *flags, replay=recorded, timeout=IN_RAY)
+    assert error in message(failed) and (tmp_path / "fault").exists()
+    assert failed.code == code and failed.seconds < IN_RAY
+    checkpoints = Path(f"{openrlhf.directory}/run{openrlhf.runs}/ckpt/_actor")
+    assert [path.parent.name for path in checkpoints.glob("*/whole")] == ["global_step1"]
 
 
 def test_a_plugin_that_raises_on_a_worker(openrlhf, model, reward, recorded, tmp_path, monkeypatch):

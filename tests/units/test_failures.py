@@ -1,6 +1,8 @@
 """What a failed run says and its exit code, without a run (with one: host/test_failures.py)."""
 
 import errno
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from sdpo_plugin.config import ConfigError, StopTraining
 from sdpo_plugin.context import FeedbackError
 from sdpo_plugin.host import failures
-from sdpo_plugin.host.failures import MACHINE, REWARD, SETTINGS, SOFTWARE, STOPPED, RewardError
+from sdpo_plugin.host.failures import MACHINE, REWARD, SETTINGS, SOFTWARE, STOPPED, NotFinite, RewardError
 from sdpo_plugin.host.seams import SeamError
 
 
@@ -38,6 +40,17 @@ DIED = "The actor died unexpectedly.\n\tclass_name: PolicyWorker\nThe actor died
         (SeamError("moved"), SOFTWARE, "moved"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), MACHINE, "out of memory: CUDA out of memory. Tried"),
         (OSError(errno.ENOSPC, "No space left on device"), MACHINE, "[Errno 28] No space left on device"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), MACHINE,
+         "a file could not be written to its end: [enforce fail at inline_container.cc:672] . unexpected pos 576 vs "
+         "534"),
+        (FromActor(OSError("1000 requested and 0 written")), MACHINE,
+         "a file could not be written to its end: 1000 requested and 0 written"),
+        (FromActor(RuntimeError("PytorchStreamReader failed reading zip archive"), "init()"), MACHINE,
+         "a file of the checkpoint is damaged: PytorchStreamReader failed reading zip archive"),
+        (FromActor(RuntimeError("Error(s) in loading state_dict for Llama:\n\tsize mismatch for x: [2] and [3]")),
+         SETTINGS, "--ckpt.load_enable: the checkpoint is of another model: Error(s) in loading state_dict for Llama: "
+         "size mismatch for x: [2] and [3]"),
+        (FromActor(NotFinite("an update that is not finite: nan")), SETTINGS, "an update that is not finite: nan"),
         (ActorDiedError(DIED), MACHINE, "PolicyWorker died: it was OOM"),
         (FromActor(KeyError("prompt")), SOFTWARE, "KeyError: 'prompt'"),
         (FromActor(RuntimeError("[gloo] Connection closed by peer [10.0.0.2]"), "fit()"), MACHINE,
@@ -60,6 +73,19 @@ def test_the_message_names_the_file_with_everything(tmp_path, monkeypatch):
     assert "test_failures.py, line" in where and "report it" in fix
     assert '{}["prompt"]' in next(tmp_path.iterdir()).read_text() and str(tmp_path) in kept
     assert failures.told(ConfigError("--x 1: no")) == (SETTINGS, "openrlhf-sdpo: error: --x 1: no")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_a_limit_cuts_off_is_the_machines_fault(tmp_path, zipped):
+    """What torch says of it, in a process whose files may have 64 KiB."""
+    code = (
+        "import resource, signal, torch; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+        f"torch.save(torch.zeros(1 << 20), {str(tmp_path / 'x.pt')!r}, _use_new_zipfile_serialization={zipped})"
+    )
+    said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True).stderr
+    failure = failures.explain(RuntimeError(said.rstrip().splitlines()[-1].removeprefix("RuntimeError: ")))
+    assert failure.code == MACHINE and failure.what.startswith("a file could not be written"), said
 
 
 def test_a_full_disk_keeps_no_message_back(monkeypatch):

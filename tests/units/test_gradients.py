@@ -1,5 +1,7 @@
-"""Each micro-batch has its share of one mean over the optimizer step."""
+"""Each micro-batch has its share of one mean over the optimizer step, and what is not finite ends the run."""
 
+import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -57,3 +59,35 @@ def test_openrlhf_s_policy_loss_is_proportional_to_a_sample_s_advantages(setting
 
     alone = [loss(advantages * one[:, None]) for one in torch.eye(4)]
     torch.testing.assert_close(loss(advantages * weights), (torch.stack(alone) * weights[:, 0]).sum())
+
+
+@pytest.mark.parametrize(
+    "loss, norm, dtype, said",
+    [
+        (0.5, 3.0, "bf16", None),
+        (0.5, None, "bf16", None),  # between two optimizer steps
+        (0.5, -1.0, "bf16", "on rank 1 the gradient's norm is nan, of a loss of 0.5; "),  # as ZeRO 1 and 2 say it
+        (0.5, math.inf, "bf16", "the gradient's norm is inf, of a loss of 0.5; "),
+        (0.5, "skipped", "bf16", "on rank 1 the gradient is not, and DeepSpeed skipped the step; the loss is 0.5; "),
+        (0.5, "skipped", "fp16", None),
+        (0.5, math.inf, "fp16", None),  # DeepSpeed lowers its loss scale
+        (math.nan, math.nan, "fp16", "on rank 1 the loss is nan (not finite: policy_loss, kl); "),
+    ],
+)
+def test_an_update_that_is_not_finite_is_an_error(tmp_path, loss, norm, dtype, said):
+    from sdpo_plugin.host.failures import NotFinite
+    from sdpo_plugin.host.trainer import PolicyTrainer
+
+    args = SimpleNamespace(ckpt=SimpleNamespace(path=str(tmp_path)), ds=SimpleNamespace(param_dtype=dtype))
+    trainer = SimpleNamespace(args=args, worker=SimpleNamespace(rank=1))
+    found = {"policy_loss": torch.tensor(loss), "kl": torch.tensor([loss]), "actor_lr": 1e-3}
+    found |= {} if norm in (None, "skipped") else {"actor_grad_norm": norm}
+    if said is None:
+        PolicyTrainer._require_finite(trainer, found, skipped=norm == "skipped")
+        return
+    with pytest.raises(NotFinite, match=re.escape(said)):
+        PolicyTrainer._require_finite(trainer, found, skipped=norm == "skipped")
+    (tmp_path / "_actor").mkdir()
+    (tmp_path / "_actor" / "latest").write_text("global_step4")
+    with pytest.raises(NotFinite, match="the last checkpoint is .*/_actor/global_step4$"):
+        PolicyTrainer._require_finite(trainer, found, skipped=norm == "skipped")

@@ -1,12 +1,18 @@
 """Killed at any moment and started again, a run ends with the weights of one that was never killed, bit for bit."""
 
 import copy
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from sdpo_plugin.host.checkpoint import flags_win, mend_latest, name_latest, prune
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.host.checkpoint import flags_win, mark_whole, mend_latest, name_latest, prune, require_readable
+
+FLAGS = {"--ds.zero_stage": 2, "--ds.lora.rank": 0}
 
 
 def test_latest_names_a_whole_checkpoint(tmp_path):
@@ -14,6 +20,7 @@ def test_latest_names_a_whole_checkpoint(tmp_path):
     for tag in ("global_step1", "global_step2", "global_step3"):
         (tmp_path / tag).mkdir()
     for tag in ("global_step1", "global_step2"):
+        mark_whole(str(tmp_path), tag, FLAGS)
         name_latest(str(tmp_path), tag)
     mend_latest(str(tmp_path))
     assert (tmp_path / "latest").read_text() == "global_step2"
@@ -33,6 +40,44 @@ def test_the_newest_checkpoint_is_never_pruned_and_best_ones_do_not_count(tmp_pa
     for max_num, left in ((3, {"1", "2", "4"}), (2, {"1", "4"}), (1, {"4"})):
         prune(str(tmp_path), max_num, "global_step4", lambda path: metrics[Path(path).name])
         assert {path.name for path in tmp_path.iterdir()} == {f"global_step{i}" for i in left} | {"best_step1"}
+
+
+def test_what_is_not_whole_is_pruned_first_and_no_clock_decides(tmp_path):
+    """A checkpoint that was cut off does not take the place of a whole one, and steps count where times are wrong."""
+    tags = [f"global_step{step}" for step in (8, 9, 10, 11, 12)]
+    for age, tag in enumerate(tags):
+        (tmp_path / tag).mkdir()
+        if tag != "global_step11":
+            mark_whole(str(tmp_path), tag, FLAGS)
+        os.utime(tmp_path / tag, (1e9 - age, 1e9 - age))  # the clock went backwards
+    for max_num, left in ((4, (8, 9, 10, 12)), (2, (10, 12))):
+        prune(str(tmp_path), max_num, "global_step12", lambda path: None)
+        assert {path.name for path in tmp_path.iterdir()} == {f"global_step{i}" for i in left}
+    name_latest(str(tmp_path), "global_step13")
+    mend_latest(str(tmp_path))
+    assert (tmp_path / "latest").read_text() == "global_step12"
+
+
+def test_what_cannot_be_resumed_is_named_and_an_older_one_offered(tmp_path):
+    for tag in ("global_step9", "global_step10"):
+        (tmp_path / tag).mkdir()
+        (tmp_path / tag / "states.pt").write_bytes(bytes(1000))
+        mark_whole(str(tmp_path), tag, FLAGS)
+        name_latest(str(tmp_path), tag)
+    require_readable(str(tmp_path), FLAGS)
+    with pytest.raises(ConfigError, match="^--ds.zero_stage 3: the checkpoint .*step10 was written with 2 and cannot"):
+        require_readable(str(tmp_path), FLAGS | {"--ds.zero_stage": 3})
+    os.truncate(tmp_path / "global_step10" / "states.pt", 10)
+    with pytest.raises(ConfigError, match="states.pt has 10 bytes of 1,000; .*: echo global_step9 >"):
+        require_readable(str(tmp_path), FLAGS)
+    (tmp_path / "global_step9" / "states.pt").unlink()
+    with pytest.raises(ConfigError, match="no other one is whole; to start anew give another --ckpt.path"):
+        require_readable(str(tmp_path), FLAGS)
+    for tag in ("global_step9", "global_step10"):  # as OpenRLHF alone writes it
+        (tmp_path / tag / "whole").unlink()
+    require_readable(str(tmp_path), FLAGS)
+    shutil.rmtree(tmp_path)
+    require_readable(str(tmp_path), FLAGS)
 
 
 def test_a_restored_optimizer_has_the_settings_that_are_given():

@@ -1,9 +1,12 @@
 """What stands for the reward of a skipped sample, and reward functions that raise, hang, or return nothing."""
 
 import asyncio
+import logging
+import math
 import time
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -76,7 +79,7 @@ def test_a_call_that_failed_is_made_again():
             raise answer
         return answer
 
-    assert fetched(reward_func, attempts=2) == {"rewards": 1.0} and not answers
+    assert fetched(reward_func, attempts=2)["rewards"] == 1.0 and not answers
 
 
 def test_a_call_that_hangs_is_left_behind():
@@ -91,3 +94,43 @@ def test_a_call_that_hangs_is_left_behind():
 def test_what_is_no_reward_is_a_failure(returned, said):
     failure = fetched(lambda: returned)["extra_logs"]["reward_failure"]
     assert f"expected a dict with 'rewards', one number per query, but {said} was returned" in failure
+
+
+@pytest.mark.parametrize(
+    "returned, said",
+    [
+        ({"rewards": torch.tensor([0.0, 1.0])}, "rewards is tensor([0., 1.]); expected one number per query"),
+        ({"rewards": []}, "TypeError: rewards is []; expected one number"),
+        ({"rewards": "0.5"}, "TypeError: rewards is '0.5'; expected one number"),
+        ({"rewards": [math.nan]}, "ValueError: rewards is nan; expected a finite number"),
+        ({"rewards": 1.0, "scores": math.inf}, "ValueError: scores is inf; expected a finite number"),
+        ({"rewards": 1.0, "extra_logs": {"kind": "good"}}, "extra_logs['kind'] is 'good'; expected one number"),
+    ],
+)
+def test_what_is_not_one_finite_number_is_a_failure(returned, said):
+    """OpenRLHF takes NaN for a reward, and with it the whole group's advantages and the weights become NaN."""
+    assert said in fetched(lambda: returned)["extra_logs"]["reward_failure"]
+
+
+def test_one_number_in_any_form_is_a_reward():
+    """A server sends lists, one entry per query."""
+    for one in (1, True, [1.0], torch.tensor(1.0), torch.tensor([1]), numpy.float32(1.0)):
+        found = fetched(lambda: {"rewards": one, "scores": one, "extra_logs": {"x": one}, "feedback": ["f"]})  # noqa: B023
+        assert found == {"rewards": 1.0, "scores": 1.0, "extra_logs": {"x": 1.0, "feedback": "f"}}
+
+
+def test_why_a_server_could_not_be_asked_is_in_the_message():
+    """OpenRLHF's own error says that there were five errors, and logs which."""
+    from sdpo_plugin.host import engine
+
+    def reward_func():
+        logging.getLogger("openrlhf.utils.agent").info("Request error, please check: Cannot connect to host x:80")
+        raise RuntimeError("Request error for 5 times")
+
+    logger = logging.getLogger("openrlhf.utils.agent")
+    logger.addFilter(engine._overheard)
+    try:
+        failure = fetched(reward_func)["extra_logs"]["reward_failure"]
+    finally:
+        logger.removeFilter(engine._overheard)
+    assert failure.startswith("RuntimeError: Request error for 5 times (Request error, please check: Cannot connect to")
