@@ -96,7 +96,8 @@ def test_off_by_default_and_no_weight_is_another(replay, recorded):
 
 CASES = {
     "lora": (*SDPO, *ZERO[3], *LORA),
-    "dynamic": (*SDPO, *ZERO[2], "--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "64"),
+    "dynamic": (*SDPO, *ZERO[2], "--ds.packing_samples", "--vllm.num_engines", "1",  # OpenRLHF packs only with an engine
+                "--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "64"),
     "policy loss": (*SDPO, *ZERO[2], "--distill.weight", "0.5", "--teacher.kind", "trust_region"),
     "sdft": ("--algo", "sdft", *ZERO[2], "--reprompt.privileged_key", "note"),
     "rlcsd": ("--algo", "rlcsd", *ZERO[3], "--rlcsd.wrong_hints", "1", "--reprompt.template",
