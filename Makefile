@@ -17,6 +17,7 @@ demo-lm: .venv/lm
 # Two files of tests at a time: one run of OpenRLHF does not keep two cores busy.
 test: .venv/installed
 	$(PY) -m ruff check sdpo_plugin tests recipes
+	$(PY) -m mypy
 	$(PY) -m pytest -n 2 --dist loadfile
 
 # The pages of docs/ as a site, in runs/site: open index.html, or serve it (python -m http.server -d runs/site) to search.

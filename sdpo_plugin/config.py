@@ -32,6 +32,7 @@ class Group:
     """Shared by the option groups: `prefix` is the flag prefix (`distill` -> `--distill.alpha`)."""
 
     prefix: str
+    __dataclass_fields__: typing.ClassVar[dict[str, Any]]  # every group is a dataclass
 
     def __post_init__(self) -> None:
         for f in fields(self):

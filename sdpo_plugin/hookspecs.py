@@ -26,7 +26,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def openrlhf_algorithms() -> list[type]:
+def openrlhf_algorithms() -> list[type] | None:
     """Classes this plugin offers to `--algo` (`algorithm.SelfDistillation`, or a class with the same class attributes).
 
     The chosen one is made once in each process, with the arguments, and its hooks are registered.
@@ -122,7 +122,7 @@ def openrlhf_worker_setup(worker: Worker) -> None:
 
 
 @hookspec
-def openrlhf_device_tensors(worker: Worker) -> Iterable[torch.Tensor]:
+def openrlhf_device_tensors(worker: Worker) -> Iterable[torch.Tensor] | None:
     """This plugin's tensors in device memory that outlast a step, always in the same order.
 
     With `--ds.enable_sleep` they are in host memory while the optimizer is: their `data` points there.

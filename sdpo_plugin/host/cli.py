@@ -57,7 +57,7 @@ def show_plugins(arguments: list[str]) -> None:
             plugin = manager.get_plugin(one.name)
             for algorithm in getattr(plugin, "openrlhf_algorithms", list)():
                 print(f"  --algo {algorithm.name:6} {(algorithm.__doc__ or '').strip().splitlines()[0]}")
-            print("  hooks   " + ", ".join(sorted(caller.name for caller in manager.get_hookcallers(plugin))))
+            print("  hooks   " + ", ".join(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ())))
 
 
 def show_options(arguments: list[str]) -> None:

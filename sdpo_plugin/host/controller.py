@@ -15,6 +15,10 @@ from sdpo_plugin.host.rollout import ExperienceMaker, SamplesGenerator, training
 from sdpo_plugin.host.seams import overrides, seam
 
 _BASE = seam("openrlhf.trainer.ppo_trainer:BasePPOTrainer")
+_PPOTrainer: Any = seam("openrlhf.trainer.ppo_trainer:PPOTrainer")
+_TrainingActor: Any = seam("openrlhf.trainer.ppo_trainer_async:TrainingActor")
+_GenerateSamplesActor: Any = seam("openrlhf.trainer.ppo_trainer_async:GenerateSamplesActor")
+_Controller: Any = object  # one of the two, which `ControllerHooks` is mixed into
 seam("openrlhf.trainer.ppo_trainer_async:SamplesGenerator")
 seam("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name")
 
@@ -31,7 +35,7 @@ def bind(args: Any) -> None:
     set_seed(args.train.seed)
 
 
-class ControllerHooks:
+class ControllerHooks(_Controller):
     """The part the synchronous and the asynchronous controller share."""
 
     stopped: StopTraining | None = None
@@ -73,8 +77,8 @@ class ControllerHooks:
     @overrides(of=_BASE)
     def init_checkpoint_states(self) -> dict[str, Any]:
         # A run killed in its first save left a directory without a checkpoint: it starts anew.
-        states = {"episode": 0, "global_step": 0, "total_consumed_prompts": 0, "data_loader_state_dict": {}}
-        states |= super().init_checkpoint_states()
+        states: dict[str, Any] = {"episode": 0, "global_step": 0, "total_consumed_prompts": 0}
+        states |= {"data_loader_state_dict": {}} | super().init_checkpoint_states()
         plugins.active().hook.openrlhf_load_states(states=states, args=self.args)
         self._begin(states["global_step"])
         return states
@@ -83,14 +87,14 @@ class ControllerHooks:
         """Global step `step` is over: what a restart cannot know otherwise."""
 
 
-class Controller(ControllerHooks, seam("openrlhf.trainer.ppo_trainer:PPOTrainer")):
+class Controller(ControllerHooks, _PPOTrainer):
     """ppo_trainer.py: `PPOTrainer`."""
 
     def _begin(self, step: int) -> None:
         self.samples_generator.order.step = step  # deterministic requests are seeded by it
 
 
-class AsyncController(ControllerHooks, seam("openrlhf.trainer.ppo_trainer_async:TrainingActor")):
+class AsyncController(ControllerHooks, _TrainingActor):
     """ppo_trainer_async.py: `TrainingActor`."""
 
     @overrides()
@@ -99,7 +103,7 @@ class AsyncController(ControllerHooks, seam("openrlhf.trainer.ppo_trainer_async:
         super().broadcast_to_vllm()
 
 
-class AsyncGenerator(seam("openrlhf.trainer.ppo_trainer_async:GenerateSamplesActor")):
+class AsyncGenerator(_GenerateSamplesActor):
     """ppo_trainer_async.py: `GenerateSamplesActor`."""
 
     def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:

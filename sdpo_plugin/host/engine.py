@@ -76,13 +76,13 @@ for _name in _FETCHES:
 MultiTurnAgentExecutor = seam("openrlhf.utils.agent:MultiTurnAgentExecutor")
 seam("openrlhf.utils.agent:MultiTurnAgentExecutor.__init__", "agent_instance_cls")
 seam("openrlhf.utils.agent:AgentInstanceBase.step")
-RolloutRayActor = seam("openrlhf.trainer.ray.vllm_engine:RolloutRayActor")
+RolloutRayActor: Any = seam("openrlhf.trainer.ray.vllm_engine:RolloutRayActor")
 
 
 class Engine(RolloutRayActor):
     """vllm_engine.py: `RolloutRayActor`."""
 
-    async def __init__(self, *args: Any, **kwargs: Any) -> None:
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray awaits it
         await super().__init__(*args, **kwargs)
         if isinstance(self.executor, SingleTurnAgentExecutor):
             # A thread that never returns is left behind, so there must be more threads than may work at a time.
@@ -155,7 +155,7 @@ def feedback_and_failures_kept(fetch: Fetch, at_a_time: asyncio.Semaphore) -> Fe
     return call
 
 
-def steps_noted(agent: type) -> type:
+def steps_noted(agent: type[Any]) -> type[Any]:
     """An agent's class whose steps note their feedback: OpenRLHF keeps the last one's `extra_logs` only."""
 
     async def step(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -171,7 +171,8 @@ def steps_collected(execute: Execute) -> Execute:
     """An agent's `execute`, whose response has the feedback of all steps: one text, and of each turn its own."""
 
     async def call(**given: Any) -> dict[str, Any]:
-        _steps.set(steps := [])
+        steps: list[tuple[Any, Any]] = []
+        _steps.set(steps)
         response = await execute(**given)
         if not steps:
             return response

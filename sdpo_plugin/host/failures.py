@@ -73,9 +73,8 @@ def explain(error: BaseException) -> Failure:
         return Failure(REWARD, said)
     if isinstance(cause, SeamError):
         return Failure(SOFTWARE, said, fix="install a tested version")
-    if "CPU mode was asked for" in text:
-        found = re.search(r"CPU mode was asked for.*", text)[0]
-        return Failure(SETTINGS, found)
+    if found := re.search(r"CPU mode was asked for.*", text):
+        return Failure(SETTINGS, found[0])
     if kind == "OutOfMemoryError" or "out of memory" in said.lower():
         return Failure(MACHINE, f"out of memory: {said.splitlines()[0]}", actor or last_frame(text), NO_ROOM)
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
