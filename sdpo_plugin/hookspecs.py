@@ -99,6 +99,19 @@ def openrlhf_metrics(status: dict[str, Any], args: Any) -> None:
 
 
 @hookspec
+def openrlhf_log(metrics: dict[str, Any], step: int, evaluation: bool, args: Any) -> None:
+    """What OpenRLHF gives its loggers of global step `step`: every `--logger.logging_steps`, and of each evaluation.
+
+    Values are numbers; `generated_samples` is a text and its reward.
+    """
+
+
+@hookspec
+def openrlhf_end(error: BaseException | None, args: Any) -> None:
+    """The training is over: `error` is what ended it (`StopTraining`: a plugin did), or None. Not after a kill."""
+
+
+@hookspec
 def openrlhf_save_states(states: dict[str, Any], args: Any) -> None:
     """A checkpoint is about to be saved: add plain values that this process must have after a restart."""
 

@@ -21,6 +21,34 @@ _GenerateSamplesActor: Any = seam("openrlhf.trainer.ppo_trainer_async:GenerateSa
 _Controller: Any = object  # one of the two, which `ControllerHooks` is mixed into
 seam("openrlhf.trainer.ppo_trainer_async:SamplesGenerator")
 seam("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name")
+for _name in ("log_train", "log_eval"):
+    seam(f"openrlhf.trainer.ppo_trainer:WandbLogger.{_name}", "global_step", "logs_dict")
+seam("openrlhf.trainer.ppo_trainer:WandbLogger.close")
+
+
+class LogHook:
+    """logging_utils.py: in the place of `WandbLogger`, which it calls if there is one, and then the plugins."""
+
+    def __init__(self, wandb: Any, args: Any) -> None:
+        self.wandb, self.args = wandb, args
+
+    def log_train(self, global_step: int, logs_dict: dict[str, Any]) -> None:
+        if self.wandb is not None:
+            self.wandb.log_train(global_step, logs_dict)
+        self._log(global_step, logs_dict, evaluation=False)
+
+    def log_eval(self, global_step: int, logs_dict: dict[str, Any]) -> None:
+        if self.wandb is not None:
+            self.wandb.log_eval(global_step, logs_dict)
+        self._log(global_step, logs_dict, evaluation=True)
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.close()
+
+    def _log(self, step: int, metrics: dict[str, Any], evaluation: bool) -> None:
+        hook = plugins.active().hook
+        hook.openrlhf_log(metrics=dict(metrics), step=step, evaluation=evaluation, args=self.args)
 
 
 def bind(args: Any) -> None:
@@ -38,11 +66,23 @@ def bind(args: Any) -> None:
 class ControllerHooks(_Controller):
     """The part the synchronous and the asynchronous controller share."""
 
+    wandb_logger: Any
     stopped: StopTraining | None = None
 
     def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
         bind(strategy.args)
         super().__init__(pretrain, strategy, *args, **kwargs)
+        self.wandb_logger = LogHook(self.wandb_logger, self.args)
+
+    @overrides(of=_BASE)
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        hook = plugins.active().hook
+        try:
+            super().fit(*args, **kwargs)
+        except BaseException as error:
+            hook.openrlhf_end(error=error, args=self.args)
+            raise
+        hook.openrlhf_end(error=None, args=self.args)
 
     @overrides("rollout_samples", "global_step", of=_BASE)
     def train_step(self, rollout_samples: Sequence[Any], global_step: int) -> tuple[dict[str, Any], int]:

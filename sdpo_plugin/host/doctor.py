@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdpo_plugin import memory, plugins
-from sdpo_plugin.config import ConfigError, RepromptConfig, chat_template_kwargs, from_namespace
+from sdpo_plugin.config import ConfigError, RepromptConfig, chat_template_kwargs, flat, from_namespace
 from sdpo_plugin.host import cluster, seams
 
 TESTED = {
@@ -193,9 +193,9 @@ def run(
     except SystemExit:
         yield Check("flags", FAIL, "OpenRLHF's parser refuses them; its message is above")
         return
-    flat = launch.flat(args)
-    report["flags"] = flat
-    changed = {name: value for name, value in flat.items() if name not in defaults or value != defaults[name]}
+    given = flat(args)
+    report["flags"] = given
+    changed = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
     table = Table("flag", "value", title="Flags other than OpenRLHF's defaults", title_justify="left", box=None)
     for name, value in sorted(changed.items()):
         table.add_row(f"--{name}", escape(_cut(repr(value), 100)))

@@ -6,11 +6,10 @@ import argparse
 import runpy
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import ConfigError, RewardConfig, add_group, chat_template_kwargs, from_namespace
+from sdpo_plugin.config import ConfigError, RewardConfig, add_group, chat_template_kwargs, flat, from_namespace
 from sdpo_plugin.host import deterministic, recipe, sleep
 from sdpo_plugin.host.cluster import PLATFORMS, VARIABLE
 
@@ -172,10 +171,3 @@ def early(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         if getattr(known, name) is None:
             setattr(known, name, from_recipe.get(key))
     return known, from_recipe
-
-
-def flat(nested: SimpleNamespace, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in vars(nested).items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, SimpleNamespace) else {f"{prefix}{key}": value}
-    return found

@@ -1,8 +1,8 @@
 """`python -m openrlhf.cli.train_ppo_ray --algo NAME ...` becomes `openrlhf-sdpo train --algo NAME ...`.
 
-So does every command line with `--config`, `--plugins` or `--platform`, and any at all where another distribution has
-installed a plugin, which is to act. Else OpenRLHF's command is left alone. Imported by `startup.pth` when an
-interpreter starts for OpenRLHF's launcher.
+So does every command line with `--config`, `--plugins`, `--platform`, `--logger.mlflow.*` or `--logger.swanlab.*`, and
+any at all where another distribution has installed a plugin, which is to act. Else OpenRLHF's command is left alone.
+Imported by `startup.pth` when an interpreter starts for OpenRLHF's launcher.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ LAUNCHER = "openrlhf.cli.train_ppo_ray"
 ENTRY_POINTS = "openrlhf.plugins"
 ALLOWED = "OPENRLHF_PLUGINS"  # the names of installed plugins that may be loaded, if not all of them
 FLAGS = ("--algo", "--config", "--plugins", "--platform")
+LOGGERS = ("--logger.mlflow.", "--logger.swanlab.")
 
 
 def redirect(command: list[str], installed: Iterable[str]) -> list[str] | None:
@@ -24,7 +25,7 @@ def redirect(command: list[str], installed: Iterable[str]) -> list[str] | None:
         return None
     at = command.index(LAUNCHER)
     arguments = command[at + 1 :]
-    asked = any(a.split("=", 1)[0] in FLAGS for a in arguments) or any(installed)
+    asked = any(a.split("=", 1)[0] in FLAGS or a.startswith(LOGGERS) for a in arguments) or any(installed)
     if command[at - 1] != "-m" or not asked:
         return None
     return [*command[:at], "sdpo_plugin.host.cli", "train", *arguments]
