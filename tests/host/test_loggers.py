@@ -1,4 +1,4 @@
-"""What OpenRLHF logs reaches MLflow and SwanLab, without `--algo` too; a continued run continues, a failed one failed."""
+"""What OpenRLHF logs reaches MLflow and SwanLab, without `--algo` too; a continued run goes on, a failed one failed."""
 
 import pytest
 from common import ROWS, SDPO
