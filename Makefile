@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # The versions that were tested, for this Python.
 TESTED = .ci/tested/$$($(PY) -c 'import sys; print(*sys.version_info[:2], sep=".")').txt
 
-.PHONY: demo demo-lm test docs bench matrix kills variants study install tested clean
+.PHONY: demo demo-lm test docs bench matrix kills variants study installs install tested clean
 
 demo: .venv/installed
 	$(PY) recipes/demo.py quickstart
@@ -48,6 +48,10 @@ study: .venv/lm
 	$(PY) tests/slow/study.py
 	$(PY) tests/slow/language_model.py
 
+# Wheel and sdist on every Python that is here, without OpenRLHF: writes docs/installs.md, some minutes.
+installs:
+	$(PYTHON) tests/slow/installs.py
+
 install: .venv/installed
 
 # The host and vLLM ask for packages without a CPU build, so they come without their dependencies, and the rest of
@@ -75,7 +79,7 @@ install: .venv/installed
 tested:
 	rm -rf .venv
 	$(MAKE) .venv/lm TESTED=/dev/null
-	$(PY) -m pip install -q -e '.[bench]'
+	-$(PY) -m pip install -q -e '.[bench]' # needs Python 3.11
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > $(TESTED)
 
 clean:

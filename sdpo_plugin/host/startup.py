@@ -8,6 +8,7 @@ Imported by `startup.pth` when an interpreter starts for OpenRLHF's launcher.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Iterable
@@ -39,5 +40,6 @@ def other_plugins() -> list[str]:
     return [name for name in names if allowed is None or name in allowed.split(",")]
 
 
-if LAUNCHER in sys.orig_argv and (_command := redirect(sys.orig_argv, other_plugins())) is not None:
+_installed = LAUNCHER in sys.orig_argv and importlib.util.find_spec("openrlhf") is not None  # else Python says it best
+if _installed and (_command := redirect(sys.orig_argv, other_plugins())) is not None:
     os.execv(sys.executable, [sys.executable, *_command[1:]])

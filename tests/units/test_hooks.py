@@ -76,6 +76,14 @@ def test_a_hook_that_does_not_exist_is_named(tmp_path, monkeypatch):
         plugins.load(["misspelt"])
 
 
+def test_an_argument_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    other = "from sdpo_plugin import hookimpl\n@hookimpl\ndef openrlhf_batch(batch, rollouts):\n    pass\n"
+    (tmp_path / "other.py").write_text(other)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(sdpo_plugin.ConfigError, match="--plugins other: .*openrlhf_batch(.|\\n)*rollouts"):
+        plugins.load(["other"])
+
+
 def test_what_a_plugin_author_needs_is_importable_from_the_top():
     for name in sdpo_plugin.__all__:
         assert getattr(sdpo_plugin, name) is not None
