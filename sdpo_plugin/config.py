@@ -13,6 +13,8 @@ import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -32,11 +34,12 @@ class Group:
     """Shared by the option groups: `prefix` is the flag prefix (`distill` -> `--distill.alpha`)."""
 
     prefix: str
+    __dataclass_fields__: typing.ClassVar[dict[str, Any]]  # every group is a dataclass
 
     def __post_init__(self) -> None:
         for f in fields(self):
             choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
+            if choices and getattr(self, f.name) not in (*choices, f.default):
                 self.fail(f.name, f"choose one of {', '.join(choices)}")
         self.check()
 
@@ -244,8 +247,16 @@ GROUPS: tuple[type[Group], ...] = (DistillConfig, TeacherConfig, RepromptConfig,
 
 def from_namespace(group: type[Group], args: Any) -> Any:
     """The group's instance from OpenRLHF's nested arguments (`args.distill.alpha`)."""
-    section = vars(getattr(args, group.prefix))
+    section = vars(attrgetter(group.prefix)(args))
     return group(**{f.name: section[f.name] for f in dataclasses.fields(group)})
+
+
+def flat(nested: SimpleNamespace, prefix: str = "") -> dict[str, Any]:
+    """OpenRLHF's nested arguments by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in vars(nested).items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, SimpleNamespace) else {f"{prefix}{key}": value}
+    return found
 
 
 def add_group(parser: argparse.ArgumentParser, group: type[Group]) -> None:

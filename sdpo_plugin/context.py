@@ -280,16 +280,17 @@ def _successes_by_group(rollouts: Sequence[Rollout], config: RepromptConfig) -> 
 
 def _demonstration(successes: list[Rollout], index: int, config: RepromptConfig) -> str:
     if config.demonstration == "best":
-        chosen = max(successes, key=lambda rollout: rollout.reward)
+        chosen = max(successes, key=lambda rollout: rollout.reward or 0.0)
     elif config.demonstration == "shortest":
-        chosen = min(successes, key=lambda rollout: len(rollout.response))
+        chosen = min(successes, key=lambda rollout: len(rollout.response or ""))
     elif config.demonstration == "random":
         # The responses are part of the seed: with the index alone, every step would choose alike.
         seed = repr((config.seed, index, [rollout.response for rollout in successes]))
         chosen = random.Random(seed).choice(successes)
     else:
         chosen = successes[0]
-    return _without_thoughts(chosen.response) if config.remove_thinking else chosen.response
+    response = chosen.response or ""
+    return _without_thoughts(response) if config.remove_thinking else response
 
 
 def _without_thoughts(text: str) -> str:

@@ -48,6 +48,7 @@ def measure(
         temperature=temperature,
     ).token_loss
     own, entropy = linear_log_probs(student_hidden, student, token_ids, temperature, with_entropy=True)
+    assert entropy is not None
     advantage = linear_log_probs(teacher_hidden, teacher, token_ids, temperature)[0] - own
     every = torch.ones_like(failed)
     masked = {
@@ -63,7 +64,7 @@ def length_metrics(samples: Sequence[Any]) -> dict[str, float]:
     Names and meaning as TRL's `completions/min_length` and `completions/mean_terminated_length`.
     """
     lengths = [int(sample.action_mask.sum()) for sample in samples]
-    metrics = {"response_length_min": min(lengths), "response_length_max": max(lengths)}
+    metrics: dict[str, float] = {"response_length_min": min(lengths), "response_length_max": max(lengths)}
     ended = [n for n, sample in zip(lengths, samples, strict=True) if n and not sample.truncated]
     if ended:
         metrics |= {

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -198,7 +198,8 @@ def _run(hidden: Tensor, head: Head, job: _Job, differentiable_log_probs: bool) 
     eager = torch.is_grad_enabled() and not differentiable_log_probs and head.weight.dtype != torch.float16
     if head.beside is not None and torch.is_grad_enabled():
         raise ValueError("a head with a second weight is a teacher's: it gets no gradient")
-    scores = _Pass.apply(hidden, head.weight, head.bias, replace(head, weight=None, bias=None), job, eager)
+    apart: Any = None  # tensors that get gradients are arguments of their own
+    scores = _Pass.apply(hidden, head.weight, head.bias, replace(head, weight=apart, bias=apart), job, eager)
     loss, token_loss, log_probs, entropy = scores
     if not differentiable_log_probs:
         log_probs, entropy = log_probs.detach(), None if entropy is None else entropy.detach()
@@ -274,7 +275,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     entropy = torch.zeros_like(token_loss) if job.with_entropy else None
     grad_hidden = torch.zeros_like(hidden) if needed[0] else None
     grad_weight = torch.zeros_like(head.weight, dtype=sums) if needed[1] else None
-    grad_bias = torch.zeros_like(head.bias, dtype=sums) if needed[2] else None
+    grad_bias = torch.zeros_like(head.bias, dtype=sums) if needed[2] and head.bias is not None else None
 
     chunk_rows, tile_rows = _rows_at_a_time(hidden.device, vocab * sums.itemsize)
     chunk_rows = min(job.chunk_size or chunk_rows, max(n, 1))
@@ -301,7 +302,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
                     student[tile], [products[tile] for products in taught_by], rows[tile], student_head, part, arriving
                 )
                 for output, values in zip((token_loss, log_probs, entropy), scores, strict=True):
-                    if values is not None:
+                    if output is not None and values is not None:
                         output[rows[tile]] = values
                 if differentiate:
                     student[tile] = gradient  # the products are not needed any more
@@ -310,7 +311,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
 
     loss = (token_loss * job.distilled.weights.to(sums)).sum() if job.distilled is not None else None
     grad_weight = None if grad_weight is None else grad_weight.to(head.weight.dtype)
-    grad_bias = None if grad_bias is None else grad_bias.to(head.bias.dtype)
+    grad_bias = None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype)
     return (loss, token_loss, log_probs, entropy), (grad_hidden, grad_weight, grad_bias)
 
 
@@ -335,12 +336,14 @@ def _score(
     gradient = None
     if differentiate:
         arriving = (
-            None if upstream.loss is None else upstream.loss * distilled.weights[rows].to(loss.dtype),
+            None if upstream.loss is None or distilled is None or loss is None
+            else upstream.loss * distilled.weights[rows].to(loss.dtype),
             None if upstream.log_probs is None else upstream.log_probs[rows],
             None if upstream.entropy is None else upstream.entropy[rows],
         )
         outputs = (loss, token, student_entropy)
-        pairs = [(output, g) for output, g in zip(outputs, arriving, strict=True) if g is not None]
+        both = zip(outputs, arriving, strict=True)
+        pairs = [(output, g) for output, g in both if output is not None and g is not None]
         (gradient,) = torch.autograd.grad([x for x, _ in pairs], products, [g for _, g in pairs])
     return (loss, token, student_entropy), gradient
 

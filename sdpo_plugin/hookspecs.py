@@ -26,7 +26,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def openrlhf_algorithms() -> list[type]:
+def openrlhf_algorithms() -> list[type] | None:
     """Classes this plugin offers to `--algo` (`algorithm.SelfDistillation`, or a class with the same class attributes).
 
     The chosen one is made once in each process, with the arguments, and its hooks are registered.
@@ -99,6 +99,19 @@ def openrlhf_metrics(status: dict[str, Any], args: Any) -> None:
 
 
 @hookspec
+def openrlhf_log(metrics: dict[str, Any], step: int, evaluation: bool, args: Any) -> None:
+    """What OpenRLHF gives its loggers of global step `step`: every `--logger.logging_steps`, and of each evaluation.
+
+    Values are numbers; `generated_samples` is a text and its reward.
+    """
+
+
+@hookspec
+def openrlhf_end(error: BaseException | None, args: Any) -> None:
+    """The training is over: `error` is what ended it (`StopTraining`: a plugin did), or None. Not after a kill."""
+
+
+@hookspec
 def openrlhf_save_states(states: dict[str, Any], args: Any) -> None:
     """A checkpoint is about to be saved: add plain values that this process must have after a restart."""
 
@@ -122,7 +135,7 @@ def openrlhf_worker_setup(worker: Worker) -> None:
 
 
 @hookspec
-def openrlhf_device_tensors(worker: Worker) -> Iterable[torch.Tensor]:
+def openrlhf_device_tensors(worker: Worker) -> Iterable[torch.Tensor] | None:
     """This plugin's tensors in device memory that outlast a step, always in the same order.
 
     With `--ds.enable_sleep` they are in host memory while the optimizer is: their `data` points there.

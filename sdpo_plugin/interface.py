@@ -277,7 +277,7 @@ class MicroBatch:
         return torch.autograd.grad(mean(unit, self.loss_mask.float()), unit)[0]
 
 
-def attached_loss_mask(experience: Any) -> list[torch.Tensor] | None:
+def attached_loss_mask(experience: Any) -> Any:
     """The masks that a plugin attached, one per sample of the batch (or the one of a single sample), or None."""
     return experience.info.get(ATTACHED + LOSS_MASK)
 
@@ -457,6 +457,8 @@ class Worker(Protocol):
     args: Any
     actor: Any
     tokenizer: Any
+    strategy: Any
+    trainer: Any
     masters: Masters
     rank: int
     ranks: int

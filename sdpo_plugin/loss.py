@@ -132,9 +132,9 @@ def on_support(student_log_probs: Tensor, teacher_log_probs: Tensor, config: Dis
     likeliest of `config.support`, the same ones for both, and the mass outside them in one more bucket (`add_tail`)
     or divided among them.
     """
-    pair = (student_log_probs, teacher_log_probs)
-    if config.mode == "full" or config.topk >= student_log_probs.shape[-1]:
-        return pair
+    pair: tuple[Tensor, ...] = (student_log_probs, teacher_log_probs)
+    if config.mode == "full" or config.topk is None or config.topk >= student_log_probs.shape[-1]:
+        return student_log_probs, teacher_log_probs
     choosers = {"student": pair[:1], "teacher": pair[1:], "union": pair}[config.support]
     ids = torch.cat([x.topk(config.topk, dim=-1).indices for x in choosers], dim=-1)
     pair = tuple(x.gather(-1, ids) for x in pair)

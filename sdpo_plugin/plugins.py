@@ -88,13 +88,13 @@ def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
         raise
 
 
-def algorithms(manager: pluggy.PluginManager) -> dict[str, type]:
+def algorithms(manager: pluggy.PluginManager) -> dict[str, type[Any]]:
     """What the plugins of `manager` offer to `--algo`, by name; of two with one name, the last one's."""
-    offered: Sequence[Sequence[type]] = manager.hook.openrlhf_algorithms()
+    offered: Sequence[Sequence[type[Any]]] = manager.hook.openrlhf_algorithms()
     return {algorithm.name: algorithm for some in reversed(offered) for algorithm in some}
 
 
-def algorithm_class(manager: pluggy.PluginManager, name: str) -> type:
+def algorithm_class(manager: pluggy.PluginManager, name: str) -> type[Any]:
     """Raises ConfigError for a name that no plugin offers."""
     known = algorithms(manager)
     if name not in known:

@@ -180,6 +180,7 @@ def tell(
         if wanted[own].any():
             scored = wanted[own].tolist()
             at = [place if its else None for place, its in zip(places[own].tolist(), scored, strict=True)]
+            nothing: Any
             for name, values, nothing in zip(("teacher", "ids", "log_probs"), found, (None, [], []), strict=True):
                 told[name] = [nothing if place is None else values[place] for place in at]
         micro_batch.answer(ASKED, row, told)

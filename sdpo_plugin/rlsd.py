@@ -48,7 +48,7 @@ class RLSD(SDPO):
     """OpenRLHF's policy loss with advantages that the teacher shares out among a response's tokens."""
 
     name = "rlsd"
-    options = (RlsdConfig,)
+    options: tuple[type[Group], ...] = (RlsdConfig,)
     defaults: dict[str, Any] = SDPO.defaults | {"algo.advantage.estimator": "group_norm", "teacher.kind": "live"}
     uses_policy_loss, mixes = True, False
     rlsd: RlsdConfig

@@ -27,6 +27,7 @@ def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
     if config.kind == "live":
         return Teacher(worker.actor)
     if config.kind == "model":
+        assert config.model_name_or_path is not None  # `TeacherConfig.check`
         return Teacher(worker.model_at(config.model_name_or_path, config.offload, config.zero_stage))
     initial = worker.initial_model(config.offload, follows=config.kind == "ema")
     if config.kind == "ema":
@@ -38,6 +39,8 @@ def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
 
 class Teacher:
     """`live` (a teacher whose model is the student), `base` and `model` (whose model never changes)."""
+
+    rate: float  # of a teacher that has one
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -92,7 +95,9 @@ class TrustRegionTeacher(Teacher):
     @contextmanager
     def head(self) -> Iterator[Head]:
         with self.model.whole_head() as initial, self.student.whole_head() as student:
-            bias = None if initial.bias is None else torch.lerp(initial.bias, student.bias, self.rate)
+            bias = None
+            if initial.bias is not None and student.bias is not None:
+                bias = torch.lerp(initial.bias, student.bias, self.rate)
             yield replace(initial, beside=student.weight, bias=bias)
 
 
@@ -105,6 +110,8 @@ class EmaTeacher(Teacher):
 
     Everything is done in pieces of at most `PIECE_BYTES`.
     """
+
+    model: TeacherModel
 
     def __init__(self, model: TeacherModel, worker: Worker, config: TeacherConfig) -> None:
         super().__init__(model)

@@ -111,7 +111,7 @@ def _place(found: list[str], right: list[str], part: str) -> str | None:
     if len(found) != len(right):
         return f"It has {len(found)} {part}{'s' * (len(found) != 1)}; it takes {len(right)}."
     at = next((i for i, pair in enumerate(zip(found, right, strict=True), 1) if pair[0] != pair[1]), None)
-    return at and f"The first wrong {part} is number {at}."
+    return None if at is None else f"The first wrong {part} is number {at}."
 
 
 def _countdown(answer: str, metadata: dict[str, Any]) -> str:
@@ -199,7 +199,8 @@ def _degree(node: ast.AST, functions: frozenset[str]) -> float:
         case ast.BinOp(left, ast.Pow(), right):
             inside = list(ast.walk(right))
             if not any(isinstance(part, ast.Pow) for part in inside):
-                numbers = [abs(part.value) for part in inside if isinstance(part, ast.Constant)]
+                values = [part.value for part in inside if isinstance(part, ast.Constant)]
+                numbers = [abs(value) for value in values if isinstance(value, (int, float))]
                 return _degree(left, functions) * max(_degree(right, functions), math.prod(numbers))
         case ast.Call(func=ast.Name(id=name), args=[inner], keywords=[]) if name in functions:
             return 1 + _degree(inner, functions)

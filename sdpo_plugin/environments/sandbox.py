@@ -243,7 +243,7 @@ def run(
         finally:
             process.kill()
             process.wait()
-            for pipe in (process.stdin, process.stdout):
+            for pipe in filter(None, (process.stdin, process.stdout)):
                 pipe.close()
     outcomes: list[Outcome] = []
     while told and len(outcomes) < len(inputs):
@@ -274,7 +274,7 @@ def _driver() -> CodeType:
 @functools.cache
 def _prelude() -> dict[str, str]:
     """The module of each name that programs may use without importing it."""
-    found = {}
+    found: dict[str, str] = {}
     for module in PRELUDE:
         names = vars(importlib.import_module(module))
         found |= {name: module for name in names.get("__all__", names) if name[0] != "_" and name not in vars(builtins)}
@@ -286,24 +286,25 @@ def _named(program: str) -> list[tuple[str, str]]:
     return [(name, module) for name, module in _prelude().items() if name in set(WORD.findall(program))]
 
 
-def _talk(process: subprocess.Popen, job: bytes, deadline: float, most: int) -> bytes:
+def _talk(process: subprocess.Popen[bytes], job: bytes, deadline: float, most: int) -> bytes:
     """Send the job and read what comes back, no longer and no more than allowed."""
-    received = bytearray()
-    os.set_blocking(process.stdin.fileno(), False)
-    os.set_blocking(process.stdout.fileno(), False)
-    writing = [process.stdin]
+    received, to, back = bytearray(), process.stdin, process.stdout
+    assert to is not None and back is not None
+    os.set_blocking(to.fileno(), False)
+    os.set_blocking(back.fileno(), False)
+    writing = [to]
     while time.monotonic() < deadline and len(received) <= most:
-        readable, writable, _ = select.select([process.stdout], writing, [], 0.5)
+        readable, writable, _ = select.select([back], writing, [], 0.5)
         if writable:
             try:
-                job = job[os.write(process.stdin.fileno(), job[:65536]) :]
+                job = job[os.write(to.fileno(), job[:65536]) :]
             except BrokenPipeError:
                 job = b""
             if not job:
-                process.stdin.close()
+                to.close()
                 writing = []
         if readable:
-            data = process.stdout.read(65536)
+            data = back.read(65536)
             if not data:
                 break
             received += data

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 from sdpo_plugin.environments.feedback import one_of, reward_function
@@ -42,8 +43,8 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
         errors = sorted(Draft202012Validator(schema).iter_errors(found), key=lambda e: (len(e.path), str(e.path)))
         if errors:
             told = "The JSON does not fit its schema."
-            for error in errors[:3] if detail != "outcome" else ():
-                told += f"\nAt {path(error.absolute_path)}: {error.message}"
+            for wrong in errors[:3] if detail != "outcome" else ():
+                told += f"\nAt {path(wrong.absolute_path)}: {wrong.message}"
             return 0.0, told
         if has_value and (differs := difference(found, wanted["value"])) is not None:
             at, got, expected = differs
@@ -62,8 +63,7 @@ def difference(found: Any, wanted: Any, at: tuple[Any, ...] = ()) -> tuple[tuple
         keys: list[Any] = [*wanted, *(key for key in found if key not in wanted)]
         pairs = [(key, found.get(key, MISSING), wanted.get(key, MISSING)) for key in keys]
     elif isinstance(found, list) and isinstance(wanted, list):
-        longest = range(max(len(found), len(wanted)))
-        pairs = [(i, *(values[i] if i < len(values) else MISSING for values in (found, wanted))) for i in longest]
+        pairs = [(i, *pair) for i, pair in enumerate(zip_longest(found, wanted, fillvalue=MISSING))]
     else:
         equal = type(found) is type(wanted) or not {type(found), type(wanted)} - {int, float}
         return None if equal and found == wanted else (at, found, wanted)

@@ -85,6 +85,8 @@ def parse(response: str) -> list[Call]:
         tree = ast.parse(text if text.startswith("[") else f"[{text}]", mode="eval")
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError("It cannot be read.") from error
+    if not isinstance(tree.body, ast.List):
+        raise ValueError("It is no list of calls.")
     return [_call_in_python(node) for node in tree.body.elts]
 
 
@@ -113,10 +115,11 @@ def _call_in_python(node: ast.expr) -> Call:
     if not isinstance(node, ast.Call):
         raise ValueError(f"{ast.unparse(node)[:80]} is no call.")
     name = ast.unparse(node.func)
-    if node.args:
+    named = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg is not None}  # None: of `**`
+    if node.args or len(named) < len(node.keywords):
         raise ValueError(f"{name}: give arguments by name.")
     try:
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+        arguments = {argument: ast.literal_eval(value) for argument, value in named.items()}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: arguments are values, not expressions.") from error
     return Call(name, arguments)
@@ -133,7 +136,7 @@ def compare(calls: list[Call], wanted: list[tuple[str, dict[str, list[Any]]]], s
         if None in reasons:
             del left[reasons.index(None)]
             continue
-        named = [reason for reason, (name, _) in zip(reasons, left, strict=True) if name == call.name]
+        named = [reason for reason, (name, _) in zip(reasons, left, strict=True) if reason and name == call.name]
         right = f" Right is {left[0][0]}." * shown
         return f"Call {i}, {call.name}: " + (named[0] if named else f"this function is not to be called.{right}")
     return None

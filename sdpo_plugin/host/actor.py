@@ -31,7 +31,7 @@ class HeadTap:
     a backward pass has begun, and with it whether this one ends an accumulation (`DeepSpeedEngine.forward`).
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         """Call after DeepSpeed wrapped the model: its hooks on the head are to run before ours."""
         self.module = model.get_output_embeddings()
         self._function: Callable[[torch.Tensor], Any] | None = None
@@ -67,10 +67,13 @@ class HeadTap:
         return output
 
 
-class PolicyActor(seam("openrlhf.trainer.ray.ppo_actor:Actor")):
+_Actor: Any = seam("openrlhf.trainer.ray.ppo_actor:Actor")
+
+
+class PolicyActor(_Actor):
     """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called."""
 
-    tap: HeadTap | None = None
+    tap: Any = None  # a `HeadTap`, from `tap_head` on
     micro_batch: MicroBatch | None = None
 
     def __init__(self, pretrain: str, on_built: Callable[..., Any] | None = None, **built_with: Any) -> None:
@@ -156,9 +159,10 @@ class PolicyActor(seam("openrlhf.trainer.ray.ppo_actor:Actor")):
         with_entropy = kwargs.get("return_entropy", False)
         if self.tap is None or action_mask is None:
             result = super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
-            if micro_batch is not None and micro_batch.needs["entropy"]:
+            if action_mask is not None and micro_batch is not None and micro_batch.needs["entropy"]:
                 micro_batch.entropy = result[1].entropy[:, -action_mask.shape[1] :]
             return result
+        assert attention_mask is not None
         mask = action_mask.bool()
         if micro_batch is not None and micro_batch.samples is not None:
             mask = mask & micro_batch.samples[:, None]
@@ -167,6 +171,7 @@ class PolicyActor(seam("openrlhf.trainer.ray.ppo_actor:Actor")):
         targets = torch.roll(sequences, -1, dims=1)[rows]
 
         def run_head(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            scores: tuple[torch.Tensor | None, ...]
             if micro_batch is None or micro_batch.head is None:
                 log_probs, entropy = linear_log_probs(
                     hidden, self.head(), targets, self.temperature, with_entropy=with_entropy
@@ -183,7 +188,8 @@ class PolicyActor(seam("openrlhf.trainer.ray.ppo_actor:Actor")):
             output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, scores[1].float())
         if micro_batch is not None:
             micro_batch.entropy = output.entropy if micro_batch.needs["entropy"] else None
-            if micro_batch.head is not None:  # the results as they left the model, with the hooks of all around it
+            if micro_batch.head is not None and micro_batch.scores is not None:
+                # The results as they left the model, with the hooks of all around it.
                 entropy = scores[1] if with_entropy else None
                 micro_batch.scores = replace(micro_batch.scores, loss=scores[-1], log_probs=scores[0], entropy=entropy)
         return (log_probs, output) if return_output else log_probs
@@ -200,13 +206,14 @@ class PolicyActor(seam("openrlhf.trainer.ray.ppo_actor:Actor")):
         Returns:
             The function's result and the model's output.
         """
+        attended: torch.Tensor | None = attention_mask
         if self.packing_samples:
             sequences, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, None)
-            rows, attention_mask = rows.reshape(1, -1)[:, kept], None
+            rows, attended = rows.reshape(1, -1)[:, kept], None
         else:
             position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
         with self.tap.replaced_by(lambda hidden: function(hidden[rows])):
-            output = self.model(sequences, attention_mask=attention_mask, position_ids=position_ids)
+            output = self.model(sequences, attention_mask=attended, position_ids=position_ids)
         return output["logits"], output
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from sdpo_plugin import plugins
 from sdpo_plugin.config import GROUPS, ConfigError, RewardConfig, options_page
 from sdpo_plugin.host import launch
+from sdpo_plugin.loggers import MlflowConfig, SwanlabConfig
 
 USAGE = """usage: openrlhf-sdpo train [--config RECIPE.yaml] [--algo NAME] [any flag of openrlhf.cli.train_ppo_ray]
        openrlhf-sdpo doctor [--config RECIPE.yaml] [--run]   what will go wrong, on this machine, before it does
@@ -71,14 +72,14 @@ def show_plugins(arguments: list[str]) -> None:
             plugin = manager.get_plugin(one.name)
             for algorithm in getattr(plugin, "openrlhf_algorithms", list)():
                 print(f"  --algo {algorithm.name:6} {(algorithm.__doc__ or '').strip().splitlines()[0]}")
-            print("  hooks   " + ", ".join(sorted(caller.name for caller in manager.get_hookcallers(plugin))))
+            print("  hooks   " + ", ".join(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ())))
 
 
 def show_options(arguments: list[str]) -> None:
     """Print docs/options.md."""
     offered = plugins.algorithms(plugins.load()[0]).values()
     own = [group for algorithm in offered for group in getattr(algorithm, "options", ())]
-    print(options_page([*GROUPS, *dict.fromkeys(own), RewardConfig]), end="")
+    print(options_page([*GROUPS, *dict.fromkeys(own), RewardConfig, MlflowConfig, SwanlabConfig]), end="")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def joined() -> Cluster | None:
         return None
     at = urlsplit(f"//{address}")
     try:
-        socket.create_connection((at.hostname, at.port), timeout=CONNECT_S).close()
+        socket.create_connection((at.hostname, at.port or 0), timeout=CONNECT_S).close()
     except OSError as error:
         where = f"RAY_ADDRESS {named}" if named else f"the Ray cluster that was started on this machine, {address}"
         fix = "unset RAY_ADDRESS to start one here" if named else "ray stop forgets it"

@@ -15,8 +15,40 @@ from sdpo_plugin.host.rollout import ExperienceMaker, SamplesGenerator, training
 from sdpo_plugin.host.seams import overrides, seam
 
 _BASE = seam("openrlhf.trainer.ppo_trainer:BasePPOTrainer")
+_PPOTrainer: Any = seam("openrlhf.trainer.ppo_trainer:PPOTrainer")
+_TrainingActor: Any = seam("openrlhf.trainer.ppo_trainer_async:TrainingActor")
+_GenerateSamplesActor: Any = seam("openrlhf.trainer.ppo_trainer_async:GenerateSamplesActor")
+_Controller: Any = object  # one of the two, which `ControllerHooks` is mixed into
 seam("openrlhf.trainer.ppo_trainer_async:SamplesGenerator")
 seam("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name")
+for _name in ("log_train", "log_eval"):
+    seam(f"openrlhf.trainer.ppo_trainer:WandbLogger.{_name}", "global_step", "logs_dict")
+seam("openrlhf.trainer.ppo_trainer:WandbLogger.close")
+
+
+class LogHook:
+    """logging_utils.py: in the place of `WandbLogger`, which it calls if there is one, and then the plugins."""
+
+    def __init__(self, wandb: Any, args: Any) -> None:
+        self.wandb, self.args = wandb, args
+
+    def log_train(self, global_step: int, logs_dict: dict[str, Any]) -> None:
+        if self.wandb is not None:
+            self.wandb.log_train(global_step, logs_dict)
+        self._log(global_step, logs_dict, evaluation=False)
+
+    def log_eval(self, global_step: int, logs_dict: dict[str, Any]) -> None:
+        if self.wandb is not None:
+            self.wandb.log_eval(global_step, logs_dict)
+        self._log(global_step, logs_dict, evaluation=True)
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.close()
+
+    def _log(self, step: int, metrics: dict[str, Any], evaluation: bool) -> None:
+        hook = plugins.active().hook
+        hook.openrlhf_log(metrics=dict(metrics), step=step, evaluation=evaluation, args=self.args)
 
 
 def bind(args: Any) -> None:
@@ -31,14 +63,26 @@ def bind(args: Any) -> None:
     set_seed(args.train.seed)
 
 
-class ControllerHooks:
+class ControllerHooks(_Controller):
     """The part the synchronous and the asynchronous controller share."""
 
+    wandb_logger: Any
     stopped: StopTraining | None = None
 
     def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
         bind(strategy.args)
         super().__init__(pretrain, strategy, *args, **kwargs)
+        self.wandb_logger = LogHook(self.wandb_logger, self.args)
+
+    @overrides(of=_BASE)
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        hook = plugins.active().hook
+        try:
+            super().fit(*args, **kwargs)
+        except BaseException as error:
+            hook.openrlhf_end(error=error, args=self.args)
+            raise
+        hook.openrlhf_end(error=None, args=self.args)
 
     @overrides("rollout_samples", "global_step", of=_BASE)
     def train_step(self, rollout_samples: Sequence[Any], global_step: int) -> tuple[dict[str, Any], int]:
@@ -73,8 +117,8 @@ class ControllerHooks:
     @overrides(of=_BASE)
     def init_checkpoint_states(self) -> dict[str, Any]:
         # A run killed in its first save left a directory without a checkpoint: it starts anew.
-        states = {"episode": 0, "global_step": 0, "total_consumed_prompts": 0, "data_loader_state_dict": {}}
-        states |= super().init_checkpoint_states()
+        states: dict[str, Any] = {"episode": 0, "global_step": 0, "total_consumed_prompts": 0}
+        states |= {"data_loader_state_dict": {}} | super().init_checkpoint_states()
         plugins.active().hook.openrlhf_load_states(states=states, args=self.args)
         self._begin(states["global_step"])
         return states
@@ -83,14 +127,14 @@ class ControllerHooks:
         """Global step `step` is over: what a restart cannot know otherwise."""
 
 
-class Controller(ControllerHooks, seam("openrlhf.trainer.ppo_trainer:PPOTrainer")):
+class Controller(ControllerHooks, _PPOTrainer):
     """ppo_trainer.py: `PPOTrainer`."""
 
     def _begin(self, step: int) -> None:
         self.samples_generator.order.step = step  # deterministic requests are seeded by it
 
 
-class AsyncController(ControllerHooks, seam("openrlhf.trainer.ppo_trainer_async:TrainingActor")):
+class AsyncController(ControllerHooks, _TrainingActor):
     """ppo_trainer_async.py: `TrainingActor`."""
 
     @overrides()
@@ -99,7 +143,7 @@ class AsyncController(ControllerHooks, seam("openrlhf.trainer.ppo_trainer_async:
         super().broadcast_to_vllm()
 
 
-class AsyncGenerator(seam("openrlhf.trainer.ppo_trainer_async:GenerateSamplesActor")):
+class AsyncGenerator(_GenerateSamplesActor):
     """ppo_trainer_async.py: `GenerateSamplesActor`."""
 
     def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:

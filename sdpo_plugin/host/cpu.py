@@ -215,10 +215,11 @@ class _GlooGroup:
     """What OpenRLHF uses of vLLM's `PyNcclCommunicator`: a blocking broadcast between trainer and engines."""
 
     def __init__(self, host: str, port: int, rank: int, world_size: int) -> None:
-        from torch.distributed import ProcessGroupGloo, TCPStore
+        from torch import distributed
 
-        store = TCPStore(host, port, world_size, is_master=rank == 0)
-        self.group = ProcessGroupGloo(store, rank, world_size)
+        store = distributed.TCPStore(host, port, world_size, is_master=rank == 0)
+        gloo: Any = distributed.ProcessGroupGloo  # torch's stub knows little of it
+        self.group = gloo(store, rank, world_size)
         self.broadcasts = 0
 
     def broadcast(self, tensor: Any, src: int, stream: Any = None) -> None:

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdpo_plugin import memory, plugins
-from sdpo_plugin.config import ConfigError, RepromptConfig, chat_template_kwargs, from_namespace
+from sdpo_plugin.config import ConfigError, RepromptConfig, chat_template_kwargs, flat, from_namespace
 from sdpo_plugin.host import cluster, seams
 
 TESTED = {
@@ -136,10 +136,10 @@ def machine() -> Iterable[Check]:
         yield Check(f"GPU {i}", PASS if free > 0.9 * size else WARN, name)
     if not devices:
         yield Check("GPU", PASS, "none with CUDA: OpenRLHF runs on CPU here, to try and to test")
-    elif _version("flash-attn") is None:
+    elif (flash_attn := _version("flash-attn")) is None:
         yield Check("flash-attn", WARN, "is not installed; OpenRLHF imports it, and --ds.packing_samples needs it")
     else:
-        yield Check("flash-attn", PASS, _version("flash-attn"))
+        yield Check("flash-attn", PASS, flash_attn)
     free = psutil.virtual_memory()
     enough = PASS if free.available > 8 * GIB else WARN
     told = f"{free.available / GIB:.1f} of {free.total / GIB:.1f} GiB free, {os.cpu_count()} CPUs"
@@ -193,9 +193,9 @@ def run(
     except SystemExit:
         yield Check("flags", FAIL, "OpenRLHF's parser refuses them; its message is above")
         return
-    flat = launch.flat(args)
-    report["flags"] = flat
-    changed = {name: value for name, value in flat.items() if name not in defaults or value != defaults[name]}
+    given = flat(args)
+    report["flags"] = given
+    changed = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
     table = Table("flag", "value", title="Flags other than OpenRLHF's defaults", title_justify="left", box=None)
     for name, value in sorted(changed.items()):
         table.add_row(f"--{name}", escape(_cut(repr(value), 100)))
@@ -301,11 +301,11 @@ def memory_table(args: Any, config: Any, cpu: bool, console: Console, report: di
     title = f"Memory of a policy worker, {unit}"
     table = Table("", "GPU", "host", "", title=title, title_justify="left", box=None)
     for part in parts:
-        asleep = "in host memory while engines generate" if part.sleeps and args.ds.enable_sleep else ""
-        table.add_row(part.name, f"{part.gpu / scale:.1f}", f"{part.host / scale:.1f}", asleep)
+        meanwhile = "in host memory while engines generate" if part.sleeps and args.ds.enable_sleep else ""
+        table.add_row(part.name, f"{part.gpu / scale:.1f}", f"{part.host / scale:.1f}", meanwhile)
     if args.train.colocate_all and not args.train.async_enable:
-        asleep = "discarded while the policy trains" if args.vllm.enable_sleep else ""
-        table.add_row("an engine on the same GPU", f"{args.vllm.gpu_memory_utilization:.0%} of it", "", asleep)
+        meanwhile = "discarded while the policy trains" if args.vllm.enable_sleep else ""
+        table.add_row("an engine on the same GPU", f"{args.vllm.gpu_memory_utilization:.0%} of it", "", meanwhile)
     gpu, host = memory.total(parts)
     table.add_row("at the most", f"{gpu / scale:.1f}", f"{host / scale:.1f}", style="bold")
     asleep = memory.total(parts, asleep=True)
@@ -336,7 +336,7 @@ def truth(recipe: list[str], cpu: bool, report: dict[str, Any], show: Callable[[
     command = [sys.executable, "-m", "sdpo_plugin.testing.truth", "cpu" if cpu else "cuda", *recipe]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     report["truth"] = []
-    for line in process.stdout:
+    for line in process.stdout or ():
         if line.startswith("{"):
             found = json.loads(line)
             report["truth"].append(found)

@@ -81,13 +81,13 @@ MultiTurnAgentExecutor = seam("openrlhf.utils.agent:MultiTurnAgentExecutor")
 seam("openrlhf.utils.agent:MultiTurnAgentExecutor.__init__", "agent_instance_cls")
 seam("openrlhf.utils.agent:AgentInstanceBase.step")
 _agent_logger = seam("openrlhf.utils.agent:logger")
-RolloutRayActor = seam("openrlhf.trainer.ray.vllm_engine:RolloutRayActor")
+RolloutRayActor: Any = seam("openrlhf.trainer.ray.vllm_engine:RolloutRayActor")
 
 
 class Engine(RolloutRayActor):
     """vllm_engine.py: `RolloutRayActor`."""
 
-    async def __init__(self, *args: Any, **kwargs: Any) -> None:
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray awaits it
         await super().__init__(*args, **kwargs)
         if isinstance(self.executor, SingleTurnAgentExecutor):
             # A thread that never returns is left behind, so there must be more threads than may work at a time.
@@ -173,7 +173,7 @@ def _last(said: list[str]) -> str:
     return f" ({said[-1]})" if said else ""
 
 
-def steps_noted(agent: type) -> type:
+def steps_noted(agent: type[Any]) -> type[Any]:
     """An agent's class whose steps note their feedback: OpenRLHF keeps the last one's `extra_logs` only."""
 
     async def step(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -189,7 +189,8 @@ def steps_collected(execute: Execute) -> Execute:
     """An agent's `execute`, whose response has the feedback of all steps: one text, and of each turn its own."""
 
     async def call(**given: Any) -> dict[str, Any]:
-        _steps.set(steps := [])
+        steps: list[tuple[Any, Any]] = []
+        _steps.set(steps)
         response = await execute(**given)
         if not steps:
             return response

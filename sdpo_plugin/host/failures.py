@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from sdpo_plugin.config import ConfigError, StopTraining
 from sdpo_plugin.context import FeedbackError
-from sdpo_plugin.host.seams import SeamError
+from sdpo_plugin.host.seams import TESTED, SeamError
 
 SOFTWARE, SETTINGS, REWARD, MACHINE, STOPPED = 1, 2, 3, 4, 5
 FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
@@ -85,10 +85,9 @@ def explain(error: BaseException) -> Failure:
     if isinstance(cause, FeedbackError):
         return Failure(REWARD, said)
     if isinstance(cause, SeamError):
-        return Failure(SOFTWARE, said, fix="install a tested version")
-    if "CPU mode was asked for" in text:
-        found = re.search(r"CPU mode was asked for.*", text)[0]
-        return Failure(SETTINGS, found)
+        return Failure(SOFTWARE, said, fix=f"pip install openrlhf=={TESTED[-1]}")
+    if found := re.search(r"CPU mode was asked for.*", text):
+        return Failure(SETTINGS, found[0])
     if kind == "OutOfMemoryError" or "out of memory" in said.lower():
         return Failure(MACHINE, f"out of memory: {said.splitlines()[0]}", actor or last_frame(text), NO_ROOM)
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):

@@ -6,11 +6,10 @@ import argparse
 import runpy
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import ConfigError, RewardConfig, add_group, chat_template_kwargs, from_namespace
+from sdpo_plugin.config import ConfigError, RewardConfig, add_group, chat_template_kwargs, flat, from_namespace
 from sdpo_plugin.host import deterministic, recipe, sleep
 from sdpo_plugin.host.cluster import PLATFORMS, VARIABLE
 
@@ -40,7 +39,7 @@ def train(arguments: list[str]) -> None:
     try:
         from sdpo_plugin.host.install import install  # with all modules that declare seams
     except (ImportError, AttributeError) as error:
-        if not on_cpu and not torch.cuda.is_available():
+        if joined is not None and not on_cpu and not torch.cuda.is_available():
             raise ConfigError(
                 f"--platform: the run is on the GPUs of the Ray cluster at {joined.address}, but OpenRLHF cannot be "
                 f"imported on this machine, where it is started ({error}); install it here as it is there, or, if "
@@ -84,12 +83,13 @@ def _extend_parser(on_cpu: bool, check: Callable[[Any, dict[str, Any]], None]) -
 
     OpenRLHF builds its parser under `if __name__ == "__main__"`, out of reach, and calls `parse_args()` on it.
     """
-    original = argparse.ArgumentParser.parse_args
+    parser_class: Any = argparse.ArgumentParser
+    original = parser_class.parse_args
 
     def parse_args(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
         if not any(action.dest == "actor.model_name_or_path" for action in parser._actions):
             return original(parser, args, namespace)
-        argparse.ArgumentParser.parse_args = original
+        parser_class.parse_args = original
         defaults = {action.dest: action.default for action in parser._actions}
         found = parse(parser, sys.argv[1:] if args is None else list(args), on_cpu)
         from openrlhf.utils.config import hierarchize
@@ -97,7 +97,7 @@ def _extend_parser(on_cpu: bool, check: Callable[[Any, dict[str, Any]], None]) -
         check(hierarchize(found), defaults)
         return found
 
-    argparse.ArgumentParser.parse_args = parse_args
+    parser_class.parse_args = parse_args
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -> argparse.Namespace:
@@ -128,7 +128,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     known, from_recipe = early(arguments)
     algorithm = known.algo
     manager, found = plugins.load(known.plugins or ())
-    algo.help += ": " + ", ".join(plugins.algorithms(manager))
+    algo.help = f"{algo.help}: {', '.join(plugins.algorithms(manager))}"
     manager.hook.openrlhf_add_arguments(parser=parser)
     chosen = plugins.algorithm_class(manager, algorithm) if algorithm else None
     for options in getattr(chosen, "options", ()):
@@ -171,10 +171,3 @@ def early(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         if getattr(known, name) is None:
             setattr(known, name, from_recipe.get(key))
     return known, from_recipe
-
-
-def flat(nested: SimpleNamespace, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in vars(nested).items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, SimpleNamespace) else {f"{prefix}{key}": value}
-    return found

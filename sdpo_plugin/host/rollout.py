@@ -22,10 +22,13 @@ from sdpo_plugin.host.seams import overrides, seam
 from sdpo_plugin.interface import RolloutBatch, Turn, attached_loss_mask
 
 _TRAINER = "openrlhf.trainer.ppo_trainer"
+_PromptDataset: Any = seam(f"{_TRAINER}:PromptDataset")
+_SamplesGenerator: Any = seam(f"{_TRAINER}:SamplesGenerator")
+_ExperienceMaker: Any = seam(f"{_TRAINER}:RemoteExperienceMaker")
 logger = logging.getLogger(__name__)
 
 
-class PromptDataset(seam(f"{_TRAINER}:PromptDataset")):
+class PromptDataset(_PromptDataset):
     """datasets/prompts_dataset.py: keeps the rows whose other columns OpenRLHF drops.
 
     OpenRLHF gives the chat template no arguments, so they are bound to it (`--data.chat_template_kwargs`).
@@ -53,7 +56,7 @@ def training_then_evaluation() -> Callable[..., PromptDataset]:
     return lambda *args, **kwargs: PromptDataset(*args, evaluation=next(evaluation), **kwargs)
 
 
-class SamplesGenerator(seam(f"{_TRAINER}:SamplesGenerator")):
+class SamplesGenerator(_SamplesGenerator):
     """samples_generator.py: gives each sample its data-set row and the feedback of its reward function."""
 
     evaluating = False
@@ -185,7 +188,7 @@ def max_positions(model: str) -> float:
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 
-class ExperienceMaker(seam(f"{_TRAINER}:RemoteExperienceMaker")):
+class ExperienceMaker(_ExperienceMaker):
     """experience_maker.py: calls `openrlhf_batch` between rewards and advantages.
 
     Attributes:

@@ -11,8 +11,9 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar, cast
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 TESTED = ("0.11.2",)
 
 
@@ -85,9 +86,9 @@ class overrides:  # noqa: N801
     def __init__(self, *parameters: str, of: type | None = None) -> None:
         self.parameters, self.of = parameters, of
 
-    def __call__(self, method: Callable[..., Any]) -> overrides:
+    def __call__(self, method: Method) -> Method:
         self.method = method
-        return self
+        return cast(Method, self)  # until `__set_name__`
 
     def __set_name__(self, owner: type, name: str) -> None:
         setattr(owner, name, self.method)

@@ -1,13 +1,14 @@
 """`python -m openrlhf.cli.train_ppo_ray --algo NAME ...` becomes `openrlhf-sdpo train --algo NAME ...`.
 
-So does every command line with `--config`, `--plugins` or `--platform`, and any at all where another distribution has
-installed a plugin, which is to act. Else OpenRLHF's command is left alone. Imported by `startup.pth` when an
-interpreter starts for OpenRLHF's launcher.
+So does every command line with `--config`, `--plugins`, `--platform`, `--logger.mlflow.*` or `--logger.swanlab.*`, and
+any at all where another distribution has installed a plugin, which is to act. Else OpenRLHF's command is left alone.
+Imported by `startup.pth` when an interpreter starts for OpenRLHF's launcher.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ LAUNCHER = "openrlhf.cli.train_ppo_ray"
 ENTRY_POINTS = "openrlhf.plugins"
 ALLOWED = "OPENRLHF_PLUGINS"  # the names of installed plugins that may be loaded, if not all of them
 FLAGS = ("--algo", "--config", "--plugins", "--platform")
+LOGGERS = ("--logger.mlflow.", "--logger.swanlab.")
 
 
 def redirect(command: list[str], installed: Iterable[str]) -> list[str] | None:
@@ -24,7 +26,7 @@ def redirect(command: list[str], installed: Iterable[str]) -> list[str] | None:
         return None
     at = command.index(LAUNCHER)
     arguments = command[at + 1 :]
-    asked = any(a.split("=", 1)[0] in FLAGS for a in arguments) or any(installed)
+    asked = any(a.split("=", 1)[0] in FLAGS or a.startswith(LOGGERS) for a in arguments) or any(installed)
     if command[at - 1] != "-m" or not asked:
         return None
     return [*command[:at], "sdpo_plugin.host.cli", "train", *arguments]
@@ -38,5 +40,6 @@ def other_plugins() -> list[str]:
     return [name for name in names if allowed is None or name in allowed.split(",")]
 
 
-if LAUNCHER in sys.orig_argv and (_command := redirect(sys.orig_argv, other_plugins())) is not None:
+_installed = LAUNCHER in sys.orig_argv and importlib.util.find_spec("openrlhf") is not None  # else Python says it best
+if _installed and (_command := redirect(sys.orig_argv, other_plugins())) is not None:
     os.execv(sys.executable, [sys.executable, *_command[1:]])

@@ -8,7 +8,7 @@ import torch
 
 from sdpo_plugin.host import lora
 from sdpo_plugin.host.zero import device_tensors, images, publish
-from sdpo_plugin.interface import Model, Worker
+from sdpo_plugin.interface import Worker
 
 
 class SeparateTeacher:
@@ -36,7 +36,7 @@ class AdapterTeacher:
 
     def __init__(self, worker: Worker, adapter: str | None) -> None:
         self.worker, self.adapter = worker, adapter
-        self.actor: Model = worker.actor
+        self.actor = worker.actor
         self.whole_head = worker.actor.whole_head  # no adapter is on it (`PolicyActor.tap_head`)
 
     def hidden_states(self, *inputs: Any) -> torch.Tensor:
@@ -60,6 +60,6 @@ class AdapterTeacher:
     def _layout(self) -> list[list[tuple[str, int, int]]]:
         """The student's, under the names of the weights that follow it."""
         return [
-            [(name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}."), *place) for name, *place in part]
+            [(name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}."), start, n) for name, start, n in part]
             for part in self.worker.masters.layout
         ]

@@ -41,7 +41,8 @@ def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[.
             original(for_plugins, strategy, accumulated_gradient, loss_mask),
             strict=True,
         )
-        for (experience, info), (_, experience.loss_mask_info) in both:
+        for (experience, info), (_, info_of_loss_mask) in both:
+            experience.loss_mask_info = info_of_loss_mask
             yield experience, info
 
     return windows
@@ -74,10 +75,15 @@ def data_loader(buffer: Any, batch_size: int, shuffle: bool, **kwargs: Any) -> A
     return DataLoader(buffer, batch_size, shuffle=shuffle, **kwargs)
 
 
-class PolicyTrainer(seam(f"{_PPO_ACTOR}:ActorPPOTrainer")):
+_ActorPPOTrainer: Any = seam(f"{_PPO_ACTOR}:ActorPPOTrainer")
+
+
+class PolicyTrainer(_ActorPPOTrainer):
     """ppo_actor.py: `ActorPPOTrainer`, with hooks around the forward pass, in the loss and after the optimizer."""
 
     worker: Worker
+    actor: Any
+    actor_loss_fn: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -27,7 +27,10 @@ seam(f"{_STRATEGY}._read_ckpt_metric")
 seam(f"{_STRATEGY}.get_ds_eval_config", "offload")
 
 
-class PolicyWorker(seam("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")):
+_PolicyModelActor: Any = seam("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")
+
+
+class PolicyWorker(_PolicyModelActor):
     """ppo_actor.py: `PolicyModelActor`; an `interface.Worker`."""
 
     @overrides("strategy", "pretrain", "max_steps", "vllm_engines")
@@ -134,9 +137,9 @@ def _bind(on_built: Callable[..., Any]) -> None:
     """Let OpenRLHF's worker in this process build our classes; `on_built(actor=...)` hears of the policy's model."""
     unheard = [on_built]
 
-    def build(*args: Any, **kwargs: Any) -> PolicyActor:
+    def build(pretrain: str, **kwargs: Any) -> PolicyActor:
         # The first one built is the policy's; a second one is the average of --train.enable_ema.
-        return PolicyActor(*args, on_built=unheard.pop() if unheard else None, **kwargs)
+        return PolicyActor(pretrain, on_built=unheard.pop() if unheard else None, **kwargs)
 
     ppo_actor.Actor = build
     if ppo_actor.ActorPPOTrainer is not PolicyTrainer:

@@ -20,7 +20,7 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def gathered(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
     """The parameters whole, on every rank, while the context lasts."""
     # Those that a running forward pass has gathered are DeepSpeed's to release.
     away = [p for p in parameters if is_partitioned(p) and p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
@@ -51,7 +51,8 @@ class MasterWeights:
 
     def fragments(self) -> dict[str, Fragment]:
         """Views, valid until the optimizer moves them; parameters without an fp32 weight here are absent."""
-        found, whole = {}, self._whole()
+        found: dict[str, Fragment] = {}
+        whole = self._whole()
         for name, parameter in self.engine.module.named_parameters():
             if is_partitioned(parameter):
                 if parameter.requires_grad:
@@ -70,7 +71,8 @@ class MasterWeights:
 
     def _whole(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """At ZeRO 0 every rank has all of them, end to end in one tensor per parameter group (`FP16_Optimizer`)."""
-        optimizer, found = self.engine.optimizer, {}
+        optimizer = self.engine.optimizer
+        found: dict[torch.nn.Parameter, torch.Tensor] = {}
         for i, flat in enumerate(getattr(optimizer, "fp32_groups_flat", ())):
             group = optimizer.fp16_groups[i]
             found.update(zip(group, flat.detach().split([p.numel() for p in group]), strict=True))
@@ -79,7 +81,7 @@ class MasterWeights:
 
 def images(part: Sequence[tuple[str, int, int]], module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """`module`'s own weights at the places of `part` (a rank's in `MasterWeights.layout`); views to read and write."""
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, Any] = dict(module.named_parameters())
     found = {}
     for name, start, numel in part:
         parameter = parameters[name]
@@ -92,7 +94,8 @@ def images(part: Sequence[tuple[str, int, int]], module: torch.nn.Module) -> dic
 
 def device_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     """What holds the weights on this device: parameters, or this rank's parts of them. Collective."""
-    found = []
+    found: list[torch.Tensor] = []
+    parameter: Any  # DeepSpeed's have more than torch's
     for parameter in module.parameters():
         if is_partitioned(parameter):
             if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
@@ -109,7 +112,7 @@ def publish(layout: Sequence[Any], module: torch.nn.Module) -> None:
     ZeRO-3 modules are sharded alike, so nothing is communicated; others need all-gathers of low-precision values, each
     of at most `PIECE_BYTES` over all ranks.
     """
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, Any] = dict(module.named_parameters())
     if any(map(is_partitioned, parameters.values())):
         for name in dict.fromkeys(name for part in layout for name, _, _ in part):
             if parameters[name].ds_persist:

@@ -152,18 +152,19 @@ class OpenRLHF:
                 )
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
-            code = process.returncode
+            code, group = process.returncode, process.pid
         else:
             environment = {**os.environ, **self.environment}
-            process = self.launchers.Process(
+            launcher = self.launchers.Process(
                 target=_launch,
                 args=(arguments, f"{plain.directory}/samples" if plain else None, environment, output),
             )
-            process.start()
-            process.join(timeout)
-            code = process.exitcode
+            launcher.start()
+            assert launcher.pid is not None
+            launcher.join(timeout)
+            code, group = launcher.exitcode, launcher.pid
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # whatever Ray started ends with the run
+            os.killpg(group, signal.SIGKILL)  # whatever Ray started ends with the run
         seconds = time.monotonic() - began
         if code != 0:
             raise RunFailed(code, output, seconds)

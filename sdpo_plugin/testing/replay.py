@@ -30,7 +30,10 @@ def bind(directory: str) -> None:
     ppo_trainer.SamplesGenerator = Recorded
 
 
-class PlainController(seams.plain_class(ppo_trainer.PPOTrainer)):
+_PPOTrainer: Any = seams.plain_class(ppo_trainer.PPOTrainer)
+
+
+class PlainController(_PPOTrainer):
     """OpenRLHF's controller without hooks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -104,8 +104,9 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                 action_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs,
                 info={ATTACHED + name: values for name, values in data.items()},
             )  # fmt: skip
+            worker: Any = self
             micro_batch = MicroBatch(
-                self,
+                worker,
                 experience,
                 combined_needs([plugin.openrlhf_needs(self.args)]),
                 lambda loss, mask: (loss * mask).sum() / mask.sum().clamp(min=1),
@@ -116,6 +117,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             plugin.openrlhf_before_forward(micro_batch)
             rows = response_rows(micro_batch.response, sequences)
             states, targets = self.actor.states(sequences)[rows], torch.roll(sequences, -1, dims=1)[rows]
+            assert micro_batch.head is not None
             with self.actor.whole_head() as head:
                 micro_batch.scores = micro_batch.head(states, head, targets)
             log_probs = torch.zeros(action_mask.shape)

@@ -30,6 +30,8 @@ def test_the_example_weighs_prompts_and_survives_a_restart(
     assert not torch.equal(first.weights["lm_head.weight"], initial["lm_head.weight"])
     assert json.loads((first.directory / "model" / "updates.json").read_text()) == 1
     assert all(sample.feedback.startswith("expected") for sample in first.samples[0])
+    logged, end = (first.directory / "model" / "rewards.txt").read_text().splitlines()
+    assert logged == f"1 {first.metrics['train/reward'][0][1]:.16g}" and end == "over"
 
     resumed = openrlhf(model, rows, reward, *flags, "--ckpt.load_enable", "--train.num_episodes", "2")
     assert json.loads((resumed.directory / "model" / "updates.json").read_text()) == 2

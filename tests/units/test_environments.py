@@ -102,6 +102,8 @@ def test_right_calls(response):
         ("[weather.get(city=open('/etc/passwd').read(), days=2)]", "arguments are values, not expressions."),
         ("Action: weather.get\nAction Input: Oslo", "weather.get: its Action Input is not JSON: Expecting value"),
         ('Action: weather.get\nAction Input: ["Oslo"]', "weather.get: its Action Input is not an object."),
+        ("[weather.get(city='Oslo')] + [1]", "It is no list of calls."),
+        ("[weather.get(**{'city': 'Oslo'})]", "weather.get: give arguments by name."),
         ('{"name": 3}', "no list of calls"), ("[" * 9999, "no list of calls"),
     ],
 )  # fmt: skip

@@ -62,7 +62,8 @@ def test_a_plugin_that_cannot_be_loaded_is_named_and_left_out(installed, tmp_pat
         monkeypatch.syspath_prepend(path)
     monkeypatch.delitem(sys.modules, "toy", raising=False)
     manager, found = plugins.load()
-    assert {one.name: one.problem for one in found} == {"sdpo": None, "toy": "RuntimeError: out of toys"}
+    toy = "RuntimeError: out of toys"
+    assert {one.name: one.problem for one in found} == {"loggers": None, "sdpo": None, "toy": toy}
     assert "plugin toy (toy) is left out, it cannot be loaded: RuntimeError: out of toys" in caplog.text
     assert "sdpo" in plugins.algorithms(manager)
 
@@ -73,6 +74,14 @@ def test_a_hook_that_does_not_exist_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(sdpo_plugin.ConfigError, match="--plugins misspelt: unknown hook 'openrlhf_polcy_loss'"):
         plugins.load(["misspelt"])
+
+
+def test_an_argument_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    other = "from sdpo_plugin import hookimpl\n@hookimpl\ndef openrlhf_batch(batch, rollouts):\n    pass\n"
+    (tmp_path / "other.py").write_text(other)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(sdpo_plugin.ConfigError, match="--plugins other: .*openrlhf_batch(.|\\n)*rollouts"):
+        plugins.load(["other"])
 
 
 def test_what_a_plugin_author_needs_is_importable_from_the_top():

@@ -21,7 +21,8 @@ def test_only_the_hosts_launcher_with_our_flags_is_redirected():
     assert redirect([*run, "--algo=sdpo"], []) == [*ours, "--algo=sdpo"]
     assert redirect([*run, "--config", "r.yaml"], []) == [*ours, "--config", "r.yaml"]
     assert redirect([*run, "--plugins", "mine"], []) == [*ours, "--plugins", "mine"]
-    assert redirect([*run, "--algo.advantage.estimator", "rloo"], []) is None
+    assert redirect([*run, "--logger.mlflow.uri=x"], []) == [*ours, "--logger.mlflow.uri=x"]
+    assert redirect([*run, "--algo.advantage.estimator", "rloo", "--logger.wandb.key", "x"], []) is None
     assert redirect([*run, "--x", "1"], ["toy"]) == [*ours, "--x", "1"]  # an installed plugin acts without --algo
     assert redirect(["python", "tool.py", "openrlhf.cli.train_ppo_ray", "--algo", "x"], ["toy"]) is None
 
