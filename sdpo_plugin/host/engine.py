@@ -148,7 +148,8 @@ def feedback_and_failures_kept(fetch: Fetch, at_a_time: asyncio.Semaphore) -> Fe
         for attempt in range(config.attempts):
             if attempt:
                 await asyncio.sleep(2.0 ** (attempt - 1))
-            _said.set(said := [])
+            said: list[str] = []
+            _said.set(said)
             try:
                 async with at_a_time:
                     results = await asyncio.wait_for(fetch(queries, prompts, labels), config.timeout)

@@ -101,9 +101,9 @@ def explain(error: BaseException) -> Failure:
             "write the name of an older checkpoint into the file `latest` beside it",
         )  # fmt: skip
     if isinstance(cause, RuntimeError) and "loading state_dict" in said:
-        first = [line.strip() for line in said.splitlines()[:2]]
+        begins = [line.strip() for line in said.splitlines()[:2]]
         return Failure(
-            SETTINGS, f"--ckpt.load_enable: the checkpoint is of another model: {' '.join(first)[:300]}", actor,
+            SETTINGS, f"--ckpt.load_enable: the checkpoint is of another model: {' '.join(begins)[:300]}", actor,
             "give its --actor.model_name_or_path, or another --ckpt.path",
         )  # fmt: skip
     if isinstance(cause, NotFinite):

@@ -34,6 +34,7 @@ MOST_CHARACTERS = 20_000  # of a text
 LONGEST_PIECE = 200  # characters of a token
 MOST_BYTES = 12_000_000  # of all samples
 SELF = "train/self_distillation/"
+EXPORTED = "window.vegaEmbed = vegaEmbed"  # what charts.js calls
 ACCURACY = r"eval/eval_(.+)_pass\d+"
 
 Samples = Sequence[dict[str, Any]]
@@ -118,7 +119,7 @@ def _render(curves: dict[str, Any], samples: dict[str, Any]) -> str:
     def own(name: str) -> str:
         return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
-    scripts = [vl_convert.javascript_bundle(), *map(own, ("dom.js", "charts.js", "samples.js"))]
+    scripts = [vl_convert.javascript_bundle(EXPORTED), *map(own, ("dom.js", "charts.js", "samples.js"))]
     if any("</script" in text.lower() or "<!--" in text for text in scripts):
         raise ValueError("a script of the page would end its element")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -221,7 +222,8 @@ def _samples(run: Run, samples: Samples, room: int, vocabulary: dict[str, int]) 
     while stride < len(steps) and sum(sizes[step] for step in _every(steps, stride)) > room:
         stride += 1
     prompts: dict[tuple[str, str | None], int] = {}
-    shown, used = [], 0
+    shown: list[dict[str, Any]] = []
+    used = 0
     for sample in (sample for step in _every(steps, stride) for sample in by_step[step]):
         used += _size(sample)
         if used > room and shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ def show(title: str, samples: Sequence[dict[str, Any]], step: int | None, number
         there = [str(s["sample"]) for s in samples if s["step"] == step]
         what = f"of step {step} the samples {', '.join(there)}" if there else f"steps {steps[0]} to {steps[-1]}"
         raise ConfigError(f"report: no such sample; recorded are {what}")
-    sys.stdout.reconfigure(errors="replace")  # where a pipe's encoding knows less than the samples
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where a pipe's encoding knows less than the samples
     console = Console(highlight=False, markup=False, emoji=False)
     coloured = console.color_system is not None and not console.no_color
     console.print(legend(coloured))

@@ -96,7 +96,7 @@ def test_off_by_default_and_no_weight_is_another(replay, recorded):
 
 CASES = {
     "lora": (*SDPO, *ZERO[3], *LORA),
-    "dynamic": (*SDPO, *ZERO[2], "--ds.packing_samples", "--vllm.num_engines", "1",  # OpenRLHF packs only with an engine
+    "dynamic": (*SDPO, *ZERO[2], "--ds.packing_samples", "--vllm.num_engines", "1",
                 "--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "64"),
     "policy loss": (*SDPO, *ZERO[2], "--distill.weight", "0.5", "--teacher.kind", "trust_region"),
     "sdft": ("--algo", "sdft", *ZERO[2], "--reprompt.privileged_key", "note"),

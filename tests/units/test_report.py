@@ -19,9 +19,9 @@ ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\
 @pytest.fixture(scope="module", autouse=True)
 def bundled():
     """The library's JavaScript is put together once, which takes a second or more."""
-    text = page.vl_convert.javascript_bundle()
+    text = page.vl_convert.javascript_bundle(page.EXPORTED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page.vl_convert, "javascript_bundle", lambda: text)
+        patch.setattr(page.vl_convert, "javascript_bundle", lambda snippet: text)
         yield
 
 

@@ -52,9 +52,9 @@ def pages(directory: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory):
-    text = page.vl_convert.javascript_bundle()
+    text = page.vl_convert.javascript_bundle(page.EXPORTED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page.vl_convert, "javascript_bundle", lambda: text)
+        patch.setattr(page.vl_convert, "javascript_bundle", lambda snippet: text)
         return pages(tmp_path_factory.mktemp("pages"))
 
 
