@@ -94,9 +94,9 @@ QUESTIONS: dict[str, list[Run]] = {
         *(sampled("sdpo", "feedback only", number) for number in (1, 2)), FEEDBACK_ONLY,
         sampled("sdpo", "feedback only", 8),
     ],
-    # GRPO compares a prompt's samples with each other, so it has no run with one.
+    # Without feedback nobody learns from one sample: SDPO has no sibling to be shown, GRPO nothing to compare with.
     "samples per prompt, sparse success (plain: 8)": [
-        *(sampled("sdpo", "sparse success", number) for number in (1, 2, 4)), SPARSE,
+        *(sampled("sdpo", "sparse success", number) for number in (2, 4)), SPARSE,
         *(sampled("grpo", "sparse success", number) for number in (2, 4)), Run("grpo", "sparse success"),
     ],
     "wrong feedback, feedback only (plain: none)": [
@@ -154,6 +154,8 @@ def train(run: Run, seed: int) -> None:
     }  # fmt: skip
     if ALGORITHMS[run.algorithm]:
         flags["reprompt.success_threshold"] = settings["success"]
+    if settings["samples_per_prompt"] == 1:  # group_norm compares a prompt's samples
+        flags["algo.advantage.estimator"] = "reinforce"
     recipe = RECIPE / ("sdpo.yaml" if ALGORITHMS[run.algorithm] else "grpo.yaml")
     given = [*ALGORITHMS[run.algorithm], *(f"--{name}={value}" for name, value in flags.items())]
     trained(directory(run, seed), run.name, seed, recipe, given)
