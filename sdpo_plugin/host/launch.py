@@ -10,7 +10,7 @@ from typing import Any
 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import ConfigError, RewardConfig, add_group, chat_template_kwargs, flat, from_namespace
-from sdpo_plugin.host import deterministic, recipe, sleep
+from sdpo_plugin.host import deterministic, recipe, seams, sleep
 from sdpo_plugin.host.cluster import PLATFORMS, VARIABLE
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
@@ -34,8 +34,6 @@ def train(arguments: list[str]) -> None:
 
         print("openrlhf-sdpo: running OpenRLHF on CPU (for trying and testing; see docs/cpu.md)")
         cpu.enable()
-    from sdpo_plugin.host import seams
-
     try:
         from sdpo_plugin.host.install import install  # with all modules that declare seams
     except (ImportError, AttributeError) as error:
@@ -91,6 +89,7 @@ def _extend_parser(on_cpu: bool, check: Callable[[Any, dict[str, Any]], None]) -
             return original(parser, args, namespace)
         parser_class.parse_args = original
         defaults = {action.dest: action.default for action in parser._actions}
+        seams.check_flags(defaults)
         found = parse(parser, sys.argv[1:] if args is None else list(args), on_cpu)
         from openrlhf.utils.config import hierarchize
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 TESTED = ("0.11.2",)
+FLAGS = (  # that earlier versions do not have
+    "actor.loss_agg_mode", "algo.advantage.is_correction_gating", "algo.advantage.is_correction_level",
+    "algo.advantage.is_correction_mode",
+)  # fmt: skip
 
 
 class SeamError(RuntimeError):
@@ -105,6 +109,12 @@ def check(seams: list[Seam] | None = None) -> None:
     problems = [f"  {seam.at}: {problem}" for seam in seams or SEAMS if (problem := seam.problem())]
     if problems:
         raise SeamError(cannot_be_extended("\n".join(problems)))
+
+
+def check_flags(known: Collection[str]) -> None:
+    """Compare the flags of OpenRLHF's launcher, by dotted name, with those that are relied on. Raises SeamError."""
+    if missing := [f"  --{flag}: no such flag" for flag in FLAGS if flag not in known]:
+        raise SeamError(cannot_be_extended("\n".join(missing)))
 
 
 def cannot_be_extended(problems: str) -> str:

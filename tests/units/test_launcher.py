@@ -93,6 +93,8 @@ def test_a_host_whose_seams_moved_is_refused_by_name():
     assert "openrlhf.utils.agent:SingleTurnAgentExecutor.no_such_method: not found" in message
     assert "openrlhf.utils.config:hierarchize: takes (args), expected also (schema)" in message
     assert "openrlhf.no_such_module:Engine: not found" in message and message.count("hierarchize") == 1
+    with pytest.raises(seams.SeamError, match="--actor.loss_agg_mode: no such flag"):
+        seams.check_flags({flag for flag in seams.FLAGS if flag != "actor.loss_agg_mode"})
 
 
 @pytest.fixture(scope="module")
