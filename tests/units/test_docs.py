@@ -1,5 +1,6 @@
 """The pages of docs/: as a site, in a Git browser, and against the code that they describe."""
 
+import argparse
 import ast
 import dataclasses
 import importlib
@@ -234,8 +235,10 @@ def flags() -> set[str]:
     scripts = [*(ROOT / "tests/slow").rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), *SOURCES]
     found = {flag for path in [OPENRLHF / "cli/train_ppo_ray.py", *scripts] for flag in ADDED.findall(path.read_text())}
     found |= {flag.replace("{prefix}", model) for flag in found for model in ("actor", "critic")}  # of each optimizer
-    groups = [*GROUPS, RewardConfig]
-    groups += [group for one in plugins.algorithms(plugins.load()[0]).values() for group in one.options]
+    manager, parser = plugins.load()[0], argparse.ArgumentParser()
+    manager.hook.openrlhf_add_arguments(parser=parser)
+    found |= set(parser._option_string_actions)
+    groups = [RewardConfig, *(group for one in plugins.algorithms(manager).values() for group in one.options)]
     for group in groups:
         names = [f"{group.prefix}.{field.name}" for field in dataclasses.fields(group)]
         found |= {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
@@ -253,6 +256,7 @@ def test_the_flags_of_a_page_exist(page):
     text = page.read_text()
     dotted = set(re.findall(r"--(?:no-)?[a-z_]+\.[\w.]*\w", text))
     groups = set(re.findall(r"(--[a-z_]+\.[\w.]*?)\*", text))
+    groups |= {f"{name}." for name in re.findall(r"^#+ (--[\w.]+)$", text, re.MULTILINE)}
     ours = [c for c in [*commands(page), *inline(page)] if c.startswith(("openrlhf-sdpo", "python -m openrlhf"))]
     of_commands = {flag for command in ours for flag in re.findall(r"(?<!\S)--[\w.-]+", command)}
     starts = {group.rstrip("_.") for group in groups}
