@@ -97,7 +97,7 @@ function spec(figure, width) {
         labelFontSize: 11, titleFontSize: 11, titleFontWeight: "normal", labelPadding: 4, tickSize: 3, tickCount: 4, titlePadding: 4,
       },
       axisX: { grid: false, titleAnchor: "end", titleAlign: "right", format: "~s" },
-      axisY: { domain: false, ticks: false, format: chart.percent ? "~%" : "~g", minExtent: 34 },
+      axisY: { domain: false, ticks: false, format: chart.percent ? "~%" : "~r", minExtent: 34 },
     },
   };
 }
