@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,8 +44,9 @@ THEIRS = {" ...": "", "RECIPE.yaml": "recipes/quickstart/sdpo.yaml"}
 
 
 def training(page: Path) -> list[str]:
-    """A page's training commands."""
-    return [line for line in [*commands(page), *inline(page)] if TRAIN.match(line) and " --" in line]
+    """A page's training commands, without those that log to SwanLab where it is not installed: they are refused."""
+    found = [line for line in [*commands(page), *inline(page)] if TRAIN.match(line) and " --" in line]
+    return [line for line in found if "--logger.swanlab" not in line or find_spec("swanlab")]
 
 
 TRAINING = [page for page in PAGES if training(page)]
