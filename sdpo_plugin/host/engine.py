@@ -244,8 +244,8 @@ def _with_feedback(result: Any) -> dict[str, Any]:
         if isinstance(feedback, (list, tuple)) and len(feedback) == 1:  # one entry per query, like `rewards`
             feedback = feedback[0]
         extra_logs[FEEDBACK] = feedback
-    numbers = {name: _number(name, result.get(name)) for name in ("rewards", "scores")}
-    return {**numbers, "extra_logs": extra_logs}
+    numbers: dict[str, Any] = {name: _number(name, result[name]) for name in ("rewards", "scores") if name in result}
+    return {**numbers, "extra_logs": extra_logs} if extra_logs else numbers
 
 
 def _number(name: str, value: Any) -> float | None:

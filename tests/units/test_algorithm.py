@@ -322,7 +322,7 @@ def test_teachers_follow_the_student(kind, follows):
 
 def test_a_checkpoint_without_a_teacher_is_named(tmp_path):
     worker = fake_worker()
-    with pytest.raises(FileNotFoundError, match="written without --teacher.kind ema"):
+    with pytest.raises(ConfigError, match="written without --teacher.kind ema"):
         algorithm(worker).openrlhf_load_checkpoint(worker, str(tmp_path))
 
 
