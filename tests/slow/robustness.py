@@ -382,7 +382,7 @@ def reward_func(queries, prompts, labels):
 
 def test_the_clock_jumps(openrlhf, model, case, tmp_path, monkeypatch):
     """By six days, in all processes of a run, between its steps."""
-    library = pytest.importorskip("libfaketime")
+    library = pytest.importorskip("libfaketime", reason="needs libfaketime: pip install 'openrlhf-sdpo[robustness]'")
     clock = tmp_path / "clock"
     clock.write_text("+0")
     (tmp_path / "reward.py").write_text(JUMP.format(clock=clock))

@@ -68,20 +68,20 @@ def test_a_plugin_that_cannot_be_loaded_is_named_and_left_out(installed, tmp_pat
     assert "sdpo" in plugins.algorithms(manager)
 
 
-def test_a_hook_that_does_not_exist_is_named(tmp_path, monkeypatch):
-    misspelt = "from sdpo_plugin import hookimpl\n@hookimpl\ndef openrlhf_polcy_loss(micro_batch):\n    pass\n"
-    (tmp_path / "misspelt.py").write_text(misspelt)
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        ("openrlhf_polcy_loss(micro_batch)", "--plugins misspelt: unknown hook 'openrlhf_polcy_loss'"),
+        ("openrlhf_batch(batch, rollouts)", r"--plugins misspelt: .*openrlhf_batch(.|\n)*rollouts"),
+    ],
+)
+def test_a_hook_or_an_argument_that_does_not_exist_is_named(tmp_path, monkeypatch, signature, message):
+    source = f"from sdpo_plugin import hookimpl\n@hookimpl\ndef {signature}:\n    pass\n"
+    (tmp_path / "misspelt.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(sdpo_plugin.ConfigError, match="--plugins misspelt: unknown hook 'openrlhf_polcy_loss'"):
+    monkeypatch.delitem(sys.modules, "misspelt", raising=False)  # the other case's
+    with pytest.raises(sdpo_plugin.ConfigError, match=message):
         plugins.load(["misspelt"])
-
-
-def test_an_argument_that_does_not_exist_is_named(tmp_path, monkeypatch):
-    other = "from sdpo_plugin import hookimpl\n@hookimpl\ndef openrlhf_batch(batch, rollouts):\n    pass\n"
-    (tmp_path / "other.py").write_text(other)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(sdpo_plugin.ConfigError, match="--plugins other: .*openrlhf_batch(.|\\n)*rollouts"):
-        plugins.load(["other"])
 
 
 def test_what_a_plugin_author_needs_is_importable_from_the_top():
