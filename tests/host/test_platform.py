@@ -1,5 +1,7 @@
 """Which machine is it? A driver without a GPU in front of Ray clusters that have some, by name."""
 
+import tempfile
+
 import pytest
 from common import ROWS, SDPO, TWO_RANKS
 
@@ -20,15 +22,18 @@ def cluster(request, monkeypatch, tmp_path):
     """Two nodes with two GPUs each, which are names; with the parameter "lies" their torch sees CUDA, too."""
     from ray.cluster_utils import Cluster
 
-    with monkeypatch.context() as environment:
-        if getattr(request, "param", None) == "lies":
-            (tmp_path / "sitecustomize.py").write_text(LIES)
-            environment.setenv("PYTHONPATH", str(tmp_path))
-        made = Cluster(initialize_head=True, head_node_args={"num_gpus": 2, "num_cpus": 8})
-        made.add_node(num_gpus=2, num_cpus=8)
-    monkeypatch.setenv("RAY_ADDRESS", made.address)
-    yield made
-    made.shutdown()
+    # Ray writes down which cluster runs on this machine. Runs of other tests are not to join it.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:  # it holds sockets
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        with monkeypatch.context() as environment:
+            if getattr(request, "param", None) == "lies":
+                (tmp_path / "sitecustomize.py").write_text(LIES)
+                environment.setenv("PYTHONPATH", str(tmp_path))
+            made = Cluster(initialize_head=True, head_node_args={"num_gpus": 2, "num_cpus": 8})
+            made.add_node(num_gpus=2, num_cpus=8)
+        monkeypatch.setenv("RAY_ADDRESS", made.address)
+        yield made
+        made.shutdown()
 
 
 def test_auto_is_never_a_cpu_where_the_cluster_has_gpus(openrlhf, model, reward, cluster):
