@@ -442,14 +442,26 @@ class SelfDistillation:
                 if watched is not None:
                     tokens, without, failed = watched
                     looks = measure(
-                        hidden[tokens], student, taught[0][tokens], without, teacher, token_ids[tokens], failed,
+                        hidden[tokens],
+                        student,
+                        taught[0][tokens],
+                        without,
+                        teacher,
+                        token_ids[tokens],
+                        failed,
                         temperature,
                     )
                     for name, (total, count) in looks.items():
                         micro_batch.mean(name, total, count)
                 scores = linear_distillation(
-                    hidden, student, [TeacherStates(states, teacher) for states in taught], token_ids, weights,
-                    objective, data=data, temperature=temperature,
+                    hidden,
+                    student,
+                    [TeacherStates(states, teacher) for states in taught],
+                    token_ids,
+                    weights,
+                    objective,
+                    data=data,
+                    temperature=temperature,
                     read=data["in_loss"] if self.token_advantages is not None else None,
                     differentiable_log_probs=needs["log_probs"] or needs["entropy"],
                     with_entropy=needs["entropy"] or self.args.actor.entropy_coef is not None,

@@ -138,7 +138,8 @@ def context_metrics(
         "unclosed_thought": sum(_without_thoughts(text).lstrip().startswith("<think>") for text in taught),
     }
     of_groups = {
-        "success_group": len(successes), "single_success_group": sum(len(won) == 1 for won in successes.values())
+        "success_group": len(successes),
+        "single_success_group": sum(len(won) == 1 for won in successes.values()),
     }
     metrics = {name: count / max(len(groups), 1) for name, count in of_groups.items()}
     metrics |= {name: count / max(len(contexts), 1) for name, count in counts.items()}

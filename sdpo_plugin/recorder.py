@@ -153,7 +153,11 @@ def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 
 def tell(
-    micro_batch: MicroBatch, student: Tensor, teacher: TeacherStates, token_ids: Tensor, active: Tensor,
+    micro_batch: MicroBatch,
+    student: Tensor,
+    teacher: TeacherStates,
+    token_ids: Tensor,
+    active: Tensor,
     temperature: float,
 ) -> None:
     """Answer for the samples of the micro-batch that the controller asks about, each once in a rollout batch.

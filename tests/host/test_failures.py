@@ -36,7 +36,7 @@ def message(failed) -> str:
     at = max(i for i, line in enumerate(lines) if line.startswith("openrlhf-sdpo: error: "))
     assert len(lines) - at <= 4, lines[at:]  # what, where, fix, file
     assert "Traceback" not in "".join(lines[at:])
-    if (kept := [line.split()[-1] for line in lines[at:] if line.startswith("  all:")]):
+    if kept := [line.split()[-1] for line in lines[at:] if line.startswith("  all:")]:
         assert "Traceback" in Path(kept[0]).read_text()
     return "\n".join(lines[at:])
 

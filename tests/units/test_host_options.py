@@ -1,6 +1,5 @@
 """The host's own options beside self-distillation, on the real host: each acts."""
 
-
 import pytest
 import torch
 

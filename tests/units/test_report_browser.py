@@ -1,6 +1,6 @@
 """The report in headless Chromium, on a desktop and on a phone; skipped where there is no browser.
 
-    python tests/units/test_report_browser.py    makes the pictures in tests/data anew
+python tests/units/test_report_browser.py    makes the pictures in tests/data anew
 """
 
 import io

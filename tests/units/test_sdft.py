@@ -1,6 +1,5 @@
 """SDFT on the real host: a demonstrated skill is learned without a reward function, from either prompt."""
 
-
 import pytest
 
 from sdpo_plugin.config import ConfigError

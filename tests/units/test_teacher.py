@@ -1,6 +1,5 @@
 """The EMA teacher: right in the last digits at every ZeRO stage, in bounded memory, and after a restart."""
 
-
 import pytest
 import torch
 from common import LargestTensor
