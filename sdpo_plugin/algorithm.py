@@ -36,7 +36,14 @@ from sdpo_plugin.config import (
     chat_template_kwargs,
     from_namespace,
 )
-from sdpo_plugin.context import Rollout, TeacherContext, build_teacher_contexts, context_metrics, teacher_prompt_ids
+from sdpo_plugin.context import (
+    Cuts,
+    Rollout,
+    TeacherContext,
+    build_teacher_contexts,
+    context_metrics,
+    teacher_prompt_ids,
+)
 from sdpo_plugin.diagnostics import GAIN, WATCHED_SAMPLES, Watch, length_metrics, measure
 from sdpo_plugin.fused import Head, Scores, TeacherStates, linear_distillation, of_one_size
 from sdpo_plugin.hookspecs import hookimpl
@@ -290,14 +297,14 @@ class SelfDistillation:
         wanted = [[scored_behind(batch, i, shown[i]) for i in every] for shown in contexts]
         masks = self._loss_masks(batch, wanted)
         reads: list[list[list[tuple[list[int], torch.Tensor]]]] = []
-        first_reads: list[tuple[list[int], tuple[str, ...]] | None] = []
+        first_reads: list[tuple[list[int], Cuts] | None] = []
         truncated, too_long = 0, 0
         for k, shown in enumerate(contexts):
             reads.append([])
             for i in every:
                 asked = [(context, at) for context, at in wanted[k][i] if bool((at & masks[i]).any())]
                 prompts = [self.teacher_prompt(batch, i, context, at) for context, at in asked]
-                truncated += any(cut for _, cut in prompts)
+                truncated += any(cuts for _, cuts in prompts)
                 if k == 0:
                     first_reads.append(next((prompt for prompt in prompts if prompt[0]), None))
                 too_long += not all(ids for ids, _ in prompts)
@@ -380,8 +387,8 @@ class SelfDistillation:
 
     def teacher_prompt(
         self, batch: RolloutBatch, i: int, context: TeacherContext, at: torch.Tensor
-    ) -> tuple[list[int], tuple[str, ...]]:
-        """Token ids for the teacher to read before sample i's response, and the names of sections that were cut.
+    ) -> tuple[list[int], Cuts]:
+        """Token ids for the teacher to read before sample i's response, and what was cut from them.
 
         at: bool [A_i], the action positions that are scored behind them. Prompt and response, as far as the last of
         these, fit the model's positions together. Where nothing that can be cut makes them fit: no ids.
@@ -389,8 +396,8 @@ class SelfDistillation:
         replayed = int(at.nonzero()[-1] - batch.response_mask(i).nonzero()[0]) + 1
         room = batch.max_positions - replayed
         config = replace(self.reprompt, max_len=int(max(min(self.reprompt.max_len, room), 1)))
-        ids, cut = teacher_prompt_ids(context, batch.tokenizer, config, chat_template_kwargs(batch.args))
-        return (ids, cut) if len(ids) <= room else ([], ())
+        ids, cuts = teacher_prompt_ids(context, batch.tokenizer, config, chat_template_kwargs(batch.args))
+        return (ids, cuts) if len(ids) <= room else ([], {})
 
     # ── the policy worker: teacher, loss, update ──
 
@@ -442,26 +449,14 @@ class SelfDistillation:
                 if watched is not None:
                     tokens, without, failed = watched
                     looks = measure(
-                        hidden[tokens],
-                        student,
-                        taught[0][tokens],
-                        without,
-                        teacher,
-                        token_ids[tokens],
-                        failed,
+                        hidden[tokens], student, taught[0][tokens], without, teacher, token_ids[tokens], failed,
                         temperature,
                     )
                     for name, (total, count) in looks.items():
                         micro_batch.mean(name, total, count)
                 scores = linear_distillation(
-                    hidden,
-                    student,
-                    [TeacherStates(states, teacher) for states in taught],
-                    token_ids,
-                    weights,
-                    objective,
-                    data=data,
-                    temperature=temperature,
+                    hidden, student, [TeacherStates(states, teacher) for states in taught], token_ids, weights,
+                    objective, data=data, temperature=temperature,
                     read=data["in_loss"] if self.token_advantages is not None else None,
                     differentiable_log_probs=needs["log_probs"] or needs["entropy"],
                     with_entropy=needs["entropy"] or self.args.actor.entropy_coef is not None,

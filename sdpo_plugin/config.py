@@ -70,8 +70,7 @@ class DistillConfig(Group):
     prefix = "distill"
 
     mode: str = option(
-        "topk",
-        "divergence over the whole vocabulary, over the top-k, or of the sampled token only",
+        "topk", "divergence over the whole vocabulary, over the top-k, or of the sampled token only",
         ("full", "topk", "sampled"),
     )
     alpha: float = option(0.5, "0: KL(teacher||student); 1: KL(student||teacher); between: generalised Jensen-Shannon")
@@ -79,16 +78,14 @@ class DistillConfig(Group):
     support: str = option("student", "whose top-k tokens carry the divergence", ("student", "teacher", "union"))
     add_tail: bool = option(True, "collect the mass outside the top-k in one bucket instead of renormalising")
     is_clip: float | None = option(
-        2.0,
-        "upper bound of the ratio student/policy before the rollout's first update, both as the trainer sees "
+        2.0, "upper bound of the ratio student/policy before the rollout's first update, both as the trainer sees "
         "them: 1 with one update per rollout; none: no ratio. The ratio to what the engine sampled from is "
         "--algo.advantage.is_correction_*, a factor of its own",
     )
     kl_clip: float | None = option(None, "upper bound of each vocabulary entry's share of a token's divergence (OPSD)")
     weight: float = option(1.0, "(1-w) x OpenRLHF's policy loss + w x distillation; 0 is OpenRLHF alone")
     mean: str = option(
-        "samples",
-        "samples: the mean over all samples of the optimizer step, 0 for those without a context, of each "
+        "samples", "samples: the mean over all samples of the optimizer step, 0 for those without a context, of each "
         "one's mean over its tokens in the loss; tokens: over the tokens in the loss, as --actor.loss_agg_mode has it",
         ("samples", "tokens"),
     )
@@ -118,14 +115,12 @@ class TeacherConfig(Group):
     prefix = "teacher"
 
     kind: str = option(
-        "ema",
-        "live: the student itself; base: the initial weights; ema: their moving average; "
+        "ema", "live: the student itself; base: the initial weights; ema: their moving average; "
         "trust_region: logits between base and student; model: another model, with the same tokenizer",
         ("live", "base", "ema", "trust_region", "model"),
     )
-    update_rate: float = option(
-        0.05, "ema: teacher = (1-rate) x teacher + rate x student; trust_region: the share of the student's logits"
-    )
+    update_rate: float = option(0.05, "ema: teacher = (1-rate) x teacher + rate x student; trust_region: the share "
+                                "of the student's logits")
     sync_steps: int = option(1, "optimizer steps between updates of the ema teacher")
     model_name_or_path: str | None = option(None, "the model of --teacher.kind model")
     zero_stage: int | None = option(
@@ -133,9 +128,8 @@ class TeacherConfig(Group):
     )
     offload: bool = option(False, "keep the teacher's weights in host memory between its forward passes")
     max_tokens_per_gpu: int = option(
-        32768,
-        "tokens of the teacher's forward pass, padding included; a micro-batch of the student with more is read "
-        "in several passes (a longer sample alone)",
+        32768, "tokens of the teacher's forward pass, padding included; a micro-batch of the student with more is read "
+        "in several passes (a longer sample alone)"
     )
     save: bool = option(False, "also export the teacher as a Hugging Face model")
 
@@ -166,7 +160,9 @@ class RepromptConfig(Group):
 
     success_threshold: float = option(0.5, "a rollout with reward >= this is a success, and may teach its group")
     exclude_self: bool = option(True, "a rollout's own success does not teach itself")
-    demonstration: str = option("first", "which of the successes is shown", ("first", "random", "best", "shortest"))
+    demonstration: str = option(
+        "first", "which of the successes is shown", ("first", "random", "best", "shortest")
+    )
     remove_thinking: bool = option(
         True, "cut closed <think> blocks from demonstrations, those that the prompt opened included"
     )
@@ -178,7 +174,9 @@ class RepromptConfig(Group):
         "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
         "the teacher's user turn; names {prompt}, {solution}, {feedback}, {privileged_context}",
     )
-    solution_template: str = option("\nCorrect solution:\n\n{successful_previous_attempt}", "the {solution} section")
+    solution_template: str = option(
+        "\nCorrect solution:\n\n{successful_previous_attempt}", "the {solution} section"
+    )
     feedback_template: str = option(
         "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}",
         "the {feedback} section",
@@ -186,20 +184,15 @@ class RepromptConfig(Group):
     privileged_key: str = option("privileged_context", "data-set column of the {privileged_context} section")
     max_len: int = option(10240, "longest teacher prompt, in tokens")
     truncation: str = option(
-        "right",
-        "which side of the shown sections is cut when the prompt is too long; the question and the "
-        "closing instruction never are; error: stop instead",
-        ("right", "left", "middle", "error"),
+        "right", "which side of the shown sections is cut when the prompt is too long; the question and the "
+        "closing instruction never are; error: stop instead", ("right", "left", "middle", "error"),
     )
     seed: int = option(42, "of --reprompt.demonstration random")
 
     def check(self) -> None:
         self.positive("max_len", integer=True)
-        for name, known in (
-            ("template", "prompt"),
-            ("solution_template", "successful_previous_attempt"),
-            ("feedback_template", "feedback_raw"),
-        ):
+        for name, known in (("template", "prompt"), ("solution_template", "successful_previous_attempt"),
+                            ("feedback_template", "feedback_raw")):
             if "{" + known + "}" not in getattr(self, name):
                 self.fail(name, "the template must contain {" + known + "}")
 
@@ -211,18 +204,15 @@ class DiagnosticsConfig(Group):
     prefix = "diagnostics"
 
     guard: str = option(
-        "warn",
-        "what to do about a degenerate run: say so; save a checkpoint and stop when the teacher has collapsed; "
-        "slow the ema teacher down while its context gain sinks",
-        ("off", "warn", "stop", "slow"),
+        "warn", "what to do about a degenerate run: say so; save a checkpoint and stop when the teacher has collapsed; "
+        "slow the ema teacher down while its context gain sinks", ("off", "warn", "stop", "slow"),
     )
     interval: int = option(1, "rollout batches between two looks")
     tolerance: int = option(5, "consecutive degenerate looks before the guard speaks or stops")
     samples: int = option(
-        0,
-        "samples of each rollout batch that are written to samples.jsonl, beside the event files of "
+        0, "samples of each rollout batch that are written to samples.jsonl, beside the event files of "
         "--logger.tensorboard_dir, token by token with what the teacher read and would have said; 12.5 kB for each 100 "
-        "tokens, besides the texts",
+        "tokens, besides the texts"
     )
 
     def check(self) -> None:
@@ -239,10 +229,8 @@ class RewardConfig(Group):
     prefix = "reward"
 
     on_error: str = option(
-        "stop",
-        "after the last attempt, stop the run, or skip the sample: none of its tokens is in a loss, and its "
-        "group's statistics are those of the others",
-        ("stop", "skip"),
+        "stop", "after the last attempt, stop the run, or skip the sample: none of its tokens is in a loss, and its "
+        "group's statistics are those of the others", ("stop", "skip"),
     )
     attempts: int = option(1, "calls until a sample counts as failed, with 1, 2, 4, ... s between them")
     timeout: float = option(600.0, "seconds until a call counts as failed; the run goes on without its thread")
@@ -283,11 +271,8 @@ def add_group(parser: argparse.ArgumentParser, group: type[Group]) -> None:
             section.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=help)
         else:
             section.add_argument(
-                flag,
-                type=_optional(kinds[0]) if optional else kinds[0],
-                default=f.default,
-                choices=f.metadata["choices"],
-                help=f"{help} (default: {f.default!r})",
+                flag, type=_optional(kinds[0]) if optional else kinds[0], default=f.default,
+                choices=f.metadata["choices"], help=f"{help} (default: {f.default!r})",
             )
 
 

@@ -38,6 +38,9 @@ CLOSED_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 # about 4 characters a token, indented code and tables up to 10; beyond 16 the limit may cut earlier than needed.
 MAX_CHARS_PER_TOKEN = 16
 SECTIONS = ("solution", "feedback", "privileged_context")
+# What was cut from a teacher's prompt: by section, the positions in its token ids before which a part of the section is
+# missing. There is none where nothing is left of it.
+Cuts = dict[str, list[int]]
 
 
 class FeedbackError(TypeError):
@@ -193,18 +196,18 @@ def teacher_prompt_ids(
     tokenizer: Any,
     config: RepromptConfig,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[list[int], tuple[str, ...]]:
-    """The teacher's prompt as token ids, ready for the response behind it, and the names of sections that were cut.
+) -> tuple[list[int], Cuts]:
+    """The teacher's prompt as token ids, ready for the response behind it, and what was cut from it.
 
     Send these ids to an engine, not their text: as text, a section could become mark-up again.
 
     tokenizer: a Hugging Face tokenizer. chat_template_kwargs: what the student's prompt is rendered with (`tools`,
     `enable_thinking`, ...). An inactive context gives the student's ids. An active one gives the ids of the plain
-    rendering, unless a section would change the mark-up or the prompt is longer than `config.max_len`. Then sections
-    are tokenized on their own: tokens do not merge across their borders (SentencePiece may see a space there). If still
-    too long they are cut, taken together, at `config.truncation`; one of which nothing is left goes with its frame.
-    Everything else is kept, even if it alone is longer than `max_len`. Where a chat template strips the user turn, a
-    section at its very border keeps its white space.
+    rendering, unless a section would change the mark-up or something is cut to fit `config.max_len`. Then sections
+    are tokenized on their own: tokens do not merge across their borders (SentencePiece may see a space there). They
+    are cut, taken together, at `config.truncation`; one of which nothing is left goes with its frame. Everything else
+    is kept, even if it alone is longer than `max_len`. Where a chat template strips the user turn, a section at its
+    very border keeps its white space.
 
     Raises ValueError for chat messages and a tokenizer without a chat template; ConfigError where something would
     have to be cut and `config.truncation` is `error`.
@@ -217,7 +220,7 @@ def teacher_prompt_ids(
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     if context.prompt is None:
-        return encode([render(context.messages)])[0], ()
+        return encode([render(context.messages)])[0], {}
 
     # Sentinels stand for the sections while the chat template runs, so that it can neither read nor change them.
     bare = render(_fill(context.prompt, {}, config))
@@ -226,25 +229,25 @@ def teacher_prompt_ids(
     pieces = re.split(f"([{''.join(names)}])", render(_fill(context.prompt, sentinels, config)))
     order = [names[sentinel] for sentinel in pieces[1::2]]
 
-    def in_order(cut: set[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for name in order if name in cut))
-
     # Environments hand over what they read: half of a surrogate pair has no UTF-8 form, and tokenizers raise on it.
     texts = [context.sections[name].encode("utf-8", "replace").decode() for name in order]
-    bounded = texts
+    bounded = [(text, text[:0]) for text in texts]
     if config.truncation != "error":
-        bounded = ["".join(ends) for ends in _cut(texts, config.max_len * MAX_CHARS_PER_TOKEN, config.truncation)]
-    cut = {name for name, text, left in zip(order, texts, bounded, strict=True) if text != left}
+        bounded = _cut(texts, config.max_len * MAX_CHARS_PER_TOKEN, config.truncation)
     markup, markup_pattern = _markup(tokenizer, len(tokenizer))
     trusted = encode(pieces[0::2])
-    shown = [_ids_without_markup(text, encode, markup, markup_pattern) for text in bounded]
+    ends = [[_ids_without_markup(end, encode, markup, markup_pattern) for end in both] for both in bounded]
+    shown = [before + after for before, after in ends]
     ids = _interleave(trusted, shown)
+    whole = [before + after == text for (before, after), text in zip(bounded, texts, strict=True)]
+    gaps = [[] if its else [len(before)] for its, (before, _) in zip(whole, ends, strict=True)]
 
-    plain = encode(["".join(_interleave(pieces[0::2], bounded))])[0]
-    if len(plain) <= config.max_len and [i for i in plain if i in markup] == [i for i in ids if i in markup]:
-        return plain, in_order(cut)
+    if all(whole):
+        plain = encode(["".join(_interleave(pieces[0::2], texts))])[0]
+        if len(plain) <= config.max_len and [i for i in plain if i in markup] == [i for i in ids if i in markup]:
+            return plain, {}
     if len(ids) <= config.max_len:
-        return ids, in_order(cut)
+        return ids, _places(order, gaps, trusted, shown)
     if config.truncation == "error":
         parts = ", ".join(f"{name} {len(part)}" for name, part in zip(order, shown, strict=True))
         raise ConfigError(
@@ -253,17 +256,34 @@ def teacher_prompt_ids(
             f"--reprompt.max_len of at least {len(ids)}, shorter responses, or --reprompt.truncation right"
         )
     budget = max(config.max_len - sum(map(len, trusted)), 0)
-    kept = [
-        _whole_characters(before, tokenizer, -1) + _whole_characters(after, tokenizer, 0)
-        for before, after in _cut(shown, budget, config.truncation)
-    ]
-    cut |= {name for name, part, whole in zip(order, kept, shown, strict=True) if not part or part != whole}
+    kept = []
+    for i, (before, after) in enumerate(_cut(shown, budget, config.truncation)):
+        if len(before) + len(after) < len(shown[i]):
+            before, after = _whole_characters(before, tokenizer, -1), _whole_characters(after, tokenizer, 0)
+            removed = len(shown[i]) - len(before) - len(after)
+            earlier = [gap if gap < len(before) else max(gap - removed, len(before)) for gap in gaps[i]]
+            gaps[i] = sorted({*earlier, len(before)})
+        kept.append(before + after)
     left = {name: context.sections[name] for name, part in zip(order, kept, strict=True) if part}
     if len(left) < len(context.sections):
         fewer = replace(context, sections=left)
-        ids, again = teacher_prompt_ids(fewer, tokenizer, config, chat_template_kwargs)
-        return ids, in_order(cut.difference(left).union(again))
-    return _interleave(trusted, kept), in_order(cut)
+        ids, cuts = teacher_prompt_ids(fewer, tokenizer, config, chat_template_kwargs)
+        return ids, {name: cuts.get(name, []) for name in order if name in cuts or name not in left}
+    return _interleave(trusted, kept), _places(order, gaps, trusted, kept)
+
+
+def _places(
+    order: Sequence[str], gaps: Sequence[Sequence[int]], trusted: Sequence[list[int]], shown: Sequence[list[int]]
+) -> Cuts:
+    """`gaps` inside of each shown section as positions in the prompt, by the section's name."""
+    cuts: Cuts = {}
+    at = 0
+    for name, its, frame, section in zip(order, gaps, trusted, shown, strict=False):  # a frame more than sections
+        at += len(frame)
+        if its:
+            cuts.setdefault(name, []).extend(at + gap for gap in its)
+        at += len(section)
+    return cuts
 
 
 # ── successes, demonstrations, feedback ──

@@ -35,14 +35,8 @@ FULL_KL = objective_of(DistillConfig(mode="full", alpha=0.0, is_clip=None))
 
 @torch.no_grad()
 def measure(
-    student_hidden: Tensor,
-    student: Head,
-    teacher_hidden: Tensor,
-    without_context: Tensor,
-    teacher: Head,
-    token_ids: Tensor,
-    failed: Tensor,
-    temperature: float,
+    student_hidden: Tensor, student: Head, teacher_hidden: Tensor, without_context: Tensor, teacher: Head,
+    token_ids: Tensor, failed: Tensor, temperature: float,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums and numbers of tokens behind the metrics of a few samples.
 
@@ -50,12 +44,7 @@ def measure(
     int64 `[N]`; failed bool `[N]`, of the token's sample.
     """
     gain = linear_distillation(
-        without_context,
-        teacher,
-        [TeacherStates(teacher_hidden, teacher)],
-        token_ids,
-        failed.float(),
-        FULL_KL,
+        without_context, teacher, [TeacherStates(teacher_hidden, teacher)], token_ids, failed.float(), FULL_KL,
         temperature=temperature,
     ).token_loss
     own, entropy = linear_log_probs(student_hidden, student, token_ids, temperature, with_entropy=True)
@@ -137,20 +126,17 @@ class Watch:
                 "inactive", inactive, f"no sample has a teacher context, so nothing is distilled: {evidence}"
             ),
             *self._counted(
-                "feedback off",
-                bool(told) and not self.reprompt.use_feedback and not inactive,
+                "feedback off", bool(told) and not self.reprompt.use_feedback and not inactive,
                 f"{told} samples have feedback, but --no-reprompt.use_feedback ignores it",
             ),
             *self._counted(
-                "flat rewards",
-                self.uses_policy_loss and flat,
+                "flat rewards", self.uses_policy_loss and flat,
                 f"all rewards are {rewards[0] if rewards else None}, so OpenRLHF's policy loss, which is part of the "
                 "loss, teaches nothing",
             ),
             # Without a success among them, flat rewards teach nothing (inactive), or feedback alone teaches.
             *self._counted(
-                "flat successes",
-                not self.uses_policy_loss and flat_successes,
+                "flat successes", not self.uses_policy_loss and flat_successes,
                 f"all rewards are {rewards[0] if rewards else None}, so every response counts as a success and "
                 "demonstrations do not tell right from wrong; if not all of them are right, raise "
                 "--reprompt.success_threshold or look at the reward function, else give harder prompts",
@@ -168,8 +154,7 @@ class Watch:
         self.last = [*self.last, gain][-REFERENCE_LOOKS:]
         share = self.share(self.last)
         return self._counted(
-            "collapse",
-            share < COLLAPSED,
+            "collapse", share < COLLAPSED,
             f"the teacher reads its context less and less: on failed samples it changes the prediction by {gain:.3g} "
             f"nats a token, over the last looks {share:.0%} of what it was at the start, so the student is taught what "
             "it does already; lower --teacher.update_rate or --actor.adam.lr, or give --teacher.kind base (now "

@@ -119,10 +119,7 @@ def linear_distillation(
     """
     distilled = _Distillation(
         [TeacherStates(t.hidden.detach(), t.head.effective(temperature)) for t in teachers],
-        weights.detach(),
-        objective,
-        data or {},
-        read,
+        weights.detach(), objective, data or {}, read,
     )
     job = _Job(token_ids, temperature, with_entropy, chunk_size, distilled)
     return _run(student_hidden, student_head, job, differentiable_log_probs)
@@ -319,11 +316,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
 
 
 def _score(
-    student_products: Tensor,
-    teacher_products: Sequence[Tensor],
-    rows: Tensor,
-    head: Head,
-    job: _Job,
+    student_products: Tensor, teacher_products: Sequence[Tensor], rows: Tensor, head: Head, job: _Job,
     upstream: _Upstream,
 ):
     """A tile of rows: (token_loss, log_probs, entropy) `[r]`, and the gradient of its student products `[r, V]`."""
@@ -343,8 +336,7 @@ def _score(
     gradient = None
     if differentiate:
         arriving = (
-            None
-            if upstream.loss is None or distilled is None or loss is None
+            None if upstream.loss is None or distilled is None or loss is None
             else upstream.loss * distilled.weights[rows].to(loss.dtype),
             None if upstream.log_probs is None else upstream.log_probs[rows],
             None if upstream.entropy is None else upstream.entropy[rows],
@@ -378,13 +370,8 @@ def _multiply(states: Tensor, weight: Tensor, buffer: Tensor, add: bool = False)
 
 
 def _accumulate(
-    gradient: Tensor,
-    states: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
+    gradient: Tensor, states: Tensor, weight: Tensor, rows: Tensor,
+    grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
 ) -> None:
     """Adds what the gradient `[r, V]` of a chunk's products says about its hidden states, the weight and the bias."""
     vocab, dtype = len(weight), states.dtype

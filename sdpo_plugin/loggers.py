@@ -41,8 +41,7 @@ class SwanlabConfig(Group):
     prefix = "logger.swanlab"
 
     mode: str | None = option(
-        None,
-        "online: to the cloud or your server; offline: to files, for `swanlab sync`; None: do not log to SwanLab",
+        None, "online: to the cloud or your server; offline: to files, for `swanlab sync`; None: do not log to SwanLab",
         ("online", "offline"),
     )
     key: str | None = option(None, "API key; None: that of `swanlab login`, or SWANLAB_API_KEY")

@@ -212,10 +212,7 @@ def distillation_loss(
     weights = loss_mask if token_weights is None else (loss_mask * token_weights).where(loss_mask != 0, 0)
     rows = weights != 0
     losses = per_token_loss(
-        student_logits[rows],
-        teacher_logits[rows],
-        token_ids[rows],
-        config,
+        student_logits[rows], teacher_logits[rows], token_ids[rows], config,
         None if old_log_probs is None else old_log_probs[rows],
     )
     return (losses * weights[rows].to(losses.dtype)).sum() / loss_mask.sum(dtype=losses.dtype).clamp(min=1)

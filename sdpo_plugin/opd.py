@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sdpo_plugin.algorithm import SelfDistillation
-from sdpo_plugin.context import SECTIONS, Rollout, TeacherContext
+from sdpo_plugin.context import SECTIONS, Cuts, Rollout, TeacherContext
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.interface import RolloutBatch
 
@@ -52,5 +52,5 @@ class OPD(SelfDistillation):
 
     def teacher_prompt(
         self, batch: RolloutBatch, i: int, context: TeacherContext, at: torch.Tensor
-    ) -> tuple[list[int], tuple[str, ...]]:
-        return super().teacher_prompt(batch, i, context, at) if context.sections else (batch.prompt_ids(i), ())
+    ) -> tuple[list[int], Cuts]:
+        return super().teacher_prompt(batch, i, context, at) if context.sections else (batch.prompt_ids(i), {})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_plugin.context import Rollout, joined, rendered
+from sdpo_plugin.context import Cuts, Rollout, joined, rendered
 from sdpo_plugin.fused import Head, TeacherStates, linear_distillation
 from sdpo_plugin.interface import MicroBatch, RolloutBatch
 from sdpo_plugin.loss import Tokens
@@ -64,13 +64,13 @@ class Recorder:
         self,
         batch: RolloutBatch,
         rollouts: Sequence[Rollout],
-        prompts: Sequence[tuple[Sequence[int], Sequence[str]] | None],
+        prompts: Sequence[tuple[Sequence[int], Cuts] | None],
         masks: Sequence[Tensor],
     ) -> None:
         """Choose samples of the batch, and ask the policy workers about them.
 
-        prompts: of each sample, what its teacher reads (the first read of its first context) and the names of sections
-        that were cut there; None: no teacher. masks: bool [A_i], the tokens in the loss.
+        prompts: of each sample, what its teacher reads (the first read of its first context) and what was cut from it;
+        None: no teacher. masks: bool [A_i], the tokens in the loss.
         """
         samples = chosen(rollouts, self.args.diagnostics.samples)
         self.lines = [self._line(batch, i, rollouts[i], prompts[i], masks[i]) for i in samples]
@@ -81,7 +81,7 @@ class Recorder:
         batch: RolloutBatch,
         i: int,
         rollout: Rollout,
-        prompt: tuple[Sequence[int], Sequence[str]] | None,
+        prompt: tuple[Sequence[int], Cuts] | None,
         mask: Tensor,
     ) -> dict[str, Any]:
         def text(ids: Sequence[int]) -> str:
@@ -90,7 +90,7 @@ class Recorder:
         actions = batch.response_mask(i).nonzero()[:, 0]
         ids = batch.samples[i].sequences[0][actions + 1].tolist()
         said = [None if own is None else str(own) for own in (rollout.feedback, *rollout.turn_feedback)]
-        read, cut = prompt or (None, ())
+        read, cuts = prompt or (None, {})
         return {
             "step": batch.step,
             "sample": i,
@@ -101,7 +101,7 @@ class Recorder:
             "active": read is not None,
             "truncated": bool(batch.samples[i].truncated),
             "teacher_prompt": None if read is None else text(read),
-            "cut": list(cut),
+            "cut": {name: [len(text(read[:at])) for at in places] for name, places in cuts.items()} if read else {},
             "tokens": pieces(ids, batch.tokenizer),
             "token_ids": ids,
             "in_loss": mask[actions].tolist(),
@@ -153,11 +153,7 @@ def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 
 def tell(
-    micro_batch: MicroBatch,
-    student: Tensor,
-    teacher: TeacherStates,
-    token_ids: Tensor,
-    active: Tensor,
+    micro_batch: MicroBatch, student: Tensor, teacher: TeacherStates, token_ids: Tensor, active: Tensor,
     temperature: float,
 ) -> None:
     """Answer for the samples of the micro-batch that the controller asks about, each once in a rollout batch.

@@ -32,10 +32,8 @@ def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
     initial = worker.initial_model(config.offload, follows=config.kind == "ema")
     if config.kind == "ema":
         return EmaTeacher(initial, worker, config)
-    return (
-        TrustRegionTeacher(initial, worker.actor, config.update_rate)
-        if config.kind == "trust_region"
-        else (Teacher(initial))
+    return TrustRegionTeacher(initial, worker.actor, config.update_rate) if config.kind == "trust_region" else (
+        Teacher(initial)
     )
 
 

@@ -80,7 +80,7 @@ def sample(step: int, number: int = 0, **changed: Any) -> dict[str, Any]:
     made = {
         "step": step, "sample": number, "prompt": prompt, "response": said + "<|im_end|>",
         "reward": float(said == code), "feedback": feedback, "active": True, "truncated": False,
-        "teacher_prompt": prompt.replace("?", "?" + context), "cut": [], "tokens": tokens,
+        "teacher_prompt": prompt.replace("?", "?" + context), "cut": {}, "tokens": tokens,
         "token_ids": list(range(len(tokens))), "in_loss": [True] * len(tokens), "student": student, "teacher": teacher,
         "alternatives": [
             [[right, -0.02], ["7", -4.5], ["3", -5.0], ["0", -5.5], [" ", -6.0]] for right in [*code, "<|im_end|>"]
@@ -95,7 +95,7 @@ def hostile(step: int) -> dict[str, Any]:
     count = len(tokens)
     return sample(
         step, 9, prompt=[{"role": "user", "content": HOSTILE}], response=HOSTILE, feedback=HOSTILE,
-        teacher_prompt=HOSTILE, cut=["feedback", HOSTILE], tokens=tokens, token_ids=[0] * count,
+        teacher_prompt=HOSTILE, cut={"feedback": [7], HOSTILE: [12]}, tokens=tokens, token_ids=[0] * count,
         in_loss=[True] * (count - 1) + [False], student=[-1.0] * count, teacher=[-3.0] * count,
         alternatives=[[[HOSTILE, -0.1], ["\u202e", -3.0]]] * count,
     )  # fmt: skip

@@ -71,7 +71,7 @@ PRELUDE = (
 
 # Runs inside. It meets the program and its inputs, never an expected output. It imports what the program names, and for
 # itself what costs nothing: json, signal and traceback would take longer than most programs.
-DRIVER = r"""
+DRIVER = r'''
 import os, resource, select, sys, time
 
 if job["uid"]:
@@ -209,7 +209,7 @@ for text in job["inputs"]:
         data = data[os.write(result, data):]
     if end != "ok" and job["stop"]:
         break
-"""
+'''
 
 
 def run(

@@ -170,12 +170,9 @@ def _stand_in_for_flash_attn() -> None:
         raise RuntimeError("--ds.ring_attn_size > 1 needs a CUDA GPU and flash-attn")
 
     module("flash_attn", __version__="0")
-    module(
-        "flash_attn.bert_padding",
-        rearrange=rearrange,
-        index_first_axis=lambda tensor, indices: tensor[indices],
-        **{name: padding(name) for name in ("unpad_input", "pad_input")},
-    )
+    module("flash_attn.bert_padding", rearrange=rearrange,
+           index_first_axis=lambda tensor, indices: tensor[indices],
+           **{name: padding(name) for name in ("unpad_input", "pad_input")})
     module("flash_attn.utils")
     module("flash_attn.utils.distributed", all_gather=all_gather)
 

@@ -20,8 +20,7 @@ _seed: ContextVar[tuple[int, ...] | None] = ContextVar("seed", default=None)  # 
 
 def add_argument(group: Any) -> None:
     group.add_argument(
-        "--rollout.deterministic",
-        action="store_true",
+        "--rollout.deterministic", action="store_true",
         help="the same samples in every run, whatever was resumed and however many engines there are: each request "
         "has a seed of its own, from --train.seed, step, prompt and sample, and the engine to itself (slow)",
     )

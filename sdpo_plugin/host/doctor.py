@@ -271,9 +271,9 @@ def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any])
             Rollout(0, prompt_messages(row, args), label, max(1.0, config.success_threshold), None, row.get(key)),
         ]
         context = build_teacher_contexts(attempts, config)[0]
-        ids, cut = teacher_prompt_ids(context, tokenizer, config, chat)
-        shown.append({"row": i, "tokens": len(ids), "cut": bool(cut), "prompt": tokenizer.decode(ids)})
-        console.print(f"Teacher's prompt for row {i}: {len(ids)} tokens{', cut' * bool(cut)}", style="bold")
+        ids, cuts = teacher_prompt_ids(context, tokenizer, config, chat)
+        shown.append({"row": i, "tokens": len(ids), "cut": bool(cuts), "prompt": tokenizer.decode(ids)})
+        console.print(f"Teacher's prompt for row {i}: {len(ids)} tokens{', cut' * bool(cuts)}", style="bold")
         console.print(escape(_cut(shown[-1]["prompt"], SHOWN_CHARACTERS)))
     report["teacher_prompts"] = shown
     longest = max(one["tokens"] for one in shown)

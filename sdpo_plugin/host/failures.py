@@ -93,7 +93,7 @@ def explain(error: BaseException) -> Failure:
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return Failure(MACHINE, said, last_frame(text), NO_DISK)
     if UNWRITTEN.search(said):
-        what = f"a file could not be written to its end, as when the disk is full: {said.splitlines()[0][:300]}"
+        what = f"a file could not be written to its end (is the disk full?): {said.splitlines()[0][:300]}"
         return Failure(MACHINE, what, last_frame(text), NO_DISK)
     if UNREAD.search(said):
         return Failure(

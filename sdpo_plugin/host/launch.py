@@ -118,9 +118,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     deterministic.add_argument(group)
     add_group(parser, RewardConfig)
     group.add_argument(
-        "--data.chat_template_kwargs",
-        default="{}",
-        metavar="JSON",
+        "--data.chat_template_kwargs", default="{}", metavar="JSON",
         help="what the chat template is given besides the messages, for student and teacher, in training and "
         "evaluation, as a JSON object: '{\"enable_thinking\": false}'",
     )

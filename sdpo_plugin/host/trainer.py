@@ -75,6 +75,14 @@ def data_loader(buffer: Any, batch_size: int, shuffle: bool, **kwargs: Any) -> A
     return DataLoader(buffer, batch_size, shuffle=shuffle, **kwargs)
 
 
+def show_masked_norms(optimizer: Any) -> None:
+    """zero/stage3.py: where a group's gradient is not finite DeepSpeed takes -1 for its norm, and of all groups' norms
+    the norm, a number like any other. That update makes all weights NaN.
+    """
+    norms_of_groups = optimizer._get_norm_groups
+    optimizer._get_norm_groups = lambda: [torch.where(norm < 0, torch.nan, norm) for norm in norms_of_groups()]
+
+
 _ActorPPOTrainer: Any = seam(f"{_PPO_ACTOR}:ActorPPOTrainer")
 
 
@@ -91,6 +99,8 @@ class PolicyTrainer(_ActorPPOTrainer):
         self.host_loss_fn, self.actor_loss_fn = self.actor_loss_fn, self._loss
         self.needs = plugins.needs(self.args)
         self.answers: Answers = {}
+        if self.args.ds.zero_stage == 3:
+            show_masked_norms(self.actor.model.optimizer)
 
     @overrides("kl_ctl")
     def ppo_train(self, kl_ctl: float) -> dict[str, Any]:

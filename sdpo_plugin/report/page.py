@@ -270,7 +270,7 @@ def _sample(
         "active": bool(sample["active"]),
         "truncated": bool(sample["truncated"]),
         "teacher_prompt": None if sample["teacher_prompt"] is None else _bounded(sample["teacher_prompt"]),
-        "cut": [visible(str(section)) for section in sample["cut"]],
+        "cut": {visible(str(name)): _places(sample["teacher_prompt"], at) for name, at in sample["cut"].items()},
         "length": len(sample["tokens"]),
         "tokens": [known(piece) for piece in sample["tokens"][:MOST_TOKENS]],
         "in_loss": "".join("01"[bool(counts)] for counts in sample["in_loss"][:MOST_TOKENS]),
@@ -282,6 +282,12 @@ def _sample(
         ],
         "disagreement": None if mean is None else round(mean, 3),
     }
+
+
+def _places(text: str | None, places: Sequence[int]) -> list[int]:
+    """Places in a text as JavaScript counts them in the shown part of it: in 16-bit units."""
+    shown = (visible(text[:at]) for at in places if text is not None and at <= MOST_CHARACTERS)
+    return [len(before.encode("utf-16-le")) // 2 for before in shown]
 
 
 def _bounded(text: str) -> str:

@@ -265,8 +265,17 @@ function teacherPrompt(sample) {
   const [read, found] = [sample.teacher_prompt, context(sample)];
   const [from, to] = found ?? [read.length, read.length];
   const pre = text("");
-  pre.append(read.slice(0, from), make("mark", { textContent: read.slice(from, to) }), read.slice(to));
-  const cut = sample.cut.length ? make("b", { className: "cut", textContent: ` ✂ Cut to fit: ${sample.cut.join(", ")}.` }) : " Nothing was cut to fit.";
+  const places = Object.entries(sample.cut).flatMap(([name, all]) => all.map((at) => [at, name])).sort((a, b) => a[0] - b[0]);
+  // What is read from `start` to `end`, with a sign where something is missing.
+  const pieces = (start, end) => {
+    const inside = places.filter(([at]) => at >= start && (at < end || end === read.length));
+    const ends = [...inside.map(([at]) => at), end];
+    return [read.slice(start, ends[0]), ...inside.flatMap(([at, name], i) =>
+      [make("b", { className: "cut", textContent: `✂ ${name} cut here ✂` }), read.slice(at, ends[i + 1])])];
+  };
+  pre.append(...pieces(0, from), make("mark", {}, ...pieces(from, to)), ...(to < read.length ? pieces(to, read.length) : []));
+  const names = Object.keys(sample.cut);
+  const cut = names.length ? make("b", { className: "cut", textContent: ` ✂ Cut to fit: ${names.join(", ")}.` }) : " Nothing was cut to fit.";
   return block("Teacher’s prompt, as it was read", make("p", { className: "lead" }, found ? "Marked: what the student’s prompt does not have." : "", cut), pre);
 }
 

@@ -73,7 +73,7 @@ def view(title: str, sample: dict[str, Any], coloured: bool) -> RenderableType:
         parts += _block("feedback", Text(_bounded(sample["feedback"])))
     if sample["teacher_prompt"] is not None:
         cut = f" (cut to fit: {visible(', '.join(map(str, sample['cut'])))})" if sample["cut"] else ""
-        parts += _block("teacher's prompt" + cut, Text(_bounded(sample["teacher_prompt"])))
+        parts += _block("teacher's prompt" + cut, teacher_prompt(sample))
     if sample["alternatives"]:
         parts += _block("where they differ most", differences(sample))
     return Group(*parts)
@@ -91,6 +91,16 @@ def response(sample: dict[str, Any], coloured: bool) -> Text:
             text.append(shown + (f"{{{advantage:+.1f}}}" if marked else ""))
     more = len(sample["tokens"]) - MOST_TOKENS
     return text.append(f"\n… {more:,} more tokens in the page and in the file") if more > 0 else text
+
+
+def teacher_prompt(sample: dict[str, Any]) -> Text:
+    """The teacher's prompt, with a sign where a part of a section is missing."""
+    read, text, start = sample["teacher_prompt"], Text(), 0
+    for at, name in sorted((at, str(name)) for name, places in sample["cut"].items() for at in places):
+        if at <= MOST_CHARACTERS:
+            text.append(visible(read[start:at])).append(f"[... {visible(name)} cut here ...]", "bold")
+            start = at
+    return text.append(visible(read[start:MOST_CHARACTERS]) + _more(read))
 
 
 def differences(sample: dict[str, Any]) -> Table:
@@ -115,8 +125,12 @@ def _block(title: str, body: RenderableType) -> list[RenderableType]:
 
 
 def _bounded(text: str) -> str:
+    return visible(text[:MOST_CHARACTERS]) + _more(text)
+
+
+def _more(text: str) -> str:
     more = len(text) - MOST_CHARACTERS
-    return visible(text[:MOST_CHARACTERS]) + (f"\n… {more:,} more characters in the file" if more > 0 else "")
+    return f"\n… {more:,} more characters in the file" if more > 0 else ""
 
 
 def _short(piece: str) -> str:

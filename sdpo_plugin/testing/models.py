@@ -22,10 +22,7 @@ def tiny_model(
     characters = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     characters.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=characters,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
+        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         additional_special_tokens=special[2:5],
     )
     tokenizer.chat_template = (
@@ -35,18 +32,10 @@ def tiny_model(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocab),
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 64,
-            num_key_value_heads=hidden // 64,
-            head_dim=64,
-            max_position_embeddings=positions,
-            tie_word_embeddings=tied,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
+            vocab_size=len(vocab), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, head_dim=64,
+            max_position_embeddings=positions, tie_word_embeddings=tied,
+            pad_token_id=0, eos_token_id=1, bos_token_id=None,
         )
     )
     model.to(torch.bfloat16).save_pretrained(directory)

@@ -30,13 +30,13 @@ LAUNCH = (
     "vllm.sync_backend", "vllm.gpu_memory_utilization", "vllm.enforce_eager", "train.colocate_", "train.async_enable",
     "teacher.kind", "teacher.offload", "teacher.update_rate", "actor.gradient_checkpointing_enable",
 )  # fmt: skip
-REWARD = """
+REWARD = '''
 import torch
 
 def reward_func(queries, prompts, labels):
     rewards = torch.tensor([float(sum(map(ord, query)) % 2) for query in queries])
     return {"rewards": rewards, "scores": rewards, "feedback": [f"expected {label}" for label in labels]}
-"""
+'''
 TIMEOUT = 600.0
 
 

@@ -1,5 +1,6 @@
 """The teacher reads what the student read plus the context: an agent's `reset` on the real host, plain prompts."""
 
+
 import torch
 from common import ROWS, SDPO
 

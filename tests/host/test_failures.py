@@ -166,14 +166,16 @@ FAULTS = {
     "controller": (MACHINE, "Controller died"),
     "loss": (SETTINGS, "the loss is nan"),
     "gradient": (SETTINGS, "the gradient"),
+    "gradient, ZeRO 3": (SETTINGS, "the gradient's norm is nan"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_in_step_2_of_training(openrlhf, model, reward, recorded, tmp_path, fault):
+@pytest.mark.parametrize("name", FAULTS)
+def test_in_step_2_of_training(openrlhf, model, reward, recorded, tmp_path, name):
     """On the last of two ranks; what step 1 saved is there."""
-    code, error = FAULTS[fault]
-    flags = (*SDPO, *TWO_RANKS, "--ckpt.save_steps", "1", "--plugins", "fault")
+    (code, error), fault = FAULTS[name], name.split(",")[0]
+    stage = "3" if "ZeRO 3" in name else "2"
+    flags = (*SDPO, *TWO_RANKS, "--ckpt.save_steps", "1", "--plugins", "fault", "--ds.zero_stage", stage)
     flags += ("--fault.at", fault, "--fault.marker", f"{tmp_path}/fault")
     failed = ends(openrlhf, model, ROWS, reward, *flags, replay=recorded, timeout=IN_RAY)
     assert error in message(failed) and (tmp_path / "fault").exists()

@@ -1,5 +1,6 @@
 """The real host on CPU: Ray, vLLM, DeepSpeed, weight sync. What is asserted are weights, tokens and metrics."""
 
+
 import pytest
 from common import ROWS, SDPO, ZERO, motion, same
 

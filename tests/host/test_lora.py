@@ -1,5 +1,6 @@
 """LoRA on the real host: the engines follow the adapter, teachers are adapters, and a restart has both."""
 
+
 import pytest
 import torch
 from common import LORA, ROWS, SDPO, TWO_RANKS, ZERO, adapter

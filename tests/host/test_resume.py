@@ -1,5 +1,6 @@
 """Killed at any moment and started again, a run ends with the weights of one that was never killed, bit for bit."""
 
+
 import pytest
 import torch
 from common import ROWS, SDPO, TWO_RANKS, same

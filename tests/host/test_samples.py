@@ -52,7 +52,7 @@ def test_the_numbers_are_those_of_plain_transformers(openrlhf, model, reward, re
         assert line["prompt"] == ROWS[int(sample.labels[0])]["prompt"]
         assert line["token_ids"] == ids and line["response"] == "".join(line["tokens"])
         assert line["reward"] == sample.rewards.item() and line["feedback"] == f"expected {sample.labels[0]}"
-        assert line["truncated"] == bool(sample.truncated) and line["cut"] == []
+        assert line["truncated"] == bool(sample.truncated) and line["cut"] == {}
         assert line["active"] == bool(other.rewards) and line["in_loss"] == [line["active"]] * len(ids)
         question = f"say {sample.labels[0]}"
         if not line["active"]:

@@ -57,7 +57,5 @@ def test_gradient_is_the_definition_s(openrlhf, model, reward, recorded, twice, 
 
 
 def test_a_variant_at_weight_0_is_openrlhf(replay):
-    assert same(
-        replay("--algo", "srpo", "--distill.weight", "0", *ZERO[2], "--algo.advantage.estimator", "group_norm"),
-        replay("--algo.advantage.estimator", "group_norm", *ZERO[2], plain=True),
-    )
+    assert same(replay("--algo", "srpo", "--distill.weight", "0", *ZERO[2], "--algo.advantage.estimator", "group_norm"),
+                replay("--algo.advantage.estimator", "group_norm", *ZERO[2], plain=True))

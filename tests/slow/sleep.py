@@ -1,6 +1,6 @@
 """host/test_sleep.py at every ZeRO stage that can sleep, full and LoRA, with every teacher that has tensors.
 
-make matrix
+    make matrix
 """
 
 import pytest

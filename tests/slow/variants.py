@@ -117,8 +117,7 @@ def plot(found: dict[bool, dict[str, list[dict[str, Any]]]], path: Path) -> None
             band(axes, runs, name, f"C{list(RUNS).index(name)}")
         axes.set(
             title=f"reward: {'a part for each right digit' if graded else 'right or wrong'}",
-            xlabel="step (96 generations each)",
-            ylim=(-0.02, 1.02),
+            xlabel="step (96 generations each)", ylim=(-0.02, 1.02),
         )
         axes.legend()
         axes.grid(alpha=0.3)

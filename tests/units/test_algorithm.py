@@ -123,9 +123,8 @@ def losses(worker, **log_probs):
 
 def of_tokens(*values) -> torch.Tensor:
     """[B, A] with `values` at the action positions of the first two samples."""
-    return torch.zeros(ACTION.shape).masked_scatter(
-        ACTION.bool() & torch.tensor([[True], [True], [False]]), torch.tensor(values)
-    )
+    return torch.zeros(ACTION.shape).masked_scatter(ACTION.bool() & torch.tensor([[True], [True], [False]]),
+                                                    torch.tensor(values))
 
 
 def test_the_rollout_correction_is_the_student_s_ratio_to_the_engine_with_one_update():
@@ -144,10 +143,8 @@ def test_ratio_and_rollout_correction_are_two_factors_with_several_updates():
     student = plain.log_probs[:6]
     to_old, to_engine = torch.tensor([0.5, 0.5, 2.0, 2.0, -1.0, 0.0]), torch.tensor([0.5, 2.0, 2.0, -1.0, 2.0, 0.0])
     expected = to_old.exp().clamp(max=2.0) * to_engine.exp().clamp(max=2.0)
-    given = {
-        "old_log_probs": of_tokens(*(student - to_old).tolist()),
-        "rollout_log_probs": of_tokens(*(student - to_old - to_engine).tolist()),
-    }
+    given = {"old_log_probs": of_tokens(*(student - to_old).tolist()),
+             "rollout_log_probs": of_tokens(*(student - to_old - to_engine).tolist())}
     shares = torch.tensor([1 / 9] * 6)
     got = losses(fake_worker(algo=corrected("token"), **several), **given)
     torch.testing.assert_close(got.loss, (plain.token_loss[:6] * shares * expected).sum(), rtol=1e-4, atol=1e-6)
@@ -222,16 +219,12 @@ def rollout_batch(model):
     def batch(responses, rewards, truncated=None, **options):
         samples = []
         for response, cut in zip(responses, truncated or [False] * len(responses), strict=True):
-            prompt, ids = [tokenizer(text)["input_ids"] for text in ("<|user|>Q?<|assistant|>", response or "")]
+            prompt, ids = ([tokenizer(text)["input_ids"] for text in ("<|user|>Q?<|assistant|>", response or "")])
             samples.append(
                 SimpleNamespace(
-                    sequences=torch.tensor([prompt + ids]),
-                    truncated=torch.tensor([cut]),
-                    feedback=None,
-                    turns=[],
+                    sequences=torch.tensor([prompt + ids]), truncated=torch.tensor([cut]), feedback=None, turns=[],
                     action_mask=torch.tensor([[0] * (len(prompt) - 1) + [1] * len(ids)]),
-                    prompts=["<|user|>Q?<|assistant|>"],
-                    record={"prompt": [{"role": "user", "content": "Q?"}]},
+                    prompts=["<|user|>Q?<|assistant|>"], record={"prompt": [{"role": "user", "content": "Q?"}]},
                 )  # fmt: skip
             )
         experience = SimpleNamespace(index=list(range(len(samples))), rewards=torch.tensor(rewards), info={})
@@ -300,10 +293,8 @@ def test_a_generation_prompt_has_the_chat_template_s_arguments(model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template += "{% if style %}{{ style }}: {% endif %}"
     args = fake_worker(
-        distill={"generate_from_teacher": True},
-        reprompt={"template": "{prompt}{privileged_context}"},
-        data={"chat_template_kwargs": '{"style": "in short"}', "max_len": 512},
-        rollout={"max_new_tokens": 8},
+        distill={"generate_from_teacher": True}, reprompt={"template": "{prompt}{privileged_context}"},
+        data={"chat_template_kwargs": '{"style": "in short"}', "max_len": 512}, rollout={"max_new_tokens": 8},
     ).args
     record = {"prompt": "Q?", "privileged_context": " it is 4"}
     ids = SDPO(args).openrlhf_generation_prompt("", record, tokenizer, args)

@@ -207,7 +207,7 @@ while True: pass""",
     "stops the parent": "import os, signal, time\nos.kill(os.getppid(), signal.SIGSTOP)\ntime.sleep(99)",
     "exit 0": "import os\nos._exit(0)",
     "exit": "import sys\nsys.exit(0)",
-    "marker of a pass": 'print(\'{"end": "ok", "output": "2"}\')\nprint(\'PASSED\')',
+    "marker of a pass": "print('{\"end\": \"ok\", \"output\": \"2\"}')\nprint('PASSED')",
     "writes results": """
 import os
 for fd in range(64):

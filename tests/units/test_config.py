@@ -67,8 +67,7 @@ def parse(*arguments: str) -> argparse.Namespace:
         (TeacherConfig, {"kind": "model"}, r"--teacher.kind model: give --teacher.model_name_or_path, too"),
         (TeacherConfig, {"model_name_or_path": "x"}, r"_or_path x: --teacher.kind ema does not read it; give"),
         (
-            TeacherConfig,
-            {"kind": "model", "model_name_or_path": "x", "zero_stage": 2},
+            TeacherConfig, {"kind": "model", "model_name_or_path": "x", "zero_stage": 2},
             r"--teacher.zero_stage 2: a model that is only read is whole or partitioned; give 0 or 3",
         ),
         (TeacherConfig, {"kind": "frozen"}, r"--teacher.kind frozen: choose one of live, base, ema"),
@@ -102,14 +101,8 @@ def test_out_of_range(group, values, message):
         (["--algo", "sdpo", "--algo.advantage.is_correction_level", "seq"], r"level seq, .*; give .*_mode mask"),
         (["--algo", "sdpo", "--algo.advantage.is_correction_gating", "tv"], r"gating tv: .*; give .*_mode mask"),
         (
-            [
-                "--algo=sdpo",
-                "--distill.generate_from_teacher",
-                "--reprompt.template",
-                "{prompt}{privileged_context}",
-                "--algo.advantage.is_correction_level",
-                "token",
-            ],
+            ["--algo=sdpo", "--distill.generate_from_teacher", "--reprompt.template", "{prompt}{privileged_context}",
+             "--algo.advantage.is_correction_level", "token"],
             r"is_correction_level token: .*; give off",
         ),
         (["--plugins", "no_such_module"], r"--plugins no_such_module: No module named"),

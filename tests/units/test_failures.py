@@ -40,36 +40,21 @@ DIED = "The actor died unexpectedly.\n\tclass_name: PolicyWorker\nThe actor died
         (SeamError("moved"), SOFTWARE, "moved"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), MACHINE, "out of memory: CUDA out of memory. Tried"),
         (OSError(errno.ENOSPC, "No space left on device"), MACHINE, "[Errno 28] No space left on device"),
-        (
-            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
-            MACHINE,
-            "a file could not be written to its end, as when the disk is full: [enforce fail at inline_container.cc:672] . unexpected pos 576 vs "
-            "534",
-        ),
-        (
-            FromActor(OSError("1000 requested and 0 written")),
-            MACHINE,
-            "a file could not be written to its end, as when the disk is full: 1000 requested and 0 written",
-        ),
-        (
-            FromActor(RuntimeError("PytorchStreamReader failed reading zip archive"), "init()"),
-            MACHINE,
-            "a file of the checkpoint is damaged: PytorchStreamReader failed reading zip archive",
-        ),
-        (
-            FromActor(RuntimeError("Error(s) in loading state_dict for Llama:\n\tsize mismatch for x: [2] and [3]")),
-            SETTINGS,
-            "--ckpt.load_enable: the checkpoint is of another model: Error(s) in loading state_dict for Llama: "
-            "size mismatch for x: [2] and [3]",
-        ),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), MACHINE,
+         "a file could not be written to its end (is the disk full?): [enforce fail at inline_container.cc:672] . "
+         "unexpected pos 576 vs 534"),
+        (FromActor(OSError("1000 requested and 0 written")), MACHINE,
+         "a file could not be written to its end (is the disk full?): 1000 requested and 0 written"),
+        (FromActor(RuntimeError("PytorchStreamReader failed reading zip archive"), "init()"), MACHINE,
+         "a file of the checkpoint is damaged: PytorchStreamReader failed reading zip archive"),
+        (FromActor(RuntimeError("Error(s) in loading state_dict for Llama:\n\tsize mismatch for x: [2] and [3]")),
+         SETTINGS, "--ckpt.load_enable: the checkpoint is of another model: Error(s) in loading state_dict for Llama: "
+         "size mismatch for x: [2] and [3]"),
         (FromActor(NotFinite("an update that is not finite: nan")), SETTINGS, "an update that is not finite: nan"),
         (ActorDiedError(DIED), MACHINE, "PolicyWorker died: it was OOM"),
         (FromActor(KeyError("prompt")), SOFTWARE, "KeyError: 'prompt'"),
-        (
-            FromActor(RuntimeError("[gloo] Connection closed by peer [10.0.0.2]"), "fit()"),
-            MACHINE,
-            "a process died that fit() was talking to: [gloo] Connection closed by peer [10.0.0.2]",
-        ),
+        (FromActor(RuntimeError("[gloo] Connection closed by peer [10.0.0.2]"), "fit()"), MACHINE,
+         "a process died that fit() was talking to: [gloo] Connection closed by peer [10.0.0.2]"),
     ],
 )
 def test_whose_fault_it_is(error, code, what):

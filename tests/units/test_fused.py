@@ -27,7 +27,9 @@ CONFIGS = [DistillConfig(mode="full", alpha=a, is_clip=None) for a in (0.0, 0.3,
 CONFIGS += [DistillConfig(mode="full", kl_clip=0.02, is_clip=2.0), DistillConfig(mode="sampled", alpha=1.0)]
 CONFIGS += [
     DistillConfig(mode="topk", alpha=a, topk=5, support=s, add_tail=t, kl_clip=c, is_clip=2.0)
-    for a, s, t, c in itertools.product((0.0, 0.5, 1.0), ("student", "teacher", "union"), (True, False), (None, 0.02))
+    for a, s, t, c in itertools.product(
+        (0.0, 0.5, 1.0), ("student", "teacher", "union"), (True, False), (None, 0.02)
+    )
 ]
 some_config = st.sampled_from(CONFIGS)
 seeds = st.integers(0, 2**31)
@@ -42,18 +44,8 @@ HEADS = {
 
 
 def linear_distillation(
-    student_hidden,
-    student_head,
-    teacher_hidden,
-    teacher_head,
-    token_ids,
-    weights,
-    config,
-    old=None,
-    temperature=1.0,
-    *,
-    reweigh=None,
-    **options,
+    student_hidden, student_head, teacher_hidden, teacher_head, token_ids, weights, config, old=None, temperature=1.0,
+    *, reweigh=None, **options,
 ):
     """The pass with the loss of `config`, times `reweigh(log_probs, rows)`."""
 
@@ -63,14 +55,7 @@ def linear_distillation(
 
     teachers, data = [TeacherStates(teacher_hidden, teacher_head)], {} if old is None else {"old_log_probs": old}
     return fused.linear_distillation(
-        student_hidden,
-        student_head,
-        teachers,
-        token_ids,
-        weights,
-        objective,
-        data=data,
-        temperature=temperature,
+        student_hidden, student_head, teachers, token_ids, weights, objective, data=data, temperature=temperature,
         **options,
     )
 
@@ -111,15 +96,8 @@ class Case:
 
     def contract(self, cfg):
         """Arguments of `linear_distillation_loss`."""
-        return (
-            self.hidden,
-            self.head.weight,
-            self.teacher_hidden,
-            self.teacher_head.weight,
-            self.token_ids,
-            self.mask,
-            cfg,
-        )
+        return (self.hidden, self.head.weight, self.teacher_hidden, self.teacher_head.weight, self.token_ids,
+                self.mask, cfg)
 
     def dense(self, cfg, temperature):
         """Loss, log-probabilities and entropies from whole logits."""
@@ -159,11 +137,8 @@ def test_recorded_cases(case, dtype):
     student.requires_grad_()
     mask = torch.tensor(case["response_mask"]).view(b, t) * torch.tensor(case["self_distillation_mask"])[:, None]
     cfg = DistillConfig(
-        mode={"sampled_token": "sampled"}.get(case["mode"], case["mode"]),
-        alpha=case["alpha"],
-        topk=case["topk"],
-        add_tail=case["add_tail"],
-        is_clip=case["is_clip"],
+        mode={"sampled_token": "sampled"}.get(case["mode"], case["mode"]), alpha=case["alpha"], topk=case["topk"],
+        add_tail=case["add_tail"], is_clip=case["is_clip"],
     )
     old, ids, eye = torch.tensor(case["old_log_probs"], dtype=dtype), torch.tensor(case["token_ids"]), torch.eye(v)
     eye = eye.to(dtype)
@@ -173,14 +148,10 @@ def test_recorded_cases(case, dtype):
         weights = mask / mask.sum(-1, keepdim=True).clamp(min=1) / mask.any(-1).sum()
         loss = linear_distillation(student, Head(eye), teacher, Head(eye), ids, weights.flatten(), cfg, old).loss
     loss.backward()
-    assert_same(
-        [loss, student.grad],
-        [
-            torch.tensor(case["expected_loss"], dtype=dtype),
-            torch.tensor(case["expected_student_logits_grad"], dtype=dtype).view(-1, v),
-        ],
-        1e-6,
-    )
+    assert_same([loss, student.grad], [
+        torch.tensor(case["expected_loss"], dtype=dtype),
+        torch.tensor(case["expected_student_logits_grad"], dtype=dtype).view(-1, v),
+    ], 1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
@@ -202,16 +173,13 @@ def test_contract_equals_the_dense_loss(cfg, temperature):
 @given(seeds, some_config, st.floats(0.3, 3.0), st.integers(1, 14), st.booleans())
 def test_distillation_equals_the_dense_loss(head, seed, cfg, temperature, chunk_size, with_entropy):
     case = Case(seed, **HEADS[head])
-    scores = linear_distillation(
-        *case.arguments, case.weights, cfg, case.old, temperature, with_entropy=with_entropy, chunk_size=chunk_size
-    )
+    scores = linear_distillation(*case.arguments, case.weights, cfg, case.old, temperature,
+                                 with_entropy=with_entropy, chunk_size=chunk_size)
     loss, log_probs, entropy = case.dense(cfg, temperature)
     assert_same([scores.loss, scores.log_probs], [loss, log_probs])
     assert_same([scores.entropy] if with_entropy else [], [entropy] if with_entropy else [])
-    assert_same(
-        [scores.loss, *torch.autograd.grad(3 * scores.loss, case.leaves)],
-        [loss, *torch.autograd.grad(3 * loss, case.leaves)],
-    )
+    assert_same([scores.loss, *torch.autograd.grad(3 * scores.loss, case.leaves)],
+                [loss, *torch.autograd.grad(3 * loss, case.leaves)])
     torch.testing.assert_close((scores.token_loss * case.weights).sum(), loss)
     assert not scores.token_loss[case.weights == 0].any()
     assert not any(x.requires_grad for x in (scores.token_loss, scores.log_probs))
@@ -219,32 +187,16 @@ def test_distillation_equals_the_dense_loss(head, seed, cfg, temperature, chunk_
 
 @pytest.mark.parametrize("head", HEADS)
 @quick
-@given(
-    seeds,
-    some_config,
-    st.floats(0.3, 3.0),
-    st.integers(1, 14),
-    st.sampled_from(
-        [
-            lambda loss, log_probs, entropy: 0.3 * loss + (log_probs.exp() * log_probs).sum() - (entropy**2).mean(),
-            lambda loss, log_probs, entropy: log_probs[::2].sum(),
-            lambda loss, log_probs, entropy: 2 * loss,
-            lambda loss, log_probs, entropy: entropy[1] + loss,
-        ]
-    ),
-)
+@given(seeds, some_config, st.floats(0.3, 3.0), st.integers(1, 14), st.sampled_from([
+    lambda loss, log_probs, entropy: 0.3 * loss + (log_probs.exp() * log_probs).sum() - (entropy**2).mean(),
+    lambda loss, log_probs, entropy: log_probs[::2].sum(),
+    lambda loss, log_probs, entropy: 2 * loss,
+    lambda loss, log_probs, entropy: entropy[1] + loss,
+]))
 def test_any_function_of_loss_log_probs_and_entropy_is_differentiated(head, seed, cfg, temperature, chunk_size, f):
     case = Case(seed, **HEADS[head])
-    scores = linear_distillation(
-        *case.arguments,
-        case.weights,
-        cfg,
-        case.old,
-        temperature,
-        differentiable_log_probs=True,
-        with_entropy=True,
-        chunk_size=chunk_size,
-    )
+    scores = linear_distillation(*case.arguments, case.weights, cfg, case.old, temperature,
+                                 differentiable_log_probs=True, with_entropy=True, chunk_size=chunk_size)
     got, expected = f(scores.loss, scores.log_probs, scores.entropy), f(*case.dense(cfg, temperature))
     assert_same([got, *torch.autograd.grad(got, case.leaves)], [expected, *torch.autograd.grad(expected, case.leaves)])
 
@@ -268,14 +220,8 @@ def test_gradcheck(cfg, differentiable):
 
     def f(hidden, weight, bias):
         scores = linear_distillation(
-            hidden,
-            replace(case.head, weight=weight, bias=bias),
-            *case.arguments[2:],
-            case.weights,
-            cfg,
-            chunk_size=2,
-            differentiable_log_probs=differentiable,
-            with_entropy=differentiable,
+            hidden, replace(case.head, weight=weight, bias=bias), *case.arguments[2:], case.weights, cfg, chunk_size=2,
+            differentiable_log_probs=differentiable, with_entropy=differentiable,
         )
         return (scores.loss, scores.log_probs, scores.entropy) if differentiable else scores.loss
 
@@ -312,23 +258,15 @@ def test_one_tensor_may_be_both_heads(cfg):
 @pytest.mark.parametrize("cfg", CONFIGS[:5], ids=str)
 def test_weights_may_depend_on_the_student_s_own_log_probabilities(cfg, differentiable):
     case, engine = Case(), Case(1).old
-    scores = linear_distillation(
-        *case.arguments,
-        case.weights,
-        cfg,
-        case.old,
-        chunk_size=4,
-        reweigh=lambda log_probs, rows: (log_probs - engine[rows]).exp().clamp(max=2.0),
-        differentiable_log_probs=differentiable,
-    )
+    scores = linear_distillation(*case.arguments, case.weights, cfg, case.old, chunk_size=4,
+                                 reweigh=lambda log_probs, rows: (log_probs - engine[rows]).exp().clamp(max=2.0),
+                                 differentiable_log_probs=differentiable)
     factors = (case.dense(cfg, 1.0)[1].detach() - engine).exp().clamp(max=2.0)
     case.weights = case.weights * factors
     expected = case.dense(cfg, 1.0)[0]
     assert factors.min() < 1 < factors.max()
-    assert_same(
-        [scores.loss, *torch.autograd.grad(scores.loss, case.leaves)],
-        [expected, *torch.autograd.grad(expected, case.leaves)],
-    )
+    assert_same([scores.loss, *torch.autograd.grad(scores.loss, case.leaves)],
+                [expected, *torch.autograd.grad(expected, case.leaves)])
 
 
 # 16-bit parameters
@@ -348,9 +286,8 @@ def test_16_bit_is_close_to_float32(cfg, dtype, differentiable, native, monkeypa
     exact.widen()
     results = []
     for c in (case, exact):
-        scores = linear_distillation(
-            *c.arguments, case.weights.float(), cfg, chunk_size=8, differentiable_log_probs=differentiable
-        )
+        scores = linear_distillation(*c.arguments, case.weights.float(), cfg, chunk_size=8,
+                                     differentiable_log_probs=differentiable)
         assert scores.loss.dtype == scores.log_probs.dtype == scores.token_loss.dtype == torch.float32
         total = scores.loss + scores.log_probs.sum() if differentiable else scores.loss
         results.append([total, *torch.autograd.grad(total, c.leaves)])
@@ -365,9 +302,8 @@ def test_16_bit_gradients_are_summed_in_float32():
     rows = [x.detach().expand(4096, *x.shape[1:]) for x in (case.hidden, case.teacher_hidden, case.token_ids)]
     gradients = []
     for n in (1, 4096):
-        loss = linear_distillation_loss(
-            rows[0][:n], case.head.weight, rows[1][:n], case.teacher_head.weight, rows[2][:n], torch.ones(n), CONFIGS[0]
-        )
+        loss = linear_distillation_loss(rows[0][:n], case.head.weight, rows[1][:n], case.teacher_head.weight,
+                                        rows[2][:n], torch.ones(n), CONFIGS[0])
         gradients += torch.autograd.grad(loss, case.head.weight)
     torch.testing.assert_close(*gradients, rtol=0.01, atol=0)
 
@@ -418,9 +354,8 @@ def test_rows_without_weight_or_gradient_are_inert(differentiable):
     out = case.weights == 0
 
     def run():
-        scores = linear_distillation(
-            *case.arguments, case.weights, cfg, case.old, with_entropy=True, differentiable_log_probs=differentiable
-        )
+        scores = linear_distillation(*case.arguments, case.weights, cfg, case.old, with_entropy=True,
+                                     differentiable_log_probs=differentiable)
         total = scores.loss + (scores.log_probs[~out].sum() if differentiable else 0)
         return [total, *torch.autograd.grad(total, case.leaves)]
 
@@ -453,7 +388,9 @@ def test_no_rows_at_all():
 @pytest.mark.parametrize("cfg", CONFIGS, ids=str)
 def test_extreme_logits_stay_finite(cfg, dtype):
     extremes = [[0.0] * 11, [1e4] + [-1e4] * 10, [-1e4] * 10 + [1e4], [1e4] * 6 + [-1e4] * 5, list(range(11))]
-    student, teacher = (torch.tensor(x, dtype=dtype) for x in zip(*itertools.product(extremes, extremes), strict=True))
+    student, teacher = (
+        torch.tensor(x, dtype=dtype) for x in zip(*itertools.product(extremes, extremes), strict=True)
+    )
     head = torch.eye(11, dtype=dtype).requires_grad_()
     for token in (0, 10):
         ids, mask = torch.full((len(student),), token), torch.ones(len(student))
@@ -505,9 +442,8 @@ def test_heads_of_different_size_are_refused():
     case = Case()
     teacher = Head(case.teacher_head.weight, vocab_size=17)
     with pytest.raises(ValueError, match="21 tokens and the teacher's 17"):
-        linear_distillation(
-            case.hidden, case.head, case.teacher_hidden, teacher, case.token_ids, case.weights, CONFIGS[0]
-        )
+        linear_distillation(case.hidden, case.head, case.teacher_hidden, teacher, case.token_ids, case.weights,
+                            CONFIGS[0])
 
 
 # Memory and work
@@ -550,9 +486,8 @@ def run_contract(case, cfg):
 def run_hybrid(case, cfg, **options):
     case.weights.fill_(1)
     case.teacher_hidden, case.teacher_head = case.teacher_hidden[:, :5], case.head
-    scores = linear_distillation(
-        *case.arguments, case.weights, cfg, case.old, with_entropy=True, differentiable_log_probs=True, **options
-    )
+    scores = linear_distillation(*case.arguments, case.weights, cfg, case.old, with_entropy=True,
+                                 differentiable_log_probs=True, **options)
     return scores.loss + scores.log_probs.sum() + scores.entropy.sum()
 
 
@@ -618,16 +553,8 @@ def test_any_loss_of_tokens_has_the_gradient_of_its_definition(objective, differ
     teachers = [TeacherStates(c.teacher_hidden, c.teacher_head) for c in (case, second)]
     reward = torch.arange(13.0, dtype=torch.float64)
     scores = fused.linear_distillation(
-        case.hidden,
-        case.head,
-        teachers,
-        case.token_ids,
-        case.weights,
-        objective,
-        data={"reward": reward},
-        temperature=0.7,
-        differentiable_log_probs=differentiable,
-        chunk_size=4,
+        case.hidden, case.head, teachers, case.token_ids, case.weights, objective, data={"reward": reward},
+        temperature=0.7, differentiable_log_probs=differentiable, chunk_size=4,
     )
     logits = [(h.logits(x @ h.weight.T) / 0.7).log_softmax(-1) for x, h in ((case.hidden, case.head), *teachers)]
     tokens = Tokens(logits[0], [x.detach() for x in logits[1:]], case.token_ids, torch.arange(13), {"reward": reward})
@@ -643,12 +570,7 @@ def test_memory_does_not_grow_with_the_rows_for_any_loss(objective):
     def run(case, _):
         teachers = [TeacherStates(case.teacher_hidden[:, :5], case.head)] * 2
         return fused.linear_distillation(
-            case.hidden,
-            case.head,
-            teachers,
-            case.token_ids,
-            torch.ones_like(case.weights),
-            objective,
+            case.hidden, case.head, teachers, case.token_ids, torch.ones_like(case.weights), objective,
             data={"reward": case.weights},
         ).loss
 

@@ -24,11 +24,9 @@ def test_each_micro_batch_has_its_share_of_one_mean():
     for lengths, active in batches:
         response = torch.tensor([[i < length for i in range(4)] for length in lengths])
         mask = response & torch.tensor(active)[:, None]
-        data.append(
-            SimpleNamespace(
-                sequences=torch.zeros(2, 6), action_mask=response.long(), info={"plugin/loss_mask": list(mask)}
-            )
-        )
+        data.append(SimpleNamespace(
+            sequences=torch.zeros(2, 6), action_mask=response.long(), info={"plugin/loss_mask": list(mask)}
+        ))
     windows = windows_with_loss_mask(iter_grad_accum_global_norm)
     steps = []
     for experience, info in windows(iter(data), SimpleNamespace(), 2, lambda e: e.action_mask):

@@ -1,5 +1,6 @@
 """The host's own options beside self-distillation, on the real host: each acts."""
 
+
 import pytest
 import torch
 

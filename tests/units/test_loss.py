@@ -24,14 +24,10 @@ def config(mode: str = "full", alpha: float = 0.5, topk: int | None = 5, is_clip
     return DistillConfig(mode=mode, alpha=1.0 if mode == "sampled" else alpha, topk=topk, is_clip=is_clip, **more)
 
 
-CONFIGS = (
-    [config("full", a) for a in ALPHAS]
-    + [config("sampled")]
-    + [
-        config("topk", a, support=s, add_tail=t)
-        for a, s, t in itertools.product(ALPHAS, ("student", "teacher", "union"), (True, False))
-    ]
-)
+CONFIGS = [config("full", a) for a in ALPHAS] + [config("sampled")] + [
+    config("topk", a, support=s, add_tail=t)
+    for a, s, t in itertools.product(ALPHAS, ("student", "teacher", "union"), (True, False))
+]
 some_config = st.sampled_from(CONFIGS)
 seeds = st.integers(0, 2**31)
 
@@ -206,12 +202,8 @@ def test_a_shift_of_the_logits_changes_nothing(seed, cfg, a, b):
 
 @quick
 @given(
-    seeds,
-    st.sampled_from(ALPHAS),
-    st.sampled_from(["student", "teacher", "union"]),
-    st.booleans(),
-    st.integers(0, 5),
-    st.sampled_from([None, 0.05]),
+    seeds, st.sampled_from(ALPHAS), st.sampled_from(["student", "teacher", "union"]), st.booleans(),
+    st.integers(0, 5), st.sampled_from([None, 0.05]),
 )
 def test_topk_of_the_whole_vocabulary_is_full(seed, alpha, support, add_tail, surplus, kl_clip):
     student, teacher, ids, old = draw(seed, 8, 11)
@@ -227,7 +219,9 @@ def test_topk_of_the_whole_vocabulary_is_full(seed, alpha, support, add_tail, su
 def test_alpha_one_half_is_symmetric(seed, mode, kl_clip):
     student, teacher, ids, _ = draw(seed, 8, 11)
     cfg = config(mode, 0.5, support="union", kl_clip=kl_clip)
-    torch.testing.assert_close(per_token_loss(student, teacher, ids, cfg), per_token_loss(teacher, student, ids, cfg))
+    torch.testing.assert_close(
+        per_token_loss(student, teacher, ids, cfg), per_token_loss(teacher, student, ids, cfg)
+    )
 
 
 @quick
@@ -237,13 +231,8 @@ def test_masked_tokens_are_inert(seed, cfg, poison):
     mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(seed)) < 0.5
     clean = with_gradient(lambda x: distillation_loss(x, teacher, ids, mask, cfg, old), student)
     hidden = ~mask[..., None]
-    arguments = (
-        teacher.masked_fill(hidden, poison),
-        ids.masked_fill(~mask, -100),
-        mask,
-        cfg,
-        old.masked_fill(~mask, poison),
-    )
+    arguments = (teacher.masked_fill(hidden, poison), ids.masked_fill(~mask, -100), mask, cfg,
+                 old.masked_fill(~mask, poison))
     poisoned = with_gradient(lambda x: distillation_loss(x, *arguments), student.masked_fill(hidden, poison))
     for got, expected in zip(poisoned, clean, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -263,13 +252,7 @@ def test_an_empty_mask_is_a_zero_that_backpropagates(cfg):
 ONE_HOT = [0.0] + [-math.inf] * 10
 OTHER_HOT = [-math.inf] * 10 + [0.0]
 EXTREMES = [
-    [0.0] * 11,
-    [1e4] + [-1e4] * 10,
-    [-1e4] * 10 + [1e4],
-    [1e4] * 6 + [-1e4] * 5,
-    [1e4] * 11,
-    ONE_HOT,
-    OTHER_HOT,
+    [0.0] * 11, [1e4] + [-1e4] * 10, [-1e4] * 10 + [1e4], [1e4] * 6 + [-1e4] * 5, [1e4] * 11, ONE_HOT, OTHER_HOT,
     list(range(11)),
 ]
 
@@ -286,9 +269,8 @@ def test_extreme_logits_stay_finite(cfg, dtype):
 
 
 @pytest.mark.parametrize("kl_clip", [None, 0.05])
-@pytest.mark.parametrize(
-    "cfg", [c for c in CONFIGS if c.mode != "sampled"], ids=lambda c: f"{c.mode}-{c.alpha}-{c.support}-{c.add_tail}"
-)
+@pytest.mark.parametrize("cfg", [c for c in CONFIGS if c.mode != "sampled"],
+                         ids=lambda c: f"{c.mode}-{c.alpha}-{c.support}-{c.add_tail}")
 def test_gradcheck(cfg, kl_clip):
     cfg = config(cfg.mode, cfg.alpha, 4, None, support=cfg.support, add_tail=cfg.add_tail, kl_clip=kl_clip)
     student, teacher, ids, _ = draw(3, 1, 3, 9)

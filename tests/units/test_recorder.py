@@ -121,13 +121,15 @@ def test_a_sample_that_no_worker_trained_on_has_no_numbers(lines):
     assert wrong["active"] and wrong["student"] == wrong["teacher"] == wrong["alternatives"] == []
 
 
-def test_sections_that_were_cut_are_named(lines):
+def test_what_was_cut_is_named_with_its_place(lines):
     template = "{prompt}{privileged_context}{feedback}."
-    options = {"reprompt": {"template": template, "max_len": 70}}
+    options = {"reprompt": {"template": template, "max_len": 140}}
     _, wrong = lines([("ab", 1.0, None), ("cd", 0.0, "F" * 50)], **options)
-    assert wrong["cut"] == ["privileged_context", "feedback"] or wrong["cut"] == ["feedback"]
-    assert len(wrong["teacher_prompt"]) < len("P" * 50 + "F" * 50) and "F" * 50 not in wrong["teacher_prompt"]
-    assert lines([("ab", 1.0, None), ("cd", 0.0, "F")], reprompt={"template": template})[1]["cut"] == []
+    ((name, (place,)),) = wrong["cut"].items()
+    before, after = wrong["teacher_prompt"][:place], wrong["teacher_prompt"][place:]
+    assert name == "feedback" and before.endswith("FF") and after.lstrip().startswith(".<|"), (before, after)
+    assert "F" * 50 not in wrong["teacher_prompt"]
+    assert lines([("ab", 1.0, None), ("cd", 0.0, "F")], reprompt={"template": template})[1]["cut"] == {}
 
 
 def test_of_turns_the_first_read_is_shown_and_all_feedback(lines):

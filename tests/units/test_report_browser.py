@@ -41,7 +41,9 @@ def pages(directory: Path) -> dict[str, str]:
     }
     chat = [{"role": "user", "content": "what is the vault code of vault-0?"}]
     silent = {"student": [], "teacher": [], "alternatives": [], "active": False, "teacher_prompt": None}
-    samples = [made_run.sample(1, prompt=chat, cut=["feedback", "solution"]), made_run.sample(2, **silent)]
+    read = made_run.sample(1)["teacher_prompt"]
+    cut = {"feedback": [read.index(", got")], "solution": []}
+    samples = [made_run.sample(1, prompt=chat, cut=cut), made_run.sample(2, **silent)]
     made_run.record(made_run.log(directory / "messages", made_run.curves(3)), samples)
     samples = [made_run.hostile(1), made_run.sample(2, **LONG)]
     made_run.record(made_run.log(directory / "hostile", made_run.curves(3)), samples)
@@ -189,8 +191,9 @@ def test_the_same_prompt_over_the_steps(visit, addresses):
 
 def test_the_context_is_marked_behind_messages_too(visit, addresses):
     tab = visit(addresses["messages"])
-    assert tab.inner_text("#detail .text mark").strip().startswith("The attempt before was wrong: expected 4821, got")
-    assert "Cut to fit: feedback, solution." in tab.inner_text("#detail .cut")
+    assert "Cut to fit: feedback, solution." in tab.inner_text("#detail .lead .cut")
+    marked = tab.inner_text("#detail .text mark").strip()
+    assert marked.startswith("The attempt before was wrong: expected 4821✂ feedback cut here ✂, got")
 
 
 def test_the_list_is_walked_with_the_keyboard(visit, addresses):

@@ -1,5 +1,6 @@
 """SDFT on the real host: a demonstrated skill is learned without a reward function, from either prompt."""
 
+
 import pytest
 
 from sdpo_plugin.config import ConfigError

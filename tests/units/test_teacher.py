@@ -1,5 +1,6 @@
 """The EMA teacher: right in the last digits at every ZeRO stage, in bounded memory, and after a restart."""
 
+
 import pytest
 import torch
 from common import LargestTensor

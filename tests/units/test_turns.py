@@ -288,11 +288,8 @@ def test_no_variant_puts_a_turn_into_the_loss_that_its_teacher_does_not_read(att
 # Of the second sample (tokens 3, 4, 5 | 21, 22, 9, 9, 23) the first turn is behind one prompt and the second behind
 # another; the first sample's is behind one.
 PROMPTS = [torch.tensor([7, 7]), torch.tensor([8, 5, 6, 6, 6]), torch.tensor([], dtype=torch.long)]
-SPANS = [
-    torch.tensor([[0, 0], [0, 2], [0, 2], [0, 2]]),
-    torch.tensor([[0, 0], [0, 0], [0, 2], [0, 2], [0, 0], [0, 0], [2, 5]]),
-    torch.zeros(2, 2, dtype=torch.long),
-]
+SPANS = [torch.tensor([[0, 0], [0, 2], [0, 2], [0, 2]]),
+         torch.tensor([[0, 0], [0, 0], [0, 2], [0, 2], [0, 0], [0, 0], [2, 5]]), torch.zeros(2, 2, dtype=torch.long)]
 MASKS = [spans[:, 1] > 0 for spans in SPANS]
 
 

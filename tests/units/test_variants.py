@@ -47,7 +47,6 @@ def distributions(worker, plugin, prompts=PROMPTS):
     for i, prompt in enumerate(prompts):
         length, first = int(ATTENTION[i].sum()), int(ACTION[i].nonzero()[0]) + 1
         for p in ACTION[i].nonzero()[:, 0].tolist() if len(prompt) else ():
-
             def at(actor, ids, position):
                 return actor.lm_head(actor.states(ids[None]))[0, position].log_softmax(-1)
 
@@ -234,15 +233,8 @@ def test_a_weight_that_would_be_ignored_is_refused(algorithm):
 
 def full(args):
     """`args` with what `compatibility.refuse` reads."""
-    args.train.enable_ema, args.ds = (
-        False,
-        SimpleNamespace(
-            lora=SimpleNamespace(rank=0),
-            ring_attn_size=1,
-            tensor_parallel_size=1,
-            deepcompile=False,
-            enable_sleep=False,
-        ),
+    args.train.enable_ema, args.ds = False, SimpleNamespace(
+        lora=SimpleNamespace(rank=0), ring_attn_size=1, tensor_parallel_size=1, deepcompile=False, enable_sleep=False
     )
     args.data.max_images_per_prompt = 0
     args.algo.advantage.is_correction_mode = "mask"
