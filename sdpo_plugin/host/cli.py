@@ -6,10 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sdpo_plugin import plugins
-from sdpo_plugin.config import GROUPS, ConfigError, RewardConfig, options_page
-from sdpo_plugin.host import launch
-from sdpo_plugin.loggers import MlflowConfig, SwanlabConfig
+try:
+    from sdpo_plugin import plugins
+    from sdpo_plugin.config import GROUPS, ConfigError, RewardConfig, options_page
+    from sdpo_plugin.host import launch
+    from sdpo_plugin.loggers import MlflowConfig, SwanlabConfig
+except ModuleNotFoundError as missing:  # the package alone is not a whole installation
+    sys.exit(
+        f"openrlhf-sdpo: error: {missing.name} is not installed; pip install 'openrlhf-sdpo[gpu]', or on a machine "
+        "without CUDA as docs/cpu.md says"
+    )
 
 USAGE = """usage: openrlhf-sdpo train [--config RECIPE.yaml] [--algo NAME] [any flag of openrlhf.cli.train_ppo_ray]
        openrlhf-sdpo doctor [--config RECIPE.yaml] [--run]   what will go wrong, on this machine, before it does

@@ -56,6 +56,13 @@ def test_bad_configuration_is_one_line_on_the_command_line():
     assert done.stderr.rstrip().splitlines()[-1].startswith(f"openrlhf-sdpo: error: {error}")
 
 
+def test_the_command_without_torch_says_how_to_install_it():
+    code = "import sys; sys.modules['torch'] = None; from sdpo_plugin.host.cli import main; main(['plugins'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("openrlhf-sdpo: error: torch is not installed; pip install")
+    assert len(run.stderr.splitlines()) == 1
+
+
 def test_a_cpu_is_not_asked_for_what_needs_a_gpu():
     command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--algo", "sdpo"]
     done = subprocess.run([*command, "--ds.use_liger_kernel"], capture_output=True, text=True)
