@@ -38,7 +38,7 @@ matrix: .venv/installed
 kills: .venv/installed
 	$(PY) -m pytest -s tests/slow/kills.py
 
-# What a run does when something around it fails: writes docs/robustness.md, half an hour.
+# What a run does when something around it fails: writes docs/robustness.md, a quarter of an hour.
 robustness: .venv/installed
 	$(PY) -m pip install -q -e '.[robustness]'
 	$(PY) -m pytest tests/slow/robustness.py
