@@ -1,6 +1,6 @@
 """What a run does when something around it fails, case by case: `make robustness`, which writes docs/robustness.md.
 
-A quarter of an hour. What the suite holds of it is in host/test_failures.py, host/test_resume.py and host/test_rewards.py.
+A quarter of an hour. What the suite holds of it: host/test_failures.py, host/test_resume.py, host/test_rewards.py.
 """
 
 import json
@@ -27,8 +27,8 @@ HEAD = """# When something around a run fails
 Made by `make robustness`: each line is a run of OpenRLHF on CPU that had the accident. Seconds are those from the
 accident until the run had ended, or what a run that goes on lost; of reward services, and of what is there before the
 start, they are the whole command's (whose imports, some ten seconds, were done before). No case hangs, none goes on in
-silence with something that is wrong, and no whole checkpoint is lost. Exit codes are those of [train.md](train.md#when-
-something-is-wrong).
+silence with something that is wrong, and no whole checkpoint is lost. Exit codes are those of
+[train.md](train.md#when-something-is-wrong).
 
 """
 
