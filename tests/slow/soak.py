@@ -1,6 +1,6 @@
 """The quickstart's model trained for hours, with checkpoints, evaluations and kills: `make soak`.
 
-    python tests/slow/soak.py [--minutes 120] [--kill-minutes 15]
+    python tests/slow/soak.py [--minutes 120] [--kill-minutes 40]
 
 Every 10 s it notes what each kind of process holds (memory, files, CPU time) and what lies on the disk, in
 runs/soak/noted.jsonl. Every `--kill-minutes` all processes of the run are killed, and it is started again with
@@ -240,7 +240,8 @@ def page(notes: list[dict[str, Any]]) -> str:
         points = [([t[1] for t in of], [t[column] for t in of]) for of in by_start.values() if len(of) > 2]
         rate, error = slope(points)
         lines.append(f"| {name} | {statistics.median(t[column] for t in times):.2f} | {rate:+.3f} ± {error:.3f} |")
-    lines += ["", f"The machine's load was {statistics.median(t[4] for t in times):.1f} on {os.cpu_count()} cores.", ""]
+    load = f"{statistics.median(t[4] for t in times):.1f} on {os.cpu_count()} cores"
+    lines += ["", f"The machine's load was {load}; the run had {len(os.sched_getaffinity(0))}.", ""]
     lines += ["| on disk | at the end, MiB | growth, MiB |", "| --- | --- | --- |"]
     for name in last["disk"]:
         rate = growth(starts, lambda note: note["disk"][name])  # noqa: B023
@@ -282,7 +283,7 @@ def plot(notes: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=120, help="of training, those of earlier calls included")
-    parser.add_argument("--kill-minutes", type=float, default=15)
+    parser.add_argument("--kill-minutes", type=float, default=40)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the next call goes on"))
     OUT.mkdir(parents=True, exist_ok=True)
