@@ -26,7 +26,7 @@ def test_every_response_is_scored_behind_the_student_s_own_tokens():
     rollouts = [Rollout(0, "Q?", "4", None), Rollout(0, [{"role": "assistant", "content": "a"}], None, None)]
     (contexts,) = plugin.contexts(batch, rollouts)
     assert [context.active for context in contexts] == [True, False]
-    assert plugin.teacher_prompt(batch, 0, contexts[0], batch.response_mask(0)) == ([5, 6], ())
+    assert plugin.teacher_prompt(batch, 0, contexts[0], batch.response_mask(0)) == ([5, 6], {})
     plugin.openrlhf_dataset({"prompt": [[{"role": "assistant", "content": "b"}]]}, False, args)
 
 
