@@ -141,8 +141,7 @@ def context_metrics(
         "unclosed_thought": sum(_without_thoughts(text).lstrip().startswith("<think>") for text in taught),
     }
     of_groups = {
-        "success_group": len(successes),
-        "single_success_group": sum(len(won) == 1 for won in successes.values()),
+        "success_group": len(successes), "single_success_group": sum(len(won) == 1 for won in successes.values())
     }
     metrics = {name: count / max(len(groups), 1) for name, count in of_groups.items()}
     metrics |= {name: count / max(len(contexts), 1) for name, count in counts.items()}
@@ -231,7 +230,7 @@ def teacher_prompt_ids(
 
     # Environments hand over what they read: half of a surrogate pair has no UTF-8 form, and tokenizers raise on it.
     texts = [context.sections[name].encode("utf-8", "replace").decode() for name in order]
-    bounded = [(text, text[:0]) for text in texts]
+    bounded = [(text, "") for text in texts]
     if config.truncation != "error":
         bounded = _cut(texts, config.max_len * MAX_CHARS_PER_TOKEN, config.truncation)
     markup, markup_pattern = _markup(tokenizer, len(tokenizer))

@@ -8,7 +8,7 @@ import pytest
 
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.host import cli
-from sdpo_plugin.report import command, page, read_scalars
+from sdpo_plugin.report import command, page, read_scalars, terminal
 from sdpo_plugin.report.events import read_run, thinned
 from sdpo_plugin.report.readable import LEVELS, disagreement, level, visible
 
@@ -246,3 +246,10 @@ def test_a_sample_that_was_not_recorded_is_named(recorded):
         command.main([recorded, "--text", "--step", "5"])
     with pytest.raises(ConfigError, match="recorded are of step 7 the samples 0, 1, 2"):
         command.main([recorded, "--text", "--step", "7", "--sample", "9"])
+
+
+def test_a_cut_has_a_sign_in_its_place_in_terminal_and_page():
+    """JavaScript counts an emoji twice, and what could act is written longer than it was."""
+    one = made_run.sample(1, teacher_prompt="\U0001f600\x1b ab", cut={"feedback": [3], "solution": []})
+    assert terminal.teacher_prompt(one).plain == "\U0001f600\u27e8U+001B\u27e9 [... feedback cut here ...]ab"
+    assert page._places(one["teacher_prompt"], [3, 30_000]) == [len("..") + len("<U+001B>") + 1]
