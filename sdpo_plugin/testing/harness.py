@@ -194,10 +194,13 @@ def _launch(arguments: list[str], plain_samples: str | None, environment: dict[s
     os.dup2(log, 2)
     os.environ.update(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
-    from sdpo_plugin.testing.nursery import fork_ray_workers, open_nursery
+    from sdpo_plugin.testing.nursery import fork_ray, open_nursery
 
     open_nursery(str(output.parent))
-    fork_ray_workers()
+    fork_ray()
+    sys.path.insert(0, "/tmp/prof")
+    import modlog
+    modlog.start("launcher")
     if plain_samples is None:
         from sdpo_plugin.host import cli
 

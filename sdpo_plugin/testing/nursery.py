@@ -1,9 +1,9 @@
-"""Warm processes for tests: Ray workers and vLLM engines forked from one that has imported them already.
+"""Warm processes for tests: Ray's processes and vLLM engines forked from one that has imported them already.
 
 Importing torch, DeepSpeed and vLLM takes 11 s of CPU in each of a run's processes, far more than training a tiny model
-does. `open_nursery` forks a server off the launcher, and makes a script that Ray and multiprocessing take for the
-Python executable. What they start with it (this file, run as a script) asks the server for a fork with its own
-arguments, environment and files, and ends when the fork does.
+does, and Ray's own helpers another 4 s. `open_nursery` forks a server off the launcher, and makes a script that Ray and
+multiprocessing take for the Python executable. What they start with it (this file, run as a script) asks the server for
+a fork with its own arguments, environment and files, and ends when the fork does.
 """
 
 import array
@@ -17,6 +17,7 @@ import sys
 
 EXECUTABLE = "SDPO_PLUGIN_NURSERY"  # the script
 MAX_FILES = 64
+IDS_PER_FORK = 200  # far more than a worker draws, and drawn in a millisecond
 
 
 def open_nursery(directory: str) -> str:
@@ -37,8 +38,8 @@ def open_nursery(directory: str) -> str:
     return script
 
 
-def fork_ray_workers() -> None:
-    """Let `ray.init` in this process make its workers with the script."""
+def fork_ray() -> None:
+    """Let `ray.init` in this process make its helpers and workers with the script."""
     from sdpo_plugin.host.install import ray
 
     init = ray.init
@@ -47,7 +48,11 @@ def fork_ray_workers() -> None:
         environment = {**(kwargs.get("runtime_env") or {}), "py_executable": os.environ[EXECUTABLE]}
         # A cluster that was there before knows nothing of this process's environment.
         environment["env_vars"] = {**environment.get("env_vars", {}), EXECUTABLE: os.environ[EXECUTABLE]}
-        return init(*args, **{**kwargs, "runtime_env": environment})
+        python, sys.executable = sys.executable, os.environ[EXECUTABLE]
+        try:
+            return init(*args, **{**kwargs, "runtime_env": environment})
+        finally:
+            sys.executable = python
 
     ray.init = call
 
@@ -55,16 +60,27 @@ def fork_ray_workers() -> None:
 def _serve(server: socket.socket, parent: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     server.settimeout(1.0)
+    forks = 0
     while os.getppid() == parent:
         with contextlib.suppress(TimeoutError):
             client, _ = server.accept()
             client.settimeout(None)
+            forks += 1
             if os.fork() == 0:
                 server.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _draw_other_ids(forks)
                 _become(client)
             client.close()
     os._exit(0)
+
+
+def _draw_other_ids(forks: int) -> None:
+    """Ray draws the ids of objects from a generator that all forks inherit; two workers with one id end the run."""
+    import ray
+
+    for _ in range(IDS_PER_FORK * forks):
+        ray.ObjectRef.from_random()
 
 
 def _become(client: socket.socket) -> None:
@@ -82,6 +98,7 @@ def _become(client: socket.socket) -> None:
     copies = [os.dup(n) for n in numbers]
     for copy, wanted in zip(copies, asked["files"], strict=True):
         os.dup2(copy, wanted)
+    sys.stdin = open(0, closefd=False)
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["directory"])
@@ -97,6 +114,9 @@ def _become(client: socket.socket) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     multiprocessing.spawn.set_executable(os.environ[EXECUTABLE])
     code, sys.argv = 0, asked["arguments"]
+    sys.path.insert(0, "/tmp/prof")
+    import modlog
+    modlog.start(os.path.basename(sys.argv[0]))
     try:
         if sys.argv[0] == "-c":
             exec(sys.argv.pop(1), {"__name__": "__main__"})
@@ -113,10 +133,21 @@ def _become(client: socket.socket) -> None:
     os._exit(code)
 
 
+def _worker_set_up(arguments: list[str]) -> list[str]:
+    """Ray's `setup_worker.py`, which imports Ray to set a worker's environment. Returns what it would execute."""
+    prefix = "--serialized-runtime-env-context="
+    contexts = [json.loads(argument.removeprefix(prefix)) for argument in arguments if argument.startswith(prefix)]
+    for context in contexts:
+        os.environ.update(context["env_vars"])
+    return [argument for argument in arguments if not argument.startswith((prefix, "--language="))]
+
+
 def _ask(address: str, arguments: list[str]) -> int:
     """The client: send everything this process has, and stay until the fork ends."""
     while arguments[0].startswith("-") and arguments[0] != "-c":
         del arguments[0]  # flags of an interpreter that runs already
+    if os.path.basename(arguments[0]) == "setup_worker.py":
+        arguments = _worker_set_up(arguments[1:])
     with socket.socket(socket.AF_UNIX) as server:
         files = []
         for number in map(int, os.listdir("/proc/self/fd")):
