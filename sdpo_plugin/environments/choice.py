@@ -41,7 +41,7 @@ def make(detail: str = "outcome", budget: int = 300) -> Callable[..., dict[str, 
         )  # fmt: skip
         return 0.0, wrong + f" Right is {right}." * (detail == "expected")
 
-    return reward_function(judge, budget)
+    return reward_function(judge, budget, "choice", detail=detail)
 
 
 def choice(response: str) -> str | None:

@@ -6,24 +6,37 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Judge = Callable[[str, Any], tuple[float, str | None]]  # (response, label) -> reward, what was wrong or None
+from sdpo_plugin.environments.judge_pool import POOL, Judge
+
 # OpenRLHF decodes queries with special tokens: <|im_end|>, </s>, <eos>, <end_of_turn>, [PAD], <｜end▁of▁sentence｜>.
 TOKEN = r"<[|｜][^<>\s]*[|｜]>|</?s>|<(?:pad|eos|bos|unk|end_of_turn)>|\[(?:PAD|SEP|EOS)\]"
 SPECIAL = re.compile(rf"(?:\s*(?:{TOKEN}))+\s*\Z")
 TAIL = 64  # characters
 
 
-def reward_function(judge: Judge, budget: int) -> Callable[..., dict[str, Any]]:
-    """A reward function for `--reward.remote_url` from one that judges a response. budget: characters of feedback."""
+def reward_function(
+    judge: Judge, budget: int, environment: str | None = None, **options: Any
+) -> Callable[..., dict[str, Any]]:
+    """A reward function for `--reward.remote_url` from one that judges a response.
+
+    Args:
+        budget: characters of feedback.
+        environment: the module here whose `make(**options)` this is; its judge then runs in a process of `judge_pool`.
+            None: in this process.
+    """
+
+    def judged(response: str, label: Any) -> tuple[float, str | None]:
+        return POOL.judge(environment, options, response, label) if environment else judge(response, label)
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
         import torch
 
-        judged = [judge(response_of(q, p), label) for q, p, label in zip(queries, prompts, labels, strict=True)]
-        rewards = torch.tensor([float(reward) for reward, _ in judged])
-        told = [None if words is None else cut(words, budget) for _, words in judged]
+        found = [judged(response_of(q, p), label) for q, p, label in zip(queries, prompts, labels, strict=True)]
+        rewards = torch.tensor([float(reward) for reward, _ in found])
+        told = [None if words is None else cut(words, budget) for _, words in found]
         return {"rewards": rewards, "scores": rewards, "feedback": told}
 
+    reward_func.judge = judge  # type: ignore[attr-defined]  # what the process of `judge_pool` takes of it
     return reward_func
 
 

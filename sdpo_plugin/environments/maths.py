@@ -37,7 +37,7 @@ def make(detail: str = "outcome", budget: int = 300) -> Callable[..., dict[str, 
         )  # fmt: skip
         return 0.0, wrong + f" Right is {label}." * (detail == "expected")
 
-    return reward_function(judge, budget)
+    return reward_function(judge, budget, "maths", detail=detail)
 
 
 reward_func = make()
