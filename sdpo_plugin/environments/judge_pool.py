@@ -168,7 +168,7 @@ def serve(descriptor: int) -> None:
             if response is None:
                 answer = _prepared(judges, kind, name, options, label)
             else:
-                answer = _judged(name, judges[kind], response, label)
+                answer = _judged(judges[kind], response, label)
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.send_bytes(json.dumps(answer).encode())
 
@@ -179,11 +179,11 @@ def _prepared(judges: dict[str, Judge], kind: str, name: str, options: dict[str,
         judges[kind] = importlib.import_module(f"sdpo_plugin.environments.{name}").make(**options).judge
     except Exception as error:
         return {"environment": f"{type(error).__name__}: {error}"}
-    answer = _judged(name, judges[kind], "", label)
+    answer = _judged(judges[kind], "", label)
     return answer if "environment" in answer else {}
 
 
-def _judged(name: str, judge: Judge, response: str, label: Any) -> dict[str, Any]:
+def _judged(judge: Judge, response: str, label: Any) -> dict[str, Any]:
     try:
         reward, told = judge(response, label)
         return {"reward": float(reward), "told": told}
@@ -192,15 +192,17 @@ def _judged(name: str, judge: Judge, response: str, label: Any) -> dict[str, Any
     except MemoryError:
         return {"reward": 0.0, "told": "The response could not be judged: that takes too much memory.", "spent": True}
     except Exception as error:
-        if reason := _fault(name, label):
+        if reason := _fault(judge, label):
             return {"label": reason}
         return {"reward": 0.0, "told": f"The response could not be judged ({type(error).__name__})."}
 
 
-def _fault(name: str, label: Any) -> str | None:
-    """What is wrong with a label, or None."""
+def _fault(judge: Judge, label: Any) -> str | None:
+    """What is wrong with a label, or None: an empty response cannot be what makes a judge raise."""
     try:
-        importlib.import_module(f"sdpo_plugin.environments.{name}").check_label(label)
+        judge("", label)
+    except ValueError as error:
+        return str(error)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__} for the label {label!r:.200}: {error}"
     return None
