@@ -6,12 +6,13 @@ import math
 import re
 import unicodedata
 from decimal import Decimal
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 from sdpo_plugin.environments.conclusion import boxes
 
-LONGEST = 2_000  # characters of an answer; longer ones are not compared
+LONGEST = 2_000  # characters of an answer; longer ones are wrong
+PARSED, DEEPEST = 400, 25  # characters and nested brackets of what a parser reads; the rest is compared as text
 WORDS = 12  # of a label; more are an explanation, which no response repeats
 MOST = 64  # answers in one
 
@@ -219,10 +220,18 @@ def _same(right: str, found: str) -> bool:
     bases = [BASE.fullmatch(text) for text in (right, found)]
     if all(bases) and bases[0][1] != bases[1][1]:
         return False
+    if not _readable(right) or not _readable(found):
+        return False
     a, b = _parsed(right), _parsed(found)
     if not a or not b or not verify(a, b, allow_set_relation_comp=True, timeout_seconds=None):
         return False
     return "%" in right + found or _near(a[0], b[0])
+
+
+def _readable(text: str) -> bool:
+    """Whether a parser gets through a text: its time grows faster than length and depth."""
+    depths = accumulate((c in "([{") - (c in ")]}") for c in text)
+    return len(text) <= PARSED and max(depths, default=0) <= DEEPEST
 
 
 def _parsed(text: str) -> list[Any]:

@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SECONDS = 5.0  # of CPU, so that a busy machine does not change a reward
+SECONDS = 3.0  # of CPU, so that a busy machine does not change a reward; most judgements take milliseconds
 WALL = 60.0  # for what takes time without computing
 START = 60.0  # of CPU, for the first judgement of an environment, which imports its libraries; not counted in SECONDS
 MEMORY = 2 * 2**30  # bytes of address space
@@ -174,9 +174,11 @@ def serve(descriptor: int) -> None:
 
 
 def _prepared(judges: dict[str, Judge], kind: str, name: str, options: dict[str, Any], label: Any) -> dict[str, Any]:
-    """Nothing, or why the environment cannot judge. An empty response is judged: that imports its libraries."""
+    """Nothing, or why the environment cannot judge. Its libraries are imported: by `warm_up` and an empty response."""
     try:
-        judges[kind] = importlib.import_module(f"sdpo_plugin.environments.{name}").make(**options).judge
+        module = importlib.import_module(f"sdpo_plugin.environments.{name}")
+        judges[kind] = module.make(**options).judge
+        getattr(module, "warm_up", str)()
     except Exception as error:
         return {"environment": f"{type(error).__name__}: {error}"}
     answer = _judged(judges[kind], "", label)

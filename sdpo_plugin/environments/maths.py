@@ -57,4 +57,10 @@ def check_label(label: Any) -> None:
     answers.check(answers.text_of(label))
 
 
+def warm_up() -> None:
+    """Let sympy import its parts, for a second or two, before the time of the first judgement begins."""
+    for right, found in (("7", "8"), ("\\frac{1}{2}", "0.5"), ("x^2+1", "\\sin x"), ("x>2", "(1,\\infty)"), ("1,2", "2,3")):
+        answers.equal(right, found)
+
+
 reward_func = make()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sdpo_plugin.environments import judge_pool
 from sdpo_plugin.environments.judge_pool import LENGTH, MEMORY, Pool
 
 HOSTILE = "\\boxed{9^{9^{9^{9}}}}"
@@ -133,3 +134,35 @@ def test_what_cannot_judge_raises(pool):
         pool.judge("maths", {"colour": "red"}, "\\boxed{7}", "7")
     with pytest.raises(RuntimeError, match="nowhere.py cannot judge: ModuleNotFoundError"):
         pool.judge("nowhere", {}, "", "")
+
+
+def raising(error, of_label=False):
+    def judge(response, label):
+        if response or of_label:
+            raise error
+        return 0.0, "empty"
+
+    return judge
+
+
+@pytest.mark.parametrize("error", [RecursionError(), StopIteration(), KeyError("x"), ZeroDivisionError()])
+def test_what_a_judge_raises_over_a_response_is_no_reward(error):
+    told = f"The response could not be judged ({type(error).__name__})."
+    assert judge_pool._judged(raising(error), "7", "7") == {"reward": 0.0, "told": told}
+
+
+def test_what_a_judge_raises_over_a_label_names_it():
+    assert judge_pool._judged(raising(ValueError("no label"), True), "7", "7") == {"label": "no label"}
+    named = {"label": "StopIteration for the label '[{}]': "}
+    assert judge_pool._judged(raising(StopIteration(), True), "7", "[{}]") == named
+    with pytest.raises(ValueError, match=r"StopIteration for the label '\[\{\}\]'"):
+        Pool(1).judge("tools", {}, "[f()]", "[{}]")
+
+
+def test_a_process_that_ran_out_of_memory_is_replaced(pool):
+    answer = judge_pool._judged(raising(MemoryError()), "7", "7")
+    assert answer["reward"] == 0.0 and "too much memory" in answer["told"] and answer["spent"]
+
+
+def test_a_library_that_is_missing_is_an_error():
+    assert judge_pool._judged(raising(ImportError("no sympy")), "7", "7") == {"environment": "ImportError: no sympy"}
