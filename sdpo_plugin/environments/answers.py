@@ -88,6 +88,8 @@ def cleaned(text: str) -> str:
     text = POWER.sub(r"\1 \\times 10^{\2}", text)
     text = re.sub(r"√\s?(\d+|\([^()]*\)|[A-Za-z])", r"\\sqrt{\1}", re.sub(r" {2,}", " ", text))
     text = re.sub(r"\s?(?:percent|per cent|percentage)\b", "\\\\%", text)
+    text = re.sub(r"^[ =]*(?:\\approx\b|\\sim\b|≈|about\b|approximately\b)", "", text)
+    text = re.sub(r"^\s?\\text\s?\{([^{}]*\d[^{}]*)\}\s?$", r"\1", text)
     return text.lstrip(" ,;:*_`\"").rstrip(" .,;:*_`\\\"\u3002")
 
 
@@ -118,15 +120,17 @@ def in_words(text: str, last: bool = False) -> str | None:
     text = re.sub(r"\*\*|__|`", "", text[-LONGEST:] if last else text[:LONGEST]).strip(" *_")
     if found := list(MATHS.finditer(text)):
         return _linked(text, found, last)
-    sentences = [part.strip() for part in re.split(r"(?<=\S)[.!](?:\s|$)|\u3002", text) if part.strip()] or [""]
+    sentences = [part.strip() for part in re.split(r"(?<=[^\s\\])[.!](?:\s|$)|\u3002", text) if part.strip()] or [""]
     text = sentences[-1 if last else 0]
     if text and (_is_text(text) and not last or not _words(text)):
         return text
     values = list(VALUE.finditer(text))
-    formula = re.split(r"(?<![\\A-Za-z{])[A-Za-z]{3,}", text, maxsplit=1)[0].strip(" ,")
+    formula = re.split(r"\\(?:text|mbox|mathrm)\b|(?<![\\A-Za-z{])[A-Za-z]{3,}", text, maxsplit=1)[0].strip(" ,")
     if not last and "\\" in formula:
         return formula
-    return values[-1 if last else 0][0] if values else None
+    if values:
+        return values[-1 if last else 0][0]
+    return None if last else text or None
 
 
 def _linked(text: str, found: list[re.Match[str]], last: bool) -> str:
@@ -217,8 +221,8 @@ def _same(right: str, found: str) -> bool:
     """Whether two texts are of equal value."""
     from math_verify import verify
 
-    bases = [BASE.fullmatch(text) for text in (right, found)]
-    if all(bases) and bases[0][1] != bases[1][1]:
+    base, other = BASE.fullmatch(right), BASE.fullmatch(found)
+    if base and other and base[1] != other[1]:
         return False
     if not _readable(right) or not _readable(found):
         return False
