@@ -6,24 +6,49 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Judge = Callable[[str, Any], tuple[float, str | None]]  # (response, label) -> reward, what was wrong or None
-# OpenRLHF decodes queries with special tokens: <|im_end|>, </s>, <eos>, <end_of_turn>, [PAD], <｜end▁of▁sentence｜>.
-TOKEN = r"<[|｜][^<>\s]*[|｜]>|</?s>|<(?:pad|eos|bos|unk|end_of_turn)>|\[(?:PAD|SEP|EOS)\]"
-SPECIAL = re.compile(rf"(?:\s*(?:{TOKEN}))+\s*\Z")
+from sdpo_plugin.environments.judge_pool import POOL, Judge
+
+# OpenRLHF decodes queries with special tokens. Those of the model, once the engine has told (`know`); and what looks
+# like one, for where nobody tells: <|im_end|>, <turn|>, <seed:eos>, [|endofturn|], </s>, [PAD], [e~[.
+special_tokens: tuple[str, ...] = ()
+LONGEST = 64  # characters of a token that looks like a special one
+NAMES = "pad|eos|bos|unk|sep|cls|mask|eot|eom|eod|eop|eoa|eoh|sop"
+LOOKS_SPECIAL = re.compile(
+    r"<(?![^<>]*(?:tool|think|answer))[^<>\s]*[|｜][^<>\s]*>|\[\|[^\[\]\s]+\|\]|</?s>|"
+    rf"<(?:[^<>\s/]*[:_.])?(?:{NAMES})(?:[:_.\d][^<>\s]*)?>|"
+    r"<(?:[^<>\s/]*[^<>\s/A-Za-z])?(?:(?:start|end)_?of_?|(?:im|turn|role|text|file|message)_?(?:end|sep)|"
+    r"(?:special|reserved|unused|extra_id|placeholder)[^<>\s]*\d)[^<>\s]*>|"
+    rf"\[/?(?:{NAMES}|inst|g?mask)\]|[\[\]]\w?~!?\w?[\[\]]",
+    re.IGNORECASE,
+)
+# What a response may end with, though it is a special token of some models: </tool_call>, [/THINK], <|tool_call_end|>.
+MARKUP = re.compile(r"</?[A-Za-z_]+>|\[/?[A-Z_]+\]|.*(?:tool|think|answer).*", re.IGNORECASE)
 TAIL = 64  # characters
 
 
-def reward_function(judge: Judge, budget: int) -> Callable[..., dict[str, Any]]:
-    """A reward function for `--reward.remote_url` from one that judges a response. budget: characters of feedback."""
+def reward_function(
+    judge: Judge, budget: int, environment: str | None = None, **options: Any
+) -> Callable[..., dict[str, Any]]:
+    """A reward function for `--reward.remote_url` from one that judges a response.
+
+    Args:
+        budget: characters of feedback.
+        environment: the module here whose `make(**options)` this is; its judge then runs in a process of `judge_pool`.
+            None: in this process.
+    """
+
+    def judged(response: str, label: Any) -> tuple[float, str | None]:
+        return POOL.judge(environment, options, response, label) if environment else judge(response, label)
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
         import torch
 
-        judged = [judge(response_of(q, p), label) for q, p, label in zip(queries, prompts, labels, strict=True)]
-        rewards = torch.tensor([float(reward) for reward, _ in judged])
-        told = [None if words is None else cut(words, budget) for _, words in judged]
+        found = [judged(response_of(q, p), label) for q, p, label in zip(queries, prompts, labels, strict=True)]
+        rewards = torch.tensor([float(reward) for reward, _ in found])
+        told = [None if words is None else cut(words, budget) for _, words in found]
         return {"rewards": rewards, "scores": rewards, "feedback": told}
 
+    reward_func.judge = judge  # type: ignore[attr-defined]  # what the process of `judge_pool` takes of it
     return reward_func
 
 
@@ -36,7 +61,41 @@ def response_of(query: str, prompt: str) -> str:
         response = query[len(prompt) :]
     else:
         response = query.rpartition(prompt[-TAIL:])[2]
-    return SPECIAL.sub("", response)
+    return without_end_tokens(response)
+
+
+def know(tokenizer: Any) -> None:
+    """Note the special tokens of the model whose responses are judged in this process; the first one's stay."""
+    global special_tokens
+    if special_tokens:
+        return
+    ends = {getattr(tokenizer, "eos_token", None), getattr(tokenizer, "pad_token", None)}
+    others = {token for token in getattr(tokenizer, "all_special_tokens", ()) if not MARKUP.fullmatch(token)}
+    special_tokens = tuple(filter(None, ends | others))
+
+
+def without_end_tokens(text: str) -> str:
+    """A text without the special tokens at its end, and the white space among them."""
+    end = len(text)
+    while (start := _token_at_end(text, _stripped(text, end))) is not None:
+        end = _stripped(text, start)
+    return text[:end]
+
+
+def _token_at_end(text: str, end: int) -> int | None:
+    """Where the special token begins with which `text[:end]` ends, or None."""
+    if special_tokens and text.endswith(special_tokens, 0, end):
+        return end - max(len(token) for token in special_tokens if text.endswith(token, 0, end))
+    if end == 0 or text[end - 1] not in ">[]":
+        return None
+    starts = [text.rfind(opening, max(0, end - LONGEST), end - 1) for opening in "<[]"]
+    return next((at for at in starts if at >= 0 and LOOKS_SPECIAL.fullmatch(text, at, end)), None)
+
+
+def _stripped(text: str, end: int) -> int:
+    while end and text[end - 1].isspace():
+        end -= 1
+    return end
 
 
 def cut(text: str, length: int) -> str:

@@ -62,7 +62,7 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
             told += f" Right is:\n{right}" if "\n" in right else f" Right is {right}."
         return reward, told
 
-    return reward_function(judge, budget)
+    return reward_function(judge, budget, "reasoning", detail=detail)
 
 
 def score(dataset: Any, answer: str, entry: dict[str, Any]) -> float:

@@ -54,7 +54,7 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
             return 0.0, told
         return 1.0, None
 
-    return reward_function(judge, budget)
+    return reward_function(judge, budget, "structure", detail=detail)
 
 
 def difference(found: Any, wanted: Any, at: tuple[Any, ...] = ()) -> tuple[tuple[Any, ...], Any, Any] | None:

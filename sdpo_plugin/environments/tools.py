@@ -65,7 +65,7 @@ def make(detail: str = "error", budget: int = 800) -> Callable[..., dict[str, An
             return 1.0, None
         return 0.0, "The calls are wrong." if detail == "outcome" else wrong
 
-    return reward_function(judge, budget)
+    return reward_function(judge, budget, "tools", detail=detail)
 
 
 def parse(response: str) -> list[Call]:

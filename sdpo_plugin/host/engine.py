@@ -16,6 +16,7 @@ from typing import Any
 
 from sdpo_plugin.config import ConfigError, RewardConfig
 from sdpo_plugin.context import joined
+from sdpo_plugin.environments.feedback import know
 from sdpo_plugin.host import deterministic
 from sdpo_plugin.host.seams import overrides, seam
 
@@ -106,6 +107,7 @@ class Engine(RolloutRayActor):
     @overrides("prompt", "num_samples")
     async def generate_responses(self, prompt: Prompt, num_samples: int = 1, **kwargs: Any) -> list[dict[str, Any]]:
         text, request = str(prompt), prompt.request
+        know(getattr(kwargs["hf_tokenizer"], "tokenizer", kwargs["hf_tokenizer"]))  # a processor has one
         _reward.set(request.reward)
         _shown.set(request.shown)
         if request.shown is not None:

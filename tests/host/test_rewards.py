@@ -8,6 +8,7 @@ from sdpo_plugin.testing import RunFailed
 
 FLAKY = """
 import os, time, torch
+from sdpo_plugin.environments import feedback
 
 def once(name):
     try:
@@ -24,7 +25,8 @@ def reward_func(queries, prompts, labels):
     if labels[0] == "3" and once("hung"):
         time.sleep(3600)
     rewards = torch.ones(len(queries))
-    return {"rewards": rewards, "scores": rewards, "feedback": ["as expected"], "extra_logs": {"seen": 2.0}}
+    known = float("<eos>" in feedback.special_tokens)
+    return {"rewards": rewards, "scores": rewards, "feedback": ["as expected"], "extra_logs": {"ends": known}}
 """
 
 
@@ -37,6 +39,7 @@ def test_a_skipped_sample_teaches_nothing_and_is_counted(openrlhf, model, tmp_pa
     )  # fmt: skip
     assert run.metrics["train/reward_skipped_fraction"] == [[1, 2 / 16]]
     assert run.metrics["train/reward"] == [[1, 1.0]]  # and not lower for those that have none
+    assert run.metrics["train/ends"] == [[1, 1.0]]  # environments know the special tokens of the model
     assert "sample skipped: --reward.remote_url" in run.output and "failed: ValueError: always" in run.output
     skipped = [sample for sample in run.samples[0] if sample.skipped]
     assert [sample.record["label"] for sample in skipped] == ["2", "2"]

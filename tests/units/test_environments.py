@@ -14,21 +14,8 @@ import pytest
 from common import asked
 
 from sdpo_plugin import environments
-from sdpo_plugin.environments import choice, maths, published, sandbox, structure, tools
-from sdpo_plugin.environments.feedback import response_of
-
-
-@pytest.mark.parametrize(
-    "response, letter",
-    [
-        ("Because of X, the answer is (B).", "B"), ("A is tempting.\n\\boxed{C}", "C"), ("<answer>d</answer>", "D"),
-        ("so **Answer: A**", "A"), ("because of X:\n(B).", "B"), ("I take C", None), ("A or B", None), ("", None),
-        ("<answer>Because</answer>", None), ("<answer>\nC: iron\n</answer>", "C"),
-        ("the answer is A. No: the answer is D", "D"), ("\\boxed{\\text{B}}", "B"), ("the answer is Apple", None),
-    ],
-)  # fmt: skip
-def test_the_choice_of_a_response(response, letter):
-    assert choice.choice(response) == letter
+from sdpo_plugin.environments import choice, feedback, maths, published, sandbox, structure, tools
+from sdpo_plugin.environments.feedback import response_of, without_end_tokens
 
 
 def test_a_choice_is_told_to_be_wrong_and_right_only_if_asked():
@@ -234,7 +221,50 @@ def test_the_response_of_a_query():
     assert response_of(f"{prompt}I say B.</s>", prompt) == "I say B."
     assert response_of(f"{prompt[100:]}I say B.<pad><pad>", prompt) == "I say B."  # cut on the left
     assert response_of(f"{prompt.replace('<s>', '<s> ')}I say B.", prompt) == "I say B."  # not letter by letter
-    assert response_of("I say <b>B</b> [1]", prompt) == "I say <b>B</b> [1]"
+
+
+END_TOKENS = (
+    "<|im_end|>", "<|endoftext|>", "</s>", "<eos>", "<pad>", "<|eot_id|>", "<|eot|>", "<|EOT|>", "<end_of_turn>",
+    "<turn|>", "<seed:eos>", "[|endofturn|]", "[e~[", "]~b]", "]~!b[", "<SPECIAL_12>", "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>", "[/INST]", "[PAD]", "[EOS]", "[gMASK]", "<|return|>", "<|call|>",
+    "<|END_OF_TURN_TOKEN|>", "<|plamo:eos|>", "<EOT>", "<eop>", "<eoh>", "<extra_id_1>", "<reserved_106>",
+    "<unused12>", "<start_of_turn>", "<file_sep>", "<endoftext>", "<EOD>", "<|reserved_special_token_5|>", "<|user|>",
+    "<im_end>", "<sep>", "<mask>", "<unk>", "<s>", "<special_token_3>",
+)  # fmt: skip
+NO_END_TOKENS = (
+    "</answer>", "<b>", "</b>", "</tool_call>", "<answer>", "[1]", "[f(x=1)]", '["a"]', "[]", "<br/>", "</html>",
+    "List<T>", "vector<int>", "a < b > c", "[INFO]", "[[1], [2]]", "</think>", "<|tool_call_end|>",
+    "<｜tool▁calls▁end｜>", "<legend>", "<blend_of_tea>", "<special>", "2 > 1", "x]", "[A]", "<turn>", "->",
+    "<>", "[/THINK]", "<end>", "]", ">",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("end", END_TOKENS)
+def test_an_end_token_of_an_unknown_model_is_left_out(end):
+    assert without_end_tokens(f"I say B.{end}") == "I say B."
+    assert without_end_tokens(f"I say B. \n{end}\n {end}{end}\n") == "I say B."
+    assert without_end_tokens(f"I say {end} B.\n") == f"I say {end} B.\n"
+
+
+@pytest.mark.parametrize("end", NO_END_TOKENS)
+def test_the_end_of_a_response_is_left_alone(end):
+    assert without_end_tokens(f"I say B {end}") == f"I say B {end}"
+    assert without_end_tokens(f"I say B {end}<|im_end|>") == f"I say B {end}"
+
+
+class Tokenizer:
+    eos_token, pad_token = "<<over>>", "</pad>"
+    all_special_tokens = ["<<over>>", "</pad>", "<think>", "</tool_call>", "[/THINK]", "%%turn%%", "%%turn"]
+
+
+def test_the_special_tokens_of_a_model_that_is_known(monkeypatch):
+    assert without_end_tokens("B%%turn%%</pad> <<over>>") == "B%%turn%%</pad> <<over>>"
+    monkeypatch.setattr(feedback, "special_tokens", ())
+    feedback.know(Tokenizer)
+    assert without_end_tokens("B%%turn%%</pad> <<over>>") == "B"
+    assert without_end_tokens("<tool_call>B</tool_call>%%turn") == "<tool_call>B</tool_call>"
+    feedback.know(None)  # the first one's stay
+    assert without_end_tokens("B<<over>>") == "B"
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "environments.md").read_text()
