@@ -109,7 +109,7 @@ def shown(value: Any) -> str:
     try:
         return json.dumps(value)
     except (ValueError, RecursionError):  # an integer of 5,000 digits, written in base 16; deep lists
-        return f"a value that cannot be shown ({type(value).__name__})"
+        return f"({type(value).__name__} too large to show)"
 
 
 def after(pattern: re.Pattern[str], text: str, at: int) -> int:

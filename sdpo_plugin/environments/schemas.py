@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from jsonschema import Draft4Validator, Draft7Validator, Draft202012Validator, SchemaError, ValidationError
-from jsonschema.validators import extend, validator_for
+from jsonschema.validators import create, extend, validator_for
 from jsonschema_specifications import REGISTRY
 from referencing import Registry, Resource
 from referencing.exceptions import Unresolvable
@@ -26,23 +26,26 @@ def validator_of(schema: Any) -> Any:
     Raises:
         ValueError: it is not a schema of the draft that it names, or of any, or `$schema` names none that is known.
     """
-    draft = None
-    if isinstance(schema, dict) and "$schema" in schema:
+    if not isinstance(schema, dict) or "$schema" not in schema:
+        fits = _first_that_fits(schema, Draft202012Validator, Draft7Validator, Draft4Validator)
+        kind = _of_any_draft(Draft202012Validator if fits is Draft202012Validator else Draft7Validator)
+    else:
         draft = validator_for({"$schema": str(schema["$schema"])}, default=None)
         if draft is None:
             known = Draft202012Validator.META_SCHEMA["$id"]
             raise ValueError(f"$schema {schema['$schema']!r} is no draft that is known here, such as {known}")
         # Else jsonschema would take its own class of the draft again where a $ref leads back to the whole schema.
         schema = {key: value for key, value in schema.items() if key != "$schema"}
-    _check_schema(schema, [draft] if draft else [Draft202012Validator, Draft7Validator, Draft4Validator])
-    return _kind(draft)(schema, registry=Registry())  # of its own it knows the schemas of the drafts
+        kind = _exact(_first_that_fits(schema, draft))
+    return kind(schema, registry=Registry())  # of its own it knows the schemas of the drafts
 
 
-def _check_schema(schema: Any, drafts: Iterable[Any]) -> None:
+def _first_that_fits(schema: Any, *drafts: Any) -> Any:
     reasons = []
     for draft in drafts:
         try:
-            return draft.check_schema(schema)
+            draft.check_schema(schema)
+            return draft
         except SchemaError as error:
             reasons.append(f"{error.message} (at {error.json_path})")
     raise ValueError(f"not a JSON schema: {reasons[0]}")
@@ -71,18 +74,22 @@ def _check_refs(resource: Resource[Any], resolver: Any) -> None:
 
 
 @functools.cache
-def _kind(draft: Any) -> Any:
-    """The class for a draft; None: for schemas that name none."""
-    checks: dict[str, Any] = {"multipleOf": _multiple_of, "divisibleBy": _multiple_of, "uniqueItems": _unique_items}
-    if draft is not None:
-        return extend(draft, {name: check for name, check in checks.items() if name in draft.VALIDATORS})
+def _exact(draft: Any) -> Any:
+    checks = {"multipleOf": _multiple_of, "divisibleBy": _multiple_of, "uniqueItems": _unique_items}
+    return extend(draft, {name: check for name, check in checks.items() if name in draft.VALIDATORS})
+
+
+@functools.cache
+def _of_any_draft(draft: Any) -> Any:
+    """The keywords of 2020-12 and those of older drafts that a newer one changed. draft: where schemas may stand."""
+    checks = dict(_exact(Draft202012Validator).VALIDATORS)
     checks["dependencies"] = Draft7Validator.VALIDATORS["dependencies"]
     for name in ("items", "additionalItems"):
         checks[name] = _where("items", list, Draft7Validator, name)
     for end in ("Minimum", "Maximum"):
         for name in (end.lower(), f"exclusive{end}"):
             checks[name] = _where(f"exclusive{end}", bool, Draft4Validator, name)
-    return extend(Draft202012Validator, checks)
+    return create(draft.META_SCHEMA, checks, type_checker=Draft202012Validator.TYPE_CHECKER)
 
 
 def _where(key: str, kind: type, old: Any, name: str) -> Callable[..., Iterable[Any]]:
@@ -98,11 +105,11 @@ def _where(key: str, kind: type, old: Any, name: str) -> Callable[..., Iterable[
 
 def _multiple_of(validator: Any, unit: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
     """In decimal numbers as they are written: 19.99 is a multiple of 0.01."""
-    if validator.is_type(instance, "number") and (_exact(instance) / _exact(unit)).denominator != 1:
+    if validator.is_type(instance, "number") and (_fraction(instance) / _fraction(unit)).denominator != 1:
         yield ValidationError(f"{instance!r} is not a multiple of {unit}")
 
 
-def _exact(number: int | float) -> Fraction:
+def _fraction(number: int | float) -> Fraction:
     return Fraction(number) if isinstance(number, int) else Fraction(repr(number))
 
 

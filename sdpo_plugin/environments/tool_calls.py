@@ -7,19 +7,13 @@ last fenced block that can be read is JSON or Python. Thoughts are not read. Eve
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-from textwrap import dedent
-from typing import Any, NamedTuple
+from typing import Any
 
 from sdpo_plugin.environments import reading
+from sdpo_plugin.environments.python_calls import Call, python_calls, python_value
 from sdpo_plugin.environments.reading import JSON, after
-
-
-class Call(NamedTuple):  # no dataclass: OpenRLHF loads environments without an entry in sys.modules
-    name: str
-    arguments: dict[str, Any]
 
 
 class Text(str):
@@ -32,12 +26,10 @@ class Text(str):
         except (ValueError, RecursionError):
             pass
         try:
-            return _value(ast.parse(self.strip(), mode="eval").body)
-        except UNREADABLE:
+            return python_value(self)
+        except (ValueError, RecursionError):
             return str(self)
 
-
-UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what `ast` raises for what is not Python
 
 # ── the forms ──
 
@@ -85,7 +77,7 @@ GLM = re.compile(r"([^\s<>(){}\[\]]{1,200})\s*(?:<tool_sep>\s*)?(?=<arg_key>|</t
 GEMMA = {"<start_function_call>": "<end_function_call>", "<|tool_call>": "<tool_call|>"}
 GEMMA_HEAD = re.compile(r"\s*call:([^\s{]{1,200})\s*(?=\{)")
 GEMMA_TEXT = re.compile(r"<escape>|<\|\"\|>")
-BARE_KEY = re.compile(r"([{,]\s*)([^\W\d][\w.\-]*)(?=\s*:)")
+BARE_KEY = re.compile(r"([{,]\s*)([^\s{}\[\],:\"]+)(?=\s*:)")
 
 FORMS = [
     ("wrapper", "|".join(map(re.escape, WRAPPERS))), ("unclosed", UNCLOSED), ("tagged", TAGGED),
@@ -173,7 +165,7 @@ def _wrapped(text: str, at: int, closing: str) -> tuple[list[Call], int]:
         return _tagged(text, head.end(), head[1])
     end = text.find(closing, at) if closing else -1
     end = len(text) if end < 0 else end
-    return _python_calls(text[at:end].rstrip("`")), end
+    return python_calls(text[at:end].rstrip("`")), end
 
 
 def _nothing_but(text: str, at: int, closing: str) -> None:
@@ -185,7 +177,7 @@ def _nothing_but(text: str, at: int, closing: str) -> None:
 
 def _unmarked(text: str) -> list[Call]:
     if not LIKE_JSON.match(text):
-        return _python_calls(text)
+        return python_calls(text)
     calls, at = _json_calls(text, after(BETWEEN, text, 0))
     if text[at:].strip(" \t\r\n;"):
         raise ValueError(f"Behind a call stands {text[at:].strip()[:40]!r}.")
@@ -308,73 +300,3 @@ def _gemma(text: str, at: int, closing: str) -> tuple[list[Call], int]:
     parts = GEMMA_TEXT.split(body[head.end() :])  # every other one is text
     as_json = (json.dumps(part) if i % 2 else BARE_KEY.sub(r'\1"\2"', part) for i, part in enumerate(parts))
     return [Call(head[1], _arguments(JSON.raw_decode("".join(as_json))[0]))], end
-
-
-# ── Python ──
-
-
-def _python_calls(text: str) -> list[Call]:
-    """Of calls in a list, in a tuple, or one a line; `print(...)` around them does not count."""
-    source = dedent(text).strip()
-    try:
-        try:
-            body = ast.parse(source).body
-        except SyntaxError:
-            body = ast.parse(f"[{source}]").body
-    except UNREADABLE as error:
-        raise ValueError("It cannot be read.") from error
-    return [call for statement in body for call in _calls_in_statement(statement)]
-
-
-def _calls_in_statement(statement: ast.stmt) -> list[Call]:
-    match statement:
-        case ast.Expr(value=ast.List(elts=parts) | ast.Tuple(elts=parts)):
-            return [_call_in_python(part) for part in parts]
-        case ast.Expr(value=ast.Call(func=ast.Name(id="print"), args=[_, *_] as parts, keywords=[])):
-            return [_call_in_python(part) for part in parts]
-        case ast.Expr(value=ast.Call() as call):
-            return [_call_in_python(call)]
-    raise ValueError("It is no list of calls.")
-
-
-def _call_in_python(node: ast.expr) -> Call:
-    if not isinstance(node, ast.Call):
-        raise ValueError("It is no list of calls: something in it is no call.")
-    name = _dotted(node.func)
-    named = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg is not None}  # None: of `**`
-    if node.args or len(named) < len(node.keywords):
-        raise ValueError(f"{name}: give arguments by name.")
-    try:
-        return Call(name, {argument: _value(value) for argument, value in named.items()})
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _dotted(node: ast.expr) -> str:
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    if not isinstance(node, ast.Name):
-        raise ValueError("A function is called by its name.")
-    return ".".join([node.id, *reversed(parts)])
-
-
-def _value(node: ast.expr) -> Any:
-    """A value that JSON has, too. Raises ValueError for any other expression."""
-    match node:
-        case ast.Constant(value=None | str() | int() | float() as value):
-            return value
-        case ast.Name(id="true" | "false" | "null" as name):
-            return {"true": True, "false": False, "null": None}[name]
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
-        case ast.List(elts=parts) | ast.Tuple(elts=parts):
-            return [_value(part) for part in parts]
-        case ast.Dict(keys=keys, values=values) if all(_is_text(key) for key in keys):
-            return {key.value: _value(value) for key, value in zip(keys, values, strict=True)}  # type: ignore[union-attr]
-    raise ValueError("arguments are values, not expressions.")
-
-
-def _is_text(node: ast.expr | None) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)

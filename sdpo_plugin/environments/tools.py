@@ -32,8 +32,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sdpo_plugin.environments.feedback import one_of, reward_function
+from sdpo_plugin.environments.python_calls import Call
 from sdpo_plugin.environments.reading import JSON, printable, shown
-from sdpo_plugin.environments.tool_calls import Call, Text, calls_in, parse
+from sdpo_plugin.environments.tool_calls import Text, calls_in, parse
 
 DETAILS = ("outcome", "error", "expected")
 IGNORED = re.compile(r"[ \,\.\/\-\_\*\^]")
