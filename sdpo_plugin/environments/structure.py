@@ -45,7 +45,7 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
             told = wrong(found, validator, expected, detail)
         except RecursionError:
             told = "The JSON cannot be checked: it is nested too deeply, or a $ref of its schema leads to itself."
-        except Unresolvable:
+        except (Unresolvable, ValueError):  # the latter of a reference that is no URI
             told = "The JSON cannot be checked: a $ref leads out of its schema."
         return (1.0, None) if told is None else (0.0, printable(told))
 
