@@ -8,8 +8,6 @@ import re
 from textwrap import dedent
 from typing import Any, NamedTuple
 
-UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what `ast` raises for what is not Python
-
 
 class Call(NamedTuple):  # no dataclass: OpenRLHF loads environments without an entry in sys.modules
     name: str
@@ -34,11 +32,13 @@ RENAMED = {f"{word}__word": word for word in keyword.kwlist}
 
 def _statements(source: str) -> list[ast.stmt]:
     renamed = STRING_OR_WORD.sub(lambda found: f"{found[0]}__word" if found["word"] else found[0], source)
-    for text in (source, f"[{source}]", renamed, f"[{renamed}]"):
+    for text in dict.fromkeys((source, f"[{source}]", renamed, f"[{renamed}]")):
         try:
             return ast.parse(text).body
-        except UNREADABLE:
+        except SyntaxError:
             pass
+        except (ValueError, RecursionError, MemoryError):  # a NUL, a lone surrogate; what is nested deeply
+            break
     raise ValueError("It cannot be read.")
 
 

@@ -56,7 +56,7 @@ def parse(response: str) -> Any:
     """The JSON of a response. Raises ValueError, or RecursionError for what is nested deeply."""
     visible = reading.without_thoughts(response)
     blocks = reading.fenced_blocks(visible)
-    for text in (response, visible, *reversed(blocks)):
+    for text in dict.fromkeys((response, visible, *reversed(blocks))):
         try:
             return JSON.decode(text.strip())
         except (ValueError, RecursionError):

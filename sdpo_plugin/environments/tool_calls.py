@@ -104,7 +104,7 @@ def parse(response: str) -> list[Call]:
         return calls
     visible = reading.without_thoughts(response)
     blocks = [block for block in reading.fenced_blocks(visible) if block.strip()]
-    for text in (visible, *reversed(blocks)):
+    for text in [visible] * (visible != response) + blocks[::-1]:
         try:
             return _unmarked(text)
         except (ValueError, RecursionError):
