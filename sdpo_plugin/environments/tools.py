@@ -182,15 +182,23 @@ def _right(value: Any) -> Any:
 
 
 def bfcl(questions: str, answers: str) -> Iterator[dict[str, Any]]:
-    """A data set of a file of BFCL and its answers, with columns `prompt` and `label`; single-turn questions only."""
+    """A data set of a file of BFCL and its answers, with columns `prompt` and `label`.
+
+    Of questions of a single turn, that a response can answer.
+    """
     with open(answers) as file:
         right = {row["id"]: row["ground_truth"] for row in map(json.loads, file)}
     with open(questions) as file:
         for row in map(json.loads, file):
-            if row["id"] in right and "function" in row and len(row["question"]) == 1:
+            if row["id"] in right and "function" in row and len(row["question"]) == 1 and _can_be_met(right[row["id"]]):
                 functions = "\n".join(json.dumps(function) for function in row["function"])
                 system = {"role": "system", "content": f"{INSTRUCTION}Functions as JSON:\n{functions}"}
                 yield {"prompt": [system, *row["question"][0]], "label": json.dumps(right[row["id"]])}
+
+
+def _can_be_met(calls: list[dict[str, dict[str, list[Any]]]]) -> bool:
+    """Two of BFCL's answers demand an argument and have no right value for it."""
+    return all(values for call in calls for arguments in call.values() for values in arguments.values())
 
 
 def toolalpaca(path: str) -> Iterator[dict[str, Any]]:

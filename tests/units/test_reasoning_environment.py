@@ -153,7 +153,7 @@ def test_labels_that_cannot_be_met(label, told):
     "label, answer, told",
     [
         (GRAPH, "[" * 5000, "It is not of the form that the question asks for."),
-        (GRAPH, '{"0": NaN, "1": 1e999}', "The answer"), (SUM, "1e999999999", "It is too large."), (SUM, "NaN", "number"),
+        (GRAPH, '{"0": NaN, "1": 1e999}', "The answer"), (SUM, "1e999999999", "It is too large."), (SUM, "NaN", "no n"),
         (COUNTDOWN, "9" * 5000, "The answer is wrong."), (MINI, "9" * 5000, "It is not of the form"),
         (SUM, "1 " * 10_000, "The answer is wrong. It is too long: it has 19999 characters."),
     ],
