@@ -2,7 +2,7 @@
 
 `reasoning-gym` (github.com/open-thought/reasoning-gym) generates the tasks, and its scorers give the rewards, partial
 ones too. A label is JSON, `{"name", "parameters", "entry"}`: all that the scorer needs. The answer of a response is its
-last `<answer>...</answer>`.
+last `<answer>...</answer>`, of at most 10,000 characters more than the right one: some scorers take quadratic time.
 
 | `detail`   | what the feedback tells                                                                    |
 | ---------- | ------------------------------------------------------------------------------------------ |
@@ -30,8 +30,10 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from sdpo_plugin.environments.feedback import one_of, reward_function
+from sdpo_plugin.environments.reading import printable
 
 DETAILS = ("outcome", "error", "expected")
+MOST = 10_000  # characters of an answer, beyond the length of the right one
 NOTHING = "?"  # what a scorer gets for an answer that it must not evaluate: it makes nothing of it
 FUNCTIONS = frozenset("sin cos tan sec csc cot asin acos atan sinh cosh tanh exp log ln sqrt Abs".split())
 
@@ -41,36 +43,42 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
     one_of(detail, DETAILS)
 
     def judge(response: str, label: str) -> tuple[float, str | None]:
-        from reasoning_gym.utils import extract_answer
-
-        task = json.loads(label)
-        entry = _unpacked(task["entry"])
-        dataset = _dataset(task["name"], json.dumps(task["parameters"]))
-        answer = extract_answer(response)
+        name, dataset, entry = read_label(label)
+        answer, right = answer_of(response), entry["answer"]
         if not answer:
             return 0.0, "The response has no answer: end it with <answer>, the answer alone, and </answer>."
-        safe = EVALUATED.get(task["name"], _any)(answer)
+        if len(answer) > MOST + len(right or ""):
+            return 0.0, f"The answer is wrong. It is too long: it has {len(answer)} characters."
+        safe = EVALUATED.get(name, _any)(answer)
         reward = score(dataset, answer if safe else NOTHING, entry)
         if reward >= 1.0:
             return 1.0, None
         told = "The answer is wrong." if "\n" in answer or len(answer) > 100 else f"The answer {answer} is wrong."
         told += f" It scores {reward:.2f} of 1." * (reward > 0)
-        right = entry["answer"]
-        if detail != "outcome" and safe and (reason := wrong(task["name"], dataset, answer, entry)):
+        if detail != "outcome" and safe and (reason := wrong(name, dataset, answer, entry)):
             told += f" {reason}"
         if detail == "expected" and right is not None:
             told += f" Right is:\n{right}" if "\n" in right else f" Right is {right}."
-        return reward, told
+        return reward, printable(told)
 
     return reward_function(judge, budget, "reasoning", detail=detail)
+
+
+def answer_of(response: str) -> str:
+    """The content of the last pair of tags, as reasoning-gym finds it; empty if there is none."""
+    answer, at = "", 0
+    while (start := response.find("<answer>", at)) >= 0 and (end := response.find("</answer>", start)) >= 0:
+        answer, at = response[start + len("<answer>") : end], end
+    return answer.strip()
 
 
 def score(dataset: Any, answer: str, entry: dict[str, Any]) -> float:
     """What the scorer of a task gives an answer; 0 where it raises, as some do for answers that they cannot read."""
     try:
-        return float(dataset.score_answer(answer, entry))
+        reward = float(dataset.score_answer(answer, entry))
     except Exception:
         return 0.0
+    return reward if math.isfinite(reward) else 0.0
 
 
 # ── what is wrong ──
@@ -83,7 +91,7 @@ def wrong(name: str, dataset: Any, answer: str, entry: dict[str, Any]) -> str | 
     if name in RULES:
         try:
             return RULES[name](answer, entry["metadata"])
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError):
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             return "It is not of the form that the question asks for."
     right = entry["answer"]
     if not isinstance(right, str):
@@ -221,6 +229,34 @@ EVALUATED: dict[str, Callable[[str], bool]] = {
     "countdown": is_expression, "puzzle24": is_expression, "polynomial_multiplication": is_expression,
     "simple_integration": _integral, "intermediate_integration": _integral, "rubiks_cube": _moves,
 }  # fmt: skip
+
+
+# ── labels ──
+
+
+def read_label(label: Any) -> tuple[str, Any, dict[str, Any]]:
+    """The task of a label, its data set, which scores, and the entry.
+
+    Raises:
+        ValueError: it is not `{"name", "parameters", "entry"}` as JSON, or reasoning-gym has no such task.
+    """
+    form = '{"name": ..., "parameters": {...}, "entry": {..., "answer": ...}}'
+    try:
+        task = json.loads(label)
+        name, parameters, entry = task["name"], task["parameters"], _unpacked(task["entry"])
+        if not isinstance(entry["answer"], (str, type(None))):
+            raise ValueError("an answer must be text, or null")
+        return name, _dataset(name, json.dumps(parameters)), entry
+    except (AssertionError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"a label must be JSON, {form}, not {str(label)[:80]!r}: {error}") from error
+
+
+def check_label(label: Any) -> None:
+    """Raises ValueError, with the reason, if a label is not of the form above, or its own answer does not score 1."""
+    name, dataset, entry = read_label(label)
+    right = entry["answer"]
+    if right is not None and (reward := score(dataset, right, entry)) < 1.0:
+        raise ValueError(f"the answer of the label itself, {right[:80]!r}, scores {reward:g} of 1 in {name}")
 
 
 # ── data sets ──

@@ -1,7 +1,9 @@
 """JSON that fits a schema: `--reward.remote_url .../sdpo_plugin/environments/structure.py`. A label is the JSON schema.
 
-A label may also be `{"schema": ..., "value": ...}`: then the value must be that one, too. The response's JSON is its
-last fenced block, or all of it. Schemas are checked by `jsonschema`. The reward is 1, or 0 for what does not fit.
+A label may also be `{"schema": ..., "value": ...}`: then the value must be that one, too. The response's JSON is all of
+it, without a thought, or the last fenced block that is JSON. Schemas are checked by `jsonschema`, of the draft that
+`$schema` names; without it, of 2020-12, together with what the drafts 4 and 7 wrote differently. Nothing is fetched: a
+`$ref` leads to a place in the schema itself. The reward is 1, or 0 for what does not fit.
 
 | `detail`   | what the feedback tells                                         |
 | ---------- | --------------------------------------------------------------- |
@@ -12,17 +14,18 @@ last fenced block, or all of it. Schemas are checked by `jsonschema`. The reward
 
 from __future__ import annotations
 
-import json
-import re
+import functools
 from collections.abc import Callable
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
+from sdpo_plugin.environments import reading
 from sdpo_plugin.environments.feedback import one_of, reward_function
+from sdpo_plugin.environments.reading import JSON, printable
 
-BLOCK = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 DETAILS = ("outcome", "error", "expected")
 MISSING = object()
+MOST = 1000  # errors that are looked at
 
 
 def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, Any]]:
@@ -30,31 +33,50 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
     one_of(detail, DETAILS)
 
     def judge(response: str, label: str) -> tuple[float, str | None]:
-        from jsonschema import Draft202012Validator
+        from referencing.exceptions import Unresolvable
 
-        wanted = json.loads(label)
-        has_value = isinstance(wanted, dict) and "schema" in wanted and "value" in wanted
-        schema = wanted["schema"] if has_value else wanted
-        blocks = BLOCK.findall(response)
+        validator, expected = read_label(label)
         try:
-            found = json.loads(blocks[-1] if blocks else response)
+            found = parse(response)
         except (ValueError, RecursionError) as error:
-            return 0.0, "The response is not JSON." + f" {error}" * (detail != "outcome")
-        errors = sorted(Draft202012Validator(schema).iter_errors(found), key=lambda e: (len(e.path), str(e.path)))
-        if errors:
-            told = "The JSON does not fit its schema."
-            for wrong in errors[:3] if detail != "outcome" else ():
-                told += f"\nAt {path(wrong.absolute_path)}: {wrong.message}"
-            return 0.0, told
-        if has_value and (differs := difference(found, wanted["value"])) is not None:
-            at, got, expected = differs
-            told = "The JSON fits its schema, but has another value." + f" At {path(at)}." * (detail != "outcome")
-            if detail == "expected":
-                told += f" Expected {shown(expected)}, got {shown(got)}."
-            return 0.0, told
-        return 1.0, None
+            reason = "It is nested too deeply." if isinstance(error, RecursionError) else error
+            return 0.0, "The response is not JSON." + f" {reason}" * (detail != "outcome")
+        try:
+            told = wrong(found, validator, expected, detail)
+        except RecursionError:
+            told = "The JSON cannot be checked: it is nested too deeply, or a $ref of its schema leads to itself."
+        except (Unresolvable, ValueError):  # the latter of a reference that is no URI
+            told = "The JSON cannot be checked: a $ref leads out of its schema."
+        return (1.0, None) if told is None else (0.0, printable(told))
 
     return reward_function(judge, budget, "structure", detail=detail)
+
+
+def parse(response: str) -> Any:
+    """The JSON of a response. Raises ValueError, or RecursionError for what is nested deeply."""
+    visible = reading.without_thoughts(response)
+    blocks = reading.fenced_blocks(visible)
+    for text in dict.fromkeys((response, visible, *reversed(blocks))):
+        try:
+            return JSON.decode(text.strip())
+        except (ValueError, RecursionError):
+            pass
+    return JSON.decode(blocks[-1] if blocks else visible)
+
+
+def wrong(found: Any, validator: Any, expected: Any, detail: str) -> str | None:
+    """What is wrong with a value, or None. expected: MISSING if any value is right that fits."""
+    errors = sorted(islice(validator.iter_errors(found), MOST), key=lambda e: (len(e.path), str(e.path)))
+    if errors:
+        told = "The JSON does not fit its schema."
+        for error in errors[:3] if detail != "outcome" else ():
+            told += f"\nAt {path(error.absolute_path)}: {error.message}"
+        return told
+    if expected is MISSING or (differs := difference(found, expected)) is None:
+        return None
+    at, got, right = differs
+    told = "The JSON fits its schema, but has another value." + f" At {path(at)}." * (detail != "outcome")
+    return told + f" Expected {shown(right)}, got {shown(got)}." * (detail == "expected")
 
 
 def difference(found: Any, wanted: Any, at: tuple[Any, ...] = ()) -> tuple[tuple[Any, ...], Any, Any] | None:
@@ -75,7 +97,45 @@ def path(parts: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    return "nothing" if value is MISSING else json.dumps(value)
+    return "nothing" if value is MISSING else reading.shown(value)
+
+
+# ── labels ──
+
+
+def read_label(label: Any) -> tuple[Any, Any]:
+    """The validator of a label, and the value that it wants or MISSING. Raises ValueError if it is not of that form."""
+    if not isinstance(label, str):
+        raise ValueError(f"a label must be text, a JSON schema, not a {type(label).__name__}: use json.dumps")
+    return _read(label)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(label: str) -> tuple[Any, Any]:
+    from sdpo_plugin.environments.schemas import validator_of
+
+    try:
+        wanted = JSON.decode(label)
+        has_value = isinstance(wanted, dict) and "schema" in wanted and "value" in wanted
+        return validator_of(wanted["schema"] if has_value else wanted), wanted["value"] if has_value else MISSING
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a label must be a JSON schema, not {label[:80]!r}: {error}") from error
+
+
+def check_label(label: Any) -> None:
+    """Raises ValueError, with the reason, if a label is not of the form above, or no JSON could get a reward."""
+    from sdpo_plugin.environments.schemas import check_refs
+
+    validator, expected = read_label(label)
+    if validator.schema is False:
+        raise ValueError("no JSON fits the schema false")
+    try:
+        check_refs(validator)
+        told = wrong({} if expected is MISSING else expected, validator, expected, "error")
+    except RecursionError as error:
+        raise ValueError("a schema must not be nested too deeply, and no $ref may lead to itself") from error
+    if told and expected is not MISSING:
+        raise ValueError(f"no JSON can be right: {told}")
 
 
 reward_func = make()

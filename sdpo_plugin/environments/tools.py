@@ -5,9 +5,10 @@ where `""` among the values makes an argument optional. Values are compared as t
 github.com/ShishirPatil/gorilla): strings without case, white space and punctuation, numbers by value, calls in any
 order.
 
-A response calls tools as Python, `[get_weather(city="Oslo", days=2)]`, or as JSON, objects with `name` and `arguments`,
-one or a list of them, or each in `<tool_call>` tags; in a fenced block or not. Or each as two lines,
-`Action: get_weather` and `Action Input: {"city": "Oslo", "days": 2}`.
+A label may also have OpenAI's form, `{"name": ..., "arguments": {...}}`, with the one right value of each argument.
+
+The forms in which a response may call are those of `tool_calls.py`: as Python, `[get_weather(city="Oslo", days=2)]`, as
+JSON, or as models were trained to.
 
 | `detail`   | what the feedback tells                                     |
 | ---------- | ----------------------------------------------------------- |
@@ -24,19 +25,18 @@ and of a file of ToolAlpaca (github.com/tangqiaoyu/ToolAlpaca).
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sdpo_plugin.environments.feedback import one_of, reward_function
+from sdpo_plugin.environments.python_calls import Call
+from sdpo_plugin.environments.reading import JSON, printable, shown
+from sdpo_plugin.environments.tool_calls import Text, calls_in, parse
 
 DETAILS = ("outcome", "error", "expected")
-TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-BLOCK = re.compile(r"```[a-zA-Z_]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.+?)[ \t]*\n\s*Action Input:\s*", re.MULTILINE)
 IGNORED = re.compile(r"[ \,\.\/\-\_\*\^]")
 INSTRUCTION = (
     "You are given a question and functions. Answer with nothing but the calls that it takes, as "
@@ -44,9 +44,7 @@ INSTRUCTION = (
 )
 
 
-class Call(NamedTuple):  # no dataclass: OpenRLHF loads this file without an entry in sys.modules
-    name: str
-    arguments: dict[str, Any]
+Wanted = list[tuple[str, dict[str, list[Any]]]]  # of each right call the name, and of each argument the right values
 
 
 def make(detail: str = "error", budget: int = 800) -> Callable[..., dict[str, Any]]:
@@ -54,119 +52,114 @@ def make(detail: str = "error", budget: int = 800) -> Callable[..., dict[str, An
     one_of(detail, DETAILS)
 
     def judge(response: str, label: str) -> tuple[float, str | None]:
-        wanted = [next(iter(call.items())) for call in json.loads(label)]
+        wanted = right_calls(label)
         try:
-            calls = parse(response)
+            wrong = compare(parse(response), wanted, detail == "expected")
         except (ValueError, RecursionError) as error:
+            reason = "It is nested too deeply." if isinstance(error, RecursionError) else error
             told = "The response is no list of calls such as [name(argument=value)]."
-            return 0.0, told if detail == "outcome" else f"{told} {error}"
-        wrong = compare(calls, wanted, detail == "expected")
+            return 0.0, told if detail == "outcome" else printable(f"{told} {reason}")
         if wrong is None:
             return 1.0, None
-        return 0.0, "The calls are wrong." if detail == "outcome" else wrong
+        return 0.0, "The calls are wrong." if detail == "outcome" else printable(wrong)
 
     return reward_function(judge, budget, "tools", detail=detail)
 
 
-def parse(response: str) -> list[Call]:
-    """The calls of a response. Raises ValueError, with the reason, if it is none."""
-    tagged = TAGGED.findall(response)
-    if tagged:
-        return [call for text in tagged for call in _calls_in_json(text)]
-    if actions := list(ACTION.finditer(response)):
-        return [_call_in_action(response, action) for action in actions]
-    blocks = BLOCK.findall(response)
-    text = (blocks[-1] if blocks else response).strip()
+def right_calls(label: Any) -> Wanted:
+    """The calls that a label wants.
+
+    Raises:
+        ValueError: it is no label of this environment.
+    """
+    if not isinstance(label, str):
+        raise ValueError(f"a label must be text, a JSON list of calls, not a {type(label).__name__}: use json.dumps")
     try:
-        return _calls_in_json(text)
-    except (ValueError, RecursionError):
-        pass
+        found = JSON.decode(label)
+        return [call for part in (found if isinstance(found, list) else [found]) for call in _right_calls(part)]
+    except (ValueError, RecursionError) as error:
+        form = '[{"name": {"argument": [right values]}}]'
+        raise ValueError(f"a label must be a JSON list of calls, {form}, not {label[:80]!r}: {error}") from error
+
+
+def _right_calls(call: Any) -> Wanted:
+    if isinstance(call, dict) and len(call) == 1:
+        ((name, arguments),) = call.items()
+        if isinstance(arguments, dict) and not isinstance(arguments.get("name"), str):
+            return [(name, {key: right if isinstance(right, list) else [right] for key, right in arguments.items()})]
+    return [(name, {key: [_right(value)] for key, value in given.items()}) for name, given in calls_in(call)]
+
+
+def check_label(label: Any) -> None:
+    """Raises ValueError, with the reason, if a label is not of the form above, or wants an argument without a value."""
+    wanted = right_calls(label)
+    for name, arguments in wanted:
+        if none := [argument for argument, values in arguments.items() if not values]:
+            raise ValueError(f"no call can be right: argument {none[0]} of {name} has no right value")
     try:
-        tree = ast.parse(text if text.startswith("[") else f"[{text}]", mode="eval")
-    except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError("It cannot be read.") from error
-    if not isinstance(tree.body, ast.List):
-        raise ValueError("It is no list of calls.")
-    return [_call_in_python(node) for node in tree.body.elts]
+        wrong = compare([Call(name, _first(arguments)) for name, arguments in wanted], wanted, told=False)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if wrong:
+        raise ValueError(f"no call can be right: {wrong}")
 
 
-def _calls_in_json(text: str) -> list[Call]:
-    found = json.loads(text)
-    calls = found if isinstance(found, list) else [found]
-    for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise ValueError("A call is an object with name and arguments.")
-        if not isinstance(call.get("arguments", {}), dict):
-            raise ValueError("The arguments of a call are an object.")
-    return [Call(call["name"], call.get("arguments", {})) for call in calls]
+def _first(arguments: dict[str, list[Any]]) -> dict[str, Any]:
+    """Of each argument the first of the right values."""
+    return {argument: _plain(values[0]) for argument, values in arguments.items()}
 
 
-def _call_in_action(response: str, action: re.Match[str]) -> Call:
-    try:
-        arguments, _ = json.JSONDecoder().raw_decode(response, action.end())
-    except ValueError as error:
-        raise ValueError(f"{action[1]}: its Action Input is not JSON: {error}") from error
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{action[1]}: its Action Input is not an object.")
-    return Call(action[1], arguments)
+def _plain(right: Any) -> Any:
+    """A right value as a call gives it: in a dict, too, values are lists of right ones."""
+    if isinstance(right, dict):
+        return {key: _plain(value[0] if isinstance(value, list) and value else value) for key, value in right.items()}
+    return [_plain(part) for part in right] if isinstance(right, list) else right
 
 
-def _call_in_python(node: ast.expr) -> Call:
-    if not isinstance(node, ast.Call):
-        raise ValueError(f"{ast.unparse(node)[:80]} is no call.")
-    name = ast.unparse(node.func)
-    named = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg is not None}  # None: of `**`
-    if node.args or len(named) < len(node.keywords):
-        raise ValueError(f"{name}: give arguments by name.")
-    try:
-        arguments = {argument: ast.literal_eval(value) for argument, value in named.items()}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: arguments are values, not expressions.") from error
-    return Call(name, arguments)
-
-
-def compare(calls: list[Call], wanted: list[tuple[str, dict[str, list[Any]]]], shown: bool) -> str | None:
-    """What is wrong with the calls, or None. shown: with the right values."""
+def compare(calls: list[Call], wanted: Wanted, told: bool) -> str | None:
+    """What is wrong with the calls, or None. told: with the right values."""
     if len(calls) != len(wanted):
-        names = f": {', '.join(name for name, _ in wanted)}" * shown
+        names = f": {', '.join(name for name, _ in wanted)}" * told
         return f"{len(calls)} calls were made; it takes {len(wanted)}{names}."
     left = list(wanted)
     for i, call in enumerate(calls, 1):
-        reasons = [mismatch(call, name, arguments, shown) for name, arguments in left]
+        reasons = [mismatch(call, name, arguments, told) for name, arguments in left]
         if None in reasons:
             del left[reasons.index(None)]
             continue
         named = [reason for reason, (name, _) in zip(reasons, left, strict=True) if reason and name == call.name]
-        right = f" Right is {left[0][0]}." * shown
+        right = f" Right is {left[0][0]}." * told
         return f"Call {i}, {call.name}: " + (named[0] if named else f"this function is not to be called.{right}")
     return None
 
 
-def mismatch(call: Call, name: str, wanted: dict[str, list[Any]], shown: bool) -> str | None:
+def mismatch(call: Call, name: str, wanted: dict[str, list[Any]], told: bool) -> str | None:
     """How a call differs from a right one, or None."""
     if call.name != name:
         return "another function"
     for argument, values in wanted.items():
-        right = f" Right is {' or '.join(json.dumps(v) for v in values if v != '')}." * shown
+        right = f" Right is {' or '.join(json.dumps(v) for v in values if v != '')}." * told
         if argument not in call.arguments:
             if "" in values:
                 continue
             return f"{argument} is missing.{right}"
         if not any(equal(call.arguments[argument], value) for value in values):
-            return f"{argument} is not {json.dumps(call.arguments[argument], default=str)}.{right}"
+            return f"{argument} is not {shown(call.arguments[argument])}.{right}"
     unknown = [argument for argument in call.arguments if argument not in wanted]
     return f"{unknown[0]} is not to be given." if unknown else None
 
 
 def equal(given: Any, right: Any) -> bool:
     """As BFCL compares an argument's value with one that is right."""
+    if isinstance(given, Text) and not isinstance(right, str):
+        given = given.value()
     if isinstance(given, str) and isinstance(right, str):
         return IGNORED.sub("", given).lower().replace("'", '"') == IGNORED.sub("", right).lower().replace("'", '"')
     if isinstance(given, bool) or isinstance(right, bool):
         return given is right
     if isinstance(given, (int, float)) and isinstance(right, (int, float)):
         return given == right
-    if isinstance(given, (list, tuple)) and isinstance(right, (list, tuple)):
+    if isinstance(given, list) and isinstance(right, list):
         return len(given) == len(right) and all(map(equal, given, right))
     if isinstance(given, dict) and isinstance(right, dict):  # in answers, values of a dict are lists of right ones
         options = {key: value if isinstance(value, list) else [value] for key, value in right.items()}
@@ -174,7 +167,7 @@ def equal(given: Any, right: Any) -> bool:
             any(equal(given[key], value) for value in values) if key in given else "" in values
             for key, values in options.items()
         )
-    return given == right
+    return given is None and right is None
 
 
 def label_of(calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -189,15 +182,23 @@ def _right(value: Any) -> Any:
 
 
 def bfcl(questions: str, answers: str) -> Iterator[dict[str, Any]]:
-    """A data set of a file of BFCL and its answers, with columns `prompt` and `label`; single-turn questions only."""
+    """A data set of a file of BFCL and its answers, with columns `prompt` and `label`.
+
+    Of questions of a single turn, that a response can answer.
+    """
     with open(answers) as file:
         right = {row["id"]: row["ground_truth"] for row in map(json.loads, file)}
     with open(questions) as file:
         for row in map(json.loads, file):
-            if row["id"] in right and "function" in row and len(row["question"]) == 1:
+            if row["id"] in right and "function" in row and len(row["question"]) == 1 and _can_be_met(right[row["id"]]):
                 functions = "\n".join(json.dumps(function) for function in row["function"])
                 system = {"role": "system", "content": f"{INSTRUCTION}Functions as JSON:\n{functions}"}
                 yield {"prompt": [system, *row["question"][0]], "label": json.dumps(right[row["id"]])}
+
+
+def _can_be_met(calls: list[dict[str, dict[str, list[Any]]]]) -> bool:
+    """Two of BFCL's answers demand an argument and have no right value for it."""
+    return all(values for call in calls for arguments in call.values() for values in arguments.values())
 
 
 def toolalpaca(path: str) -> Iterator[dict[str, Any]]:

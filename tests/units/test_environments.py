@@ -112,9 +112,10 @@ def test_calls_come_in_any_order():
 def test_a_file_of_the_leaderboard_becomes_a_data_set(tmp_path):
     question = {"id": "simple_0", "question": [[{"role": "user", "content": "How is the weather in Oslo?"}]],
                 "function": [{"name": "weather.get", "parameters": {}}]}  # fmt: skip
-    several = question | {"id": "multi_0", "question": [[], []]}
-    (tmp_path / "q.json").write_text(f"{json.dumps(question)}\n{json.dumps(several)}\n")
-    answers = [{"id": "simple_0", "ground_truth": json.loads(WEATHER)}, {"id": "multi_0", "ground_truth": []}]
+    questions = [question, question | {"id": "multi_0", "question": [[], []]}, question | {"id": "simple_1"}]
+    (tmp_path / "q.json").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    answers = [{"id": "simple_0", "ground_truth": json.loads(WEATHER)}, {"id": "multi_0", "ground_truth": []},
+               {"id": "simple_1", "ground_truth": [{"weather.get": {"city": []}}]}]  # fmt: skip
     (tmp_path / "a.json").write_text("".join(json.dumps(a) + "\n" for a in answers))
     (row,) = tools.bfcl(str(tmp_path / "q.json"), str(tmp_path / "a.json"))
     assert [m["role"] for m in row["prompt"]] == ["system", "user"] and "weather.get" in row["prompt"][0]["content"]

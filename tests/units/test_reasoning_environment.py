@@ -1,6 +1,7 @@
 """Generated reasoning tasks: rewards, what is said of wrong answers, data sets, and answers that mean harm."""
 
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -121,6 +122,54 @@ def test_the_command(capsys):
     with pytest.raises(SystemExit):
         reasoning.main(["min_terms=2", "chain_sum"])
     assert "min_terms=2 stands before the name of a task" in capsys.readouterr().err
+
+
+# ── labels and odd answers ──
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "graph_color", "intermediate_integration", "rubiks_cube"])
+def test_labels_of_a_data_set_can_be_met(name):
+    for row in reasoning.rows(name, 5):
+        reasoning.check_label(row["label"])
+
+
+@pytest.mark.parametrize(
+    "label, told",
+    [
+        (3, "a label must be JSON"), ("3", "a label must be JSON"), ("{}", "'name'"), ("[" * 5000, "a label must be"),
+        (SUM.replace("chain_sum", "nope"), "Dataset 'nope' not registered"), (SUM.replace('"42"', "42"), "be text"),
+        (SUM.replace("{}", '{"terms": 3}', 1), "unexpected keyword argument 'terms'"),
+        (SUM.replace('"parameters": {}', '"parameters": {"min_terms": -1}'), "a label must be JSON"),
+        (label_of("countdown", "1 + 1", {"numbers": [1, 2], "target": 3}),
+         "the answer of the label itself, '1 + 1', scores 0.05 of 1 in countdown"),
+    ],
+)  # fmt: skip
+def test_labels_that_cannot_be_met(label, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        reasoning.check_label(label)
+
+
+@pytest.mark.parametrize(
+    "label, answer, told",
+    [
+        (GRAPH, "[" * 5000, "It is not of the form that the question asks for."),
+        (GRAPH, '{"0": NaN, "1": 1e999}', "The answer"), (SUM, "1e999999999", "It is too large."), (SUM, "NaN", "no n"),
+        (COUNTDOWN, "9" * 5000, "The answer is wrong."), (MINI, "9" * 5000, "It is not of the form"),
+        (SUM, "1 " * 10_000, "The answer is wrong. It is too long: it has 19999 characters."),
+    ],
+)  # fmt: skip
+def test_odd_answers(label, answer, told):
+    reward, feedback = asked(reasoning, f"<answer>{answer}</answer>", label)
+    assert reward <= 0.01 and told in feedback
+
+
+def test_where_the_answer_is():
+    from reasoning_gym.utils import extract_answer
+
+    tags = ["<answer>", "</answer>", "a", " ", "\n"]
+    for parts in itertools.product(tags, repeat=5):
+        text = "".join(parts)
+        assert reasoning.answer_of(text) == (extract_answer(text) or ""), text
 
 
 # ── answers that mean harm: some scorers evaluate them ──
