@@ -57,8 +57,8 @@ def command_line(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> lis
     """The recipe as flags of `parser`.
 
     Raises:
-        ConfigError: a key is no flag (the message names the nearest one), a switch is neither true nor false, or there is
-            null where the flag has no such value.
+        ConfigError: a key is no flag (the message names the nearest one), a switch is neither true nor false, or null
+            stands where the flag has no such value.
     """
     actions: dict[str, list[argparse.Action]] = {}
     for action in parser._actions:

@@ -20,6 +20,7 @@ from sdpo_plugin.host.engine import FAILURE, FEEDBACK, REQUEST, TURN_FEEDBACK, P
 from sdpo_plugin.host.failures import RewardError
 from sdpo_plugin.host.seams import overrides, seam
 from sdpo_plugin.interface import RolloutBatch, Turn, attached_loss_mask
+from sdpo_plugin.masking import masked
 
 _TRAINER = "openrlhf.trainer.ppo_trainer"
 _PromptDataset: Any = seam(f"{_TRAINER}:PromptDataset")
@@ -144,7 +145,7 @@ def reward_error(failure: str, args: Any) -> RewardError:
     source = f"--train.agent_func_path {agent}: the agent" if agent else (
         f"--reward.remote_url {','.join(url)}: the reward function"
     )  # fmt: skip
-    return RewardError(f"{source} failed: {failure}")
+    return RewardError(masked(f"{source} failed: {failure}"))
 
 
 def rewarded(samples: Sequence[Any], per_prompt: int, config: RewardConfig) -> float:

@@ -177,8 +177,8 @@ def test_recipe_is_a_command_line_that_comes_first(tmp_path):
          "{successful_previous_attempt}"),
         ("logger: {tensorboard_dir: }", "logger.tensorboard_dir", None),
         *((f"logger: {{tensorboard_dir: {word}}}", "logger.tensorboard_dir", word.strip("'")) for word in (
-            "12:30:45", "2024-05-01", "2024-05-01T10:00:00Z", "007", "0x10", "0o17", "1.10", "1e5", "1_000", "yes", "NO",
-            "true", "True", ".inf", "'null'", "'2'", "''", "=x", "-x",
+            "12:30:45", "2024-05-01", "2024-05-01T10:00:00Z", "007", "0x10", "0o17", "1.10", "1e5", "1_000", "yes",
+            "NO", "true", "True", ".inf", "'null'", "'2'", "''", "=x", "-x",
         )),
     ],
 )  # fmt: skip
@@ -190,10 +190,11 @@ def test_a_value_is_the_text_that_the_flag_is_given(tmp_path, text, flag, value)
 
 
 def test_keys_are_words_and_plugins_may_be_one(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("base: &base {lr: 1e-5}\non: {1: x}\nactor: {adam: {<<: *base}}\nplugins: mine")
-    found = recipe.load(str(tmp_path / "recipe.yaml"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: &base {lr: 1e-5}\non: {1: x}\nactor: {adam: {<<: *base}}\nplugins: mine")
+    found = recipe.load(str(path))
     assert found == {"base.lr": "1e-5", "on.1": "x", "actor.adam.lr": "1e-5", "plugins": "mine"}
-    assert launch.early(["--config", str(tmp_path / "recipe.yaml")])[0].plugins == ["mine"]
+    assert launch.early(["--config", str(path)])[0].plugins == ["mine"]
 
 
 def test_a_later_recipe_says_only_what_differs(tmp_path):

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from ruamel.yaml import YAML
 from documented import DOCS, PAGES, commands, inline, modules, where
+from ruamel.yaml import YAML
 
 from sdpo_plugin import StopTraining
 from sdpo_plugin.host import recipe
