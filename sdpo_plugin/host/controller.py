@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import StopTraining
+from sdpo_plugin.host import dates
 from sdpo_plugin.host.rollout import ExperienceMaker, SamplesGenerator, training_then_evaluation
 from sdpo_plugin.host.seams import overrides, seam
 from sdpo_plugin.masking import masked
@@ -74,6 +75,7 @@ def bind(args: Any) -> None:
     OpenRLHF seeds its policy workers in this way, but not the controller, whose data loader asks torch for a seed.
     """
     plugins.activate(args)
+    dates.bind()
     ppo_trainer.PromptDataset = training_then_evaluation()
     ppo_trainer.SamplesGenerator = ppo_trainer_async.SamplesGenerator = SamplesGenerator
     ppo_trainer.RemoteExperienceMaker = ExperienceMaker
