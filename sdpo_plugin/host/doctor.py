@@ -280,10 +280,11 @@ def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any])
     shown = []
     for i in range(min(len(rows), SHOWN_ROWS)):
         row = rows[i]
-        label = str(row.get(args.data.label_key) or "(a response that succeeded)")
+        label = row.get(args.data.label_key)
+        success = "(a response that succeeded)" if label in (None, "") else str(label)
         attempts = [
             Rollout(0, prompt_messages(row, args), "(a failed response)", 0.0, made_up, row.get(key)),
-            Rollout(0, prompt_messages(row, args), label, max(1.0, config.success_threshold), None, row.get(key)),
+            Rollout(0, prompt_messages(row, args), success, max(1.0, config.success_threshold), None, row.get(key)),
         ]
         context = build_teacher_contexts(attempts, config)[0]
         ids, cuts = teacher_prompt_ids(context, tokenizer, config, chat)

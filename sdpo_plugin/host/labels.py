@@ -50,7 +50,8 @@ def check(args: Any, where: str, rows: Any) -> None:
             f"rows ({file.name}): {told}; correct what is there, or leave such rows out"
         )
     if 0 < found.rows < total:
-        print(f"openrlhf-sdpo: {where}: {found.rows} of {total} labels were read in {label_check.TOTAL:g} s, no more are")
+        in_time = f"{found.rows} of {total} labels were read in {label_check.TOTAL:g} s; the others are not"
+        print(f"openrlhf-sdpo: {where}: {in_time}", flush=True)
 
 
 def sendable(what: str, labels: Iterable[Any]) -> None:

@@ -62,3 +62,31 @@ def test_labels_reach_reward_functions_as_the_file_has_them(tmp_path, read, labe
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": "?", "label": label}) + "\n" for label in labels))
     assert [row["label"] for row in read(path)] == labels
+
+
+@pytest.mark.parametrize("bad", ["train", "eval"])
+def test_labels_of_both_data_sets_are_read_before_a_run(tmp_path, read, monkeypatch, bad):
+    from sdpo_plugin import ConfigError, plugins
+    from sdpo_plugin.environments import label_check
+    from sdpo_plugin.host import preflight
+
+    monkeypatch.setattr(label_check, "DIRECTORY", tmp_path)
+    (tmp_path / "mine.py").write_text("def check_label(label):\n    if label < 5: raise ValueError('it is small')")
+    for name in ("train", "eval"):
+        labels = (7, 3) if name == bad else (7, 8)
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"q": "?", "a": {label}}}\n' for label in labels))
+    args = SimpleNamespace(
+        algo=SimpleNamespace(name=None), eval=SimpleNamespace(dataset=str(tmp_path / "eval.jsonl"), split="train"),
+        data=SimpleNamespace(prompt_dataset=str(tmp_path / "train.jsonl"), prompt_split="train", input_key="q",
+                             label_key="a", apply_chat_template=False),
+        reward=SimpleNamespace(remote_url=str(tmp_path / "mine.py")), train=SimpleNamespace(agent_func_path=None),
+        use_ms=False, plugins=[],
+    )  # fmt: skip
+    monkeypatch.setattr(plugins, "active", lambda: plugins.load()[0])
+    flag = {"train": "--data.prompt_dataset", "eval": "--eval.dataset"}[bad]
+    with pytest.raises(ConfigError) as error:
+        preflight.data(args)
+    assert str(error.value) == (
+        f"--data.label_key a: {flag} {tmp_path}/{bad}.jsonl: no response can satisfy the label of 1 of 2 rows "
+        "(mine.py): row 1 has 3: it is small; correct what is there, or leave such rows out"
+    )

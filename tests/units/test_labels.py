@@ -87,7 +87,7 @@ def test_a_long_data_set_is_read_as_far_as_there_is_time(mine, monkeypatch, caps
     check(list(range(1000)), str(mine))
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("rows.jsonl: 10 of 1000 labels are read by mine.py") and len(said) > 5
-    assert said[-1].endswith("rows.jsonl: 120 of 1000 labels were read in 120 s, no more are")
+    assert said[-1].endswith("rows.jsonl: 120 of 1000 labels were read in 120 s; the others are not")
 
 
 def test_the_same_text_is_read_once(mine):
