@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import date, datetime, time
 from typing import Any
 
 Judge = Callable[[str, Any], tuple[float, str | None]]  # (response, label) -> reward, what was wrong or None
@@ -17,6 +18,7 @@ def reward_function(judge: Judge, budget: int) -> Callable[..., dict[str, Any]]:
     """A reward function for `--reward.remote_url` from one that judges a response. budget: characters of feedback."""
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
+        labels = [dates_as_text(label) for label in labels]
         import torch
 
         judged = [judge(response_of(q, p), label) for q, p, label in zip(queries, prompts, labels, strict=True)]
@@ -37,6 +39,17 @@ def response_of(query: str, prompt: str) -> str:
     else:
         response = query.rpartition(prompt[-TAIL:])[2]
     return SPECIAL.sub("", response)
+
+
+def dates_as_text(label: Any) -> Any:
+    """A label whose dates, of a Parquet file, say, are ISO 8601; without the time where that is midnight."""
+    if isinstance(label, dict):
+        return {name: dates_as_text(part) for name, part in label.items()}
+    if isinstance(label, list):
+        return [dates_as_text(part) for part in label]
+    if isinstance(label, datetime) and label.tzinfo is None and label.time() == time():
+        label = label.date()
+    return label.isoformat() if isinstance(label, (date, time)) else label
 
 
 def cut(text: str, length: int) -> str:

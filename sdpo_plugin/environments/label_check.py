@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from sdpo_plugin.environments.feedback import dates_as_text
+
 DIRECTORY = Path(__file__).parent
 SECONDS = 10.0  # for a label
 START = 120.0  # for the first one of a process, with which an environment imports its libraries
@@ -77,7 +79,7 @@ def faults(file: Path, labels: Iterable[Any], note: Callable[[int], None]) -> Fa
             if now - noted > NOTE:
                 note(row)
                 noted = now
-            reason = reader.fault(label)
+            reason = reader.fault(dates_as_text(label))
             found.rows += 1
             if reason is not None:
                 found.number += 1

@@ -8,6 +8,7 @@ import pytest
 
 from sdpo_plugin import ConfigError
 from sdpo_plugin.environments import label_check
+from sdpo_plugin.environments.feedback import reward_function
 from sdpo_plugin.host import labels as host
 
 MINE = """
@@ -110,6 +111,24 @@ def test_what_is_not_ours_is_not_run(mine, tmp_path):
         check(["one"], url)
     check(["one"], str(mine), agent="agent.py")
     assert label_check.environment("sdpo_plugin/environments/../environments/maths.py") is None  # in another directory
+
+
+@pytest.mark.parametrize(
+    "label, text",
+    [
+        (datetime.datetime(2024, 5, 1), "2024-05-01"), (datetime.datetime(2024, 5, 1, 10), "2024-05-01T10:00:00"),
+        (datetime.date(2024, 5, 1), "2024-05-01"), (datetime.time(10, 30), "10:30:00"), ("2024-05-01", "2024-05-01"),
+        (datetime.datetime(2024, 5, 1, tzinfo=datetime.timezone.utc), "2024-05-01T00:00:00+00:00"), (5, 5), (None, None),
+        ({"a": [datetime.date(2024, 5, 1)]}, {"a": ["2024-05-01"]}),
+    ],
+)  # fmt: skip
+def test_an_environment_s_labels_have_their_dates_as_text(label, text, tmp_path, monkeypatch):
+    def judge(response, label):
+        return float(label == text and type(label) is type(text)), None
+
+    assert reward_function(judge, 100)(["Q1"], ["Q"], [label])["rewards"].item() == 1.0
+    (tmp_path / "mine.py").write_text(f"def check_label(label):\n    if label != {text!r}: raise ValueError(repr(label))")
+    assert label_check.faults(tmp_path / "mine.py", [label], print).first == []
 
 
 @pytest.mark.parametrize("label", [datetime.datetime(2024, 5, 1), b"x", {1, 2}, {"a": datetime.date(2024, 5, 1)}])
