@@ -118,8 +118,8 @@ def test_what_is_not_ours_is_not_run(mine, tmp_path):
     [
         (datetime.datetime(2024, 5, 1), "2024-05-01"), (datetime.datetime(2024, 5, 1, 10), "2024-05-01T10:00:00"),
         (datetime.date(2024, 5, 1), "2024-05-01"), (datetime.time(10, 30), "10:30:00"), ("2024-05-01", "2024-05-01"),
-        (datetime.datetime(2024, 5, 1, tzinfo=datetime.timezone.utc), "2024-05-01T00:00:00+00:00"), (5, 5), (None, None),
-        ({"a": [datetime.date(2024, 5, 1)]}, {"a": ["2024-05-01"]}),
+        (datetime.datetime(2024, 5, 1, tzinfo=datetime.timezone.utc), "2024-05-01T00:00:00+00:00"), (5, 5),
+        (None, None), ({"a": [datetime.date(2024, 5, 1)]}, {"a": ["2024-05-01"]}),
     ],
 )  # fmt: skip
 def test_an_environment_s_labels_have_their_dates_as_text(label, text, tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_an_environment_s_labels_have_their_dates_as_text(label, text, tmp_path,
         return float(label == text and type(label) is type(text)), None
 
     assert reward_function(judge, 100)(["Q1"], ["Q"], [label])["rewards"].item() == 1.0
-    (tmp_path / "mine.py").write_text(f"def check_label(label):\n    if label != {text!r}: raise ValueError(repr(label))")
+    (tmp_path / "mine.py").write_text(f"def check_label(label):\n    if label != {text!r}: raise ValueError(label)")
     assert label_check.faults(tmp_path / "mine.py", [label], print).first == []
 
 
