@@ -40,7 +40,7 @@ STEPPED = re.compile(r"Global step (\d+):")
 def train(task: str, name: str, accuracy_at_start: float) -> dict[str, Any]:
     """One run of OpenRLHF on `recipes/TASK/NAME.yaml`, as the report has it."""
     recipe = ROOT / "recipes" / task / f"{name}.yaml"
-    settings = YAML(typ="safe").load(recipe)
+    settings = YAML(typ="safe", pure=True).load(recipe)
     directory = ROOT / "runs" / task / name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

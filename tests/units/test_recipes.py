@@ -106,7 +106,7 @@ def test_a_launch_line_is_understood_and_its_last_recipe_wins(name, parsed):
     assert name.removesuffix(", small") in smoke.configs(line)
     wanted = {}
     for config in smoke.configs(line):
-        wanted |= recipe._flatten(YAML(typ="safe").load(ROOT / config))
+        wanted |= recipe._flatten(YAML(typ="safe", pure=True).load(ROOT / config))
     assert {key: parsed[name][key] for key in wanted} == wanted
 
 
