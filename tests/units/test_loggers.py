@@ -7,7 +7,6 @@ import pytest
 
 from sdpo_plugin import ConfigError, loggers
 
-KEY = "0123456789abcdef0123456789abcdef01234567"
 NAMES = {"--logger.wandb.key": "secret", "--logger.wandb.run_name": "of OpenRLHF", "--actor.adam.lr": "0.001"}
 
 
@@ -49,28 +48,6 @@ def test_keys_and_texts_stay_here():
     assert loggers.arguments(args)["actor.adam.lr"] == "0.001" and "secret" not in loggers.arguments(args).values()
     metrics = {"reward": 0.5, "kl": None, "generated_samples": ["text", 1.0]}
     assert loggers.numbers(metrics, "train/") == {"train/reward": 0.5}
-
-
-def test_wandb_is_given_its_key_but_does_not_log_it(tmp_path, monkeypatch):
-    """Some seconds: W&B itself starts, offline."""
-    from sdpo_plugin.host import cpu
-
-    cpu.enable()
-    import wandb
-
-    from sdpo_plugin.host.controller import WandbLogger
-
-    given, init = {}, wandb.init
-    monkeypatch.setattr(wandb, "login", lambda key: given.update(key=key))
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "API_KEY": "", "SILENT": "true"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    names = {"--logger.wandb.org": None, "--logger.wandb.project": "p", "--logger.wandb.group": "g"}
-    monkeypatch.setattr(sys.modules[__name__], "NAMES", {**NAMES, "--logger.wandb.key": KEY, **names})
-    logger = WandbLogger(parsed("--logger.mlflow.uri", "https://me:sesame@h"))
-    logger.close()
-    assert given == {"key": KEY} and wandb.init is init
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"https://me:***@h" in written and b"sesame" not in written and KEY.encode() not in written
 
 
 def test_a_logger_that_fails_stops_nothing(tmp_path, caplog):
