@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import yaml
+from ruamel.yaml import YAML
 from tqdm import tqdm
 
 from sdpo_plugin.report import command, read_scalars
@@ -40,7 +40,7 @@ STEPPED = re.compile(r"Global step (\d+):")
 def train(task: str, name: str, accuracy_at_start: float) -> dict[str, Any]:
     """One run of OpenRLHF on `recipes/TASK/NAME.yaml`, as the report has it."""
     recipe = ROOT / "recipes" / task / f"{name}.yaml"
-    settings = yaml.safe_load(recipe.read_text())
+    settings = YAML(typ="safe", pure=True).load(recipe)
     directory = ROOT / "runs" / task / name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

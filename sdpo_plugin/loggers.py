@@ -1,7 +1,7 @@
 """MLflow and SwanLab beside W&B and TensorBoard (`--logger.mlflow.*`, `--logger.swanlab.*`), with or without `--algo`.
 
-They get the numbers that OpenRLHF gives its own loggers, under the same names, and the arguments, but for keys. A run
-that is continued from a checkpoint continues theirs.
+They get the numbers that OpenRLHF gives its own loggers, under the same names, and the arguments, without what is
+secret in them. A run that is continued from a checkpoint continues theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from sdpo_plugin.config import ConfigError, Group, StopTraining, add_group, flat, from_namespace, option
 from sdpo_plugin.hookspecs import hookimpl
+from sdpo_plugin.masking import is_secret, masked
 
 STATE = "loggers"
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Swanlab:
     def end(self, error: BaseException | None) -> None:
         import swanlab
 
-        swanlab.finish(state="crashed" if error else "success", error=str(error) if error else None)
+        swanlab.finish(state="crashed" if error else "success", error=masked(str(error)) if error else None)
 
 
 def run_name(given: str | None, args: Any) -> str:
@@ -131,8 +132,8 @@ def run_name(given: str | None, args: Any) -> str:
 
 
 def arguments(args: Any) -> dict[str, Any]:
-    """OpenRLHF's and all plugins', by dotted name, without keys."""
-    return {name: value for name, value in flat(args).items() if not name.endswith(".key")}
+    """OpenRLHF's and all plugins', by dotted name, without keys; what is secret in others is masked."""
+    return masked({name: value for name, value in flat(args).items() if not is_secret(name)})
 
 
 def numbers(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -185,7 +186,8 @@ def openrlhf_load_states(states: dict[str, Any], args: Any) -> None:
         try:
             _runs[name] = start(args, before.get(name))
         except Exception as error:
-            raise ConfigError(f"--logger.{name}: the run cannot be logged ({type(error).__name__}: {error})") from error
+            said = masked(f"{type(error).__name__}: {error}")
+            raise ConfigError(f"--logger.{name}: the run cannot be logged ({said})") from error
 
 
 @hookimpl
@@ -213,4 +215,4 @@ def _unharmed(name: str, call: Callable[..., None], *args: Any) -> None:
     try:
         call(*args)
     except Exception as error:
-        logger.warning(f"--logger.{name}: this is not logged: {type(error).__name__}: {error}")
+        logger.warning(masked(f"--logger.{name}: this is not logged: {type(error).__name__}: {error}"))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +80,13 @@ class SampleFile:
         os.replace(beside, self.path)
 
     def append(self, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines. Raises OSError where there is no room for all of them; then none is added."""
+        """Add lines. Dates are written in ISO 8601; what else JSON has no form for, as text.
+
+        Raises OSError where there is no room for all of them; then none is added.
+        """
         # Environments hand over what they read: half of a surrogate pair has no UTF-8 form.
         encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-        rest = memoryview("".join(encode(sample) + "\n" for sample in samples).encode("utf-8", "replace"))
+        rest = memoryview("".join(encode(_plain(sample)) + "\n" for sample in samples).encode("utf-8", "replace"))
         with open(self.path, "ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)
             try:
@@ -90,3 +95,16 @@ class SampleFile:
             except OSError:
                 file.truncate(before)
                 raise
+
+
+def _plain(value: Any) -> Any:
+    """A value in JSON's types; JSON has no infinity and no nan."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return value.isoformat() if isinstance(value, (date, time)) else str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from datetime import date, datetime, time
 from typing import Any
 
 from sdpo_plugin.environments.judge_pool import POOL, Judge
@@ -41,6 +42,7 @@ def reward_function(
         return POOL.judge(environment, options, response, label) if environment else judge(response, label)
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
+        labels = [dates_as_text(label) for label in labels]
         import torch
 
         found = [judged(response_of(q, p), label) for q, p, label in zip(queries, prompts, labels, strict=True)]
@@ -96,6 +98,17 @@ def _stripped(text: str, end: int) -> int:
     while end and text[end - 1].isspace():
         end -= 1
     return end
+
+
+def dates_as_text(label: Any) -> Any:
+    """A label whose dates, of a Parquet file, say, are ISO 8601; without the time where that is midnight."""
+    if isinstance(label, dict):
+        return {name: dates_as_text(part) for name, part in label.items()}
+    if isinstance(label, list):
+        return [dates_as_text(part) for part in label]
+    if isinstance(label, datetime) and label.tzinfo is None and label.time() == time():
+        label = label.date()
+    return label.isoformat() if isinstance(label, (date, time)) else label
 
 
 def cut(text: str, length: int) -> str:

@@ -11,8 +11,10 @@ from transformers import set_seed
 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import StopTraining
+from sdpo_plugin.host import dates
 from sdpo_plugin.host.rollout import ExperienceMaker, SamplesGenerator, training_then_evaluation
 from sdpo_plugin.host.seams import overrides, seam
+from sdpo_plugin.masking import masked
 
 _BASE = seam("openrlhf.trainer.ppo_trainer:BasePPOTrainer")
 _PPOTrainer: Any = seam("openrlhf.trainer.ppo_trainer:PPOTrainer")
@@ -21,9 +23,25 @@ _GenerateSamplesActor: Any = seam("openrlhf.trainer.ppo_trainer_async:GenerateSa
 _Controller: Any = object  # one of the two, which `ControllerHooks` is mixed into
 seam("openrlhf.trainer.ppo_trainer_async:SamplesGenerator")
 seam("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name")
+_WandbLogger: Any = seam("openrlhf.trainer.ppo_trainer:WandbLogger")
 for _name in ("log_train", "log_eval"):
     seam(f"openrlhf.trainer.ppo_trainer:WandbLogger.{_name}", "global_step", "logs_dict")
 seam("openrlhf.trainer.ppo_trainer:WandbLogger.close")
+
+
+class WandbLogger(_WandbLogger):
+    """logging_utils.py: gives W&B the arguments without what is secret in them; W&B's own key is among them."""
+
+    @overrides("args")
+    def __init__(self, args: Any) -> None:
+        import wandb
+
+        init = wandb.init
+        wandb.init = lambda *given, config, **named: init(*given, config=masked(config), **named)
+        try:
+            super().__init__(args)
+        finally:
+            wandb.init = init
 
 
 class LogHook:
@@ -57,9 +75,11 @@ def bind(args: Any) -> None:
     OpenRLHF seeds its policy workers in this way, but not the controller, whose data loader asks torch for a seed.
     """
     plugins.activate(args)
+    dates.bind()
     ppo_trainer.PromptDataset = training_then_evaluation()
     ppo_trainer.SamplesGenerator = ppo_trainer_async.SamplesGenerator = SamplesGenerator
     ppo_trainer.RemoteExperienceMaker = ExperienceMaker
+    ppo_trainer.WandbLogger = WandbLogger
     set_seed(args.train.seed)
 
 

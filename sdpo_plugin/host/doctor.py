@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +27,7 @@ from rich.table import Table
 from sdpo_plugin import memory, plugins
 from sdpo_plugin.config import ConfigError, RepromptConfig, chat_template_kwargs, flat, from_namespace
 from sdpo_plugin.host import cluster, seams
+from sdpo_plugin.masking import masked
 
 TESTED = {
     "openrlhf": seams.TESTED[0], "vllm": "0.29.0", "ray": "2.55.0", "deepspeed": "0.19.6", "torch": "2.13.0",
@@ -54,6 +56,7 @@ def doctor(arguments: list[str]) -> None:
     )  # fmt: skip
     own.add_argument("--run", action="store_true", help="also train a small model with these launch options: minutes")
     own.add_argument("--json", default="doctor.json", metavar="FILE", help="where to write all of it (%(default)s)")
+    own.add_argument("--rows", action="store_true", help="also write the prompts made of your rows into that file")
     own.allow_abbrev = False
     asked, recipe = own.parse_known_args(arguments)
     console = Console(highlight=False)
@@ -62,7 +65,7 @@ def doctor(arguments: list[str]) -> None:
     def show(title: str, checks: Iterable[Check]) -> None:
         table = Table("", "", "", title=title, title_justify="left", show_header=False, box=None)
         for check in checks:
-            table.add_row(f"[{COLOURS[check.status]}]{check.status}", check.about, escape(check.found))
+            table.add_row(f"[{COLOURS[check.status]}]{check.status}", check.about, escape(masked(check.found)))
             report["checks"].append({"title": title, **asdict(check)})
         console.print(table)
 
@@ -82,12 +85,24 @@ def doctor(arguments: list[str]) -> None:
         show("The run", run(recipe, joined, cpu, console, report))
     if asked.run and not failed:
         truth(recipe, cpu, report, show)
-    with open(asked.json, "w") as file:
-        json.dump(report, file, indent=1, default=str)
+    write(report, asked.json, asked.rows)
     failures = sum(check["status"] == FAIL for check in report["checks"])
     console.print(f"{failures} failed; all of it is in {asked.json}")
     if failures:
         sys.exit(2)
+
+
+def write(report: dict[str, Any], path: str, rows: bool) -> None:
+    """The report as JSON, without secrets and, unless `rows`, without the user's data; for its owner only."""
+    prompts = report.get("teacher_prompts", [])
+    shown = [{name: value for name, value in one.items() if rows or name != "prompt"} for one in prompts]
+    try:
+        with open(path, "w", opener=lambda name, how: os.open(name, how, 0o600)) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # one that was there keeps its mode
+                os.fchmod(file.fileno(), 0o600)
+            json.dump(masked(report | {"teacher_prompts": shown}), file, indent=1, default=lambda x: masked(str(x)))
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot be written to ({error.strerror}); give another file") from error
 
 
 # ── the machine ──
@@ -198,7 +213,7 @@ def run(
     changed = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
     table = Table("flag", "value", title="Flags other than OpenRLHF's defaults", title_justify="left", box=None)
     for name, value in sorted(changed.items()):
-        table.add_row(f"--{name}", escape(_cut(repr(value), 100)))
+        table.add_row(f"--{name}", escape(_cut(repr(masked(value, name)), 100)))
     console.print(table)
     checks: dict[str, Callable[[], Any]] = {
         "GPUs": lambda: cluster.require_gpus(args, joined, cpu),
@@ -265,10 +280,11 @@ def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any])
     shown = []
     for i in range(min(len(rows), SHOWN_ROWS)):
         row = rows[i]
-        label = str(row.get(args.data.label_key) or "(a response that succeeded)")
+        label = row.get(args.data.label_key)
+        success = "(a response that succeeded)" if label in (None, "") else str(label)
         attempts = [
             Rollout(0, prompt_messages(row, args), "(a failed response)", 0.0, made_up, row.get(key)),
-            Rollout(0, prompt_messages(row, args), label, max(1.0, config.success_threshold), None, row.get(key)),
+            Rollout(0, prompt_messages(row, args), success, max(1.0, config.success_threshold), None, row.get(key)),
         ]
         context = build_teacher_contexts(attempts, config)[0]
         ids, cuts = teacher_prompt_ids(context, tokenizer, config, chat)

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import tempfile
 import time
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from sdpo_plugin.config import ConfigError, StopTraining
 from sdpo_plugin.context import FeedbackError
 from sdpo_plugin.host.seams import TESTED, SeamError
+from sdpo_plugin.masking import masked
 
 SOFTWARE, SETTINGS, REWARD, MACHINE, STOPPED = 1, 2, 3, 4, 5
 FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
@@ -143,7 +143,7 @@ def last_frame(text: str) -> str:
 
 
 def told(error: BaseException) -> tuple[int, str]:
-    """The exit code and the message of an error; what came out of a run also goes to a file, whole."""
+    """The exit code and the message of an error; what came out of a run also goes to a file, whole but for secrets."""
     failure = explain(error)
     lines = [f"openrlhf-sdpo: {'' if failure.code == STOPPED else 'error: '}{failure.what}"]
     if failure.where:
@@ -152,16 +152,15 @@ def told(error: BaseException) -> tuple[int, str]:
         lines.append(f"  fix:   {failure.fix}")
     if failure.code not in (STOPPED, SETTINGS) or hasattr(error, "traceback_str"):
         lines.append(f"  all:   {_kept(error)}")
-    return failure.code, "\n".join(lines)
+    return failure.code, masked("\n".join(lines))
 
 
 def _kept(error: BaseException) -> str:
-    """The path of a file with the traceback, or the traceback where none can be written."""
-    text = "".join(traceback.format_exception(error))
-    name = f"openrlhf-sdpo-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    """The path of a file with the traceback, for its owner only, or the traceback where none can be written."""
+    text = masked("".join(traceback.format_exception(error)))
     try:
-        path = os.path.join(tempfile.gettempdir(), name)
-        with open(path, "w") as file:
+        number, path = tempfile.mkstemp(".log", f"openrlhf-sdpo-{time.strftime('%Y%m%d-%H%M%S')}-")
+        with open(number, "w", errors="backslashreplace") as file:
             file.write(text)
     except OSError:
         return f"\n{text}"

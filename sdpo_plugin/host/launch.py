@@ -169,4 +169,6 @@ def early(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     for name, key in (("algo", "algo.name"), ("plugins", "plugins"), ("platform", "platform")):
         if getattr(known, name) is None:
             setattr(known, name, from_recipe.get(key))
+    if isinstance(known.plugins, str):  # `plugins: mine` in a recipe
+        known.plugins = [known.plugins]
     return known, from_recipe

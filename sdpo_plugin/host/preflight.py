@@ -17,7 +17,7 @@ from typing import Any
 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.host import checkpoint
+from sdpo_plugin.host import checkpoint, dates, labels
 from sdpo_plugin.host.cluster import Cluster, require_gpus
 from sdpo_plugin.host.seams import seam
 
@@ -177,6 +177,7 @@ def data(args: Any) -> None:
                 has = ", ".join(rows.column_names)
                 raise ConfigError(f"--data.{name} {key}: {where} has no such column; it has {has}")
         prompts(where, rows[args.data.input_key], args)
+        labels.check(args, where, rows)
         try:
             plugins.active().hook.openrlhf_dataset(dataset=rows, evaluation=evaluation, args=args)
         except ConfigError as error:
@@ -196,6 +197,7 @@ def load(args: Any, flag: str, dataset: str, split: str) -> Any:
         raise ConfigError(f"{flag} {dataset}: no such file; give one that is there, or a name on the Hugging Face Hub")
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise ConfigError(f"{flag} {dataset}: is an empty file; give one that has rows")
+    dates.bind()
     quiet = SimpleNamespace(args=args, print=lambda *args: None, is_rank_0=lambda: False)
     try:
         return blending_datasets(dataset, None, quiet, dataset_split=split)

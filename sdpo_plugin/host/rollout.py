@@ -13,7 +13,7 @@ import ray
 import torch
 from transformers import AutoConfig
 
-from sdpo_plugin import plugins
+from sdpo_plugin import masking, plugins
 from sdpo_plugin.config import RewardConfig, chat_template_kwargs, from_namespace
 from sdpo_plugin.host import deterministic
 from sdpo_plugin.host.engine import FAILURE, FEEDBACK, REQUEST, TURN_FEEDBACK, Prompt, Request
@@ -144,7 +144,7 @@ def reward_error(failure: str, args: Any) -> RewardError:
     source = f"--train.agent_func_path {agent}: the agent" if agent else (
         f"--reward.remote_url {','.join(url)}: the reward function"
     )  # fmt: skip
-    return RewardError(f"{source} failed: {failure}")
+    return RewardError(masking.masked(f"{source} failed: {failure}"))
 
 
 def rewarded(samples: Sequence[Any], per_prompt: int, config: RewardConfig) -> float:

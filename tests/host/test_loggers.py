@@ -5,6 +5,7 @@ from common import ROWS, SDPO
 
 from sdpo_plugin.testing import RunFailed
 
+KEY = "0123456789abcdef0123456789abcdef01234567"
 FAILS = """
 from sdpo_plugin import hookimpl
 @hookimpl
@@ -38,8 +39,13 @@ def runs(client):
     return client.search_runs([client.get_experiment_by_name("openrlhf_train_ppo").experiment_id])
 
 
-def test_mlflow_has_what_tensorboard_has_and_goes_on_after_a_restart(openrlhf, model, reward, store, tmp_path):
+def test_mlflow_has_what_tensorboard_has_and_goes_on_after_a_restart(
+    openrlhf, model, reward, store, tmp_path, monkeypatch
+):
     client, flags = store
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    flags += ("--logger.wandb.key", KEY, "--logger.swanlab.key", "sesame")
     rows = tmp_path / "held_out.jsonl"
     rows.write_text('{"prompt": [{"role": "user", "content": "ask 1"}], "label": "1"}\n')
     flags += ("--ckpt.save_steps", "1", "--ckpt.path", f"{tmp_path}/ckpt")
@@ -49,6 +55,9 @@ def test_mlflow_has_what_tensorboard_has_and_goes_on_after_a_restart(openrlhf, m
     assert (run.info.status, run.info.run_name) == ("FINISHED", "mine")
     assert float(run.data.params["actor.adam.lr"]) == 1e-3 and run.data.params["algo.name"] == "None"
     assert not any(name.endswith(".key") for name in run.data.params)
+    assert "key='***'" in first.output and KEY not in first.output and "sesame" not in first.output
+    of_wandb = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
+    assert b"key='***'" in of_wandb and KEY.encode() not in of_wandb and b"sesame" not in of_wandb
     logged = {name: values for name, values in first.metrics.items() if name.startswith(("train/", "eval/"))}
     assert "eval/eval_num_samples" in logged and "train/timing/generation" in logged
     for name, values in logged.items():

@@ -126,9 +126,16 @@ def test_every_way_to_train_has_its_numbers(replay, case):
 
 
 def test_asynchronous_training_is_recorded(openrlhf, model, reward):
-    flags = (*SDPO, "--diagnostics.samples", "2", "--train.async_enable", "--train.num_episodes", "2")
-    lines = read_samples(openrlhf(model, ROWS, reward, *flags).directory / "tensorboard")
-    assert [line["step"] for line in lines] == [1, 1, 2, 2] and all(line["teacher"] for line in lines)
+    """Of rows with labels of every type, and dates in every chat."""
+    flags = (*SDPO, "--diagnostics.samples", "16", "--train.async_enable", "--train.num_episodes", "2")
+    labels = [5, 0.5, ["a", 1], {"b": 1}, None, True, "x", "2024-05-01"]
+    chats = [[{**row["prompt"][0], "time": "2024-05-01T10:00:00Z"}] for row in ROWS]
+    rows = [{"prompt": chat, "label": label} for chat, label in zip(chats, labels, strict=True)]
+    lines = read_samples(openrlhf(model, rows, reward, *flags).directory / "tensorboard")
+    assert [line["step"] for line in lines] == [1] * 16 + [2] * 16 and all(line["teacher"] for line in lines)
+    said = {f"expected {label}": chat for label, chat in zip(labels, chats, strict=True)}
+    assert {line["feedback"] for line in lines} == set(said)
+    assert all(line["prompt"] == said[line["feedback"]] for line in lines)
 
 
 def test_a_restart_goes_on_where_its_checkpoint_was(openrlhf, model, reward, recorded, tmp_path):

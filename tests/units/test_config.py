@@ -158,6 +158,45 @@ def test_recipe_is_a_command_line_that_comes_first(tmp_path):
     assert args["distill.alpha"] == 0.75 and args["reprompt.template"] == "{prompt} -- {feedback}"
 
 
+@pytest.mark.parametrize(
+    ("text", "flag", "value"),
+    [
+        ("diagnostics: {guard: off}", "diagnostics.guard", "off"),
+        ("algo: {advantage: {is_correction_level: off}}", "algo.advantage.is_correction_level", "off"),
+        ("distill: {topk: 0100}", "distill.topk", 100),
+        ("distill: {topk: 1_000}", "distill.topk", 1000),
+        ("distill: {is_clip: ~}", "distill.is_clip", None),
+        ("distill: {is_clip: 'none'}", "distill.is_clip", None),
+        ("actor: {adam: {lr: 1e-5}}", "actor.adam.lr", 1e-5),
+        ("actor: {adam: {lr: .5}}", "actor.adam.lr", 0.5),
+        ("actor: {adam: {betas: [0.9, 1e-3]}}", "actor.adam.betas", [0.9, 1e-3]),
+        ("vllm: {enforce_eager: on}", "vllm.enforce_eager", True),
+        ("vllm: {enforce_eager: False}", "vllm.enforce_eager", False),
+        ("distill: {add_tail: off}", "distill.add_tail", False),
+        ("reprompt: {solution_template: '{successful_previous_attempt}'}", "reprompt.solution_template",
+         "{successful_previous_attempt}"),
+        ("logger: {tensorboard_dir: }", "logger.tensorboard_dir", None),
+        *((f"logger: {{tensorboard_dir: {word}}}", "logger.tensorboard_dir", word.strip("'")) for word in (
+            "12:30:45", "2024-05-01", "2024-05-01T10:00:00Z", "007", "0x10", "0o17", "1.10", "1e5", "1_000", "yes",
+            "NO", "true", "True", ".inf", "'null'", "'2'", "''", "=x", "-x",
+        )),
+    ],
+)  # fmt: skip
+def test_a_value_is_the_text_that_the_flag_is_given(tmp_path, text, flag, value):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    found = vars(parse("--config", str(path)))[flag]
+    assert found == value and type(found) is type(value)
+
+
+def test_keys_are_words_and_plugins_may_be_one(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: &base {lr: 1e-5}\non: {1: x}\nactor: {adam: {<<: *base}}\nplugins: mine")
+    found = recipe.load(str(path))
+    assert found == {"base.lr": "1e-5", "on.1": "x", "actor.adam.lr": "1e-5", "plugins": "mine"}
+    assert launch.early(["--config", str(path)])[0].plugins == ["mine"]
+
+
 def test_a_later_recipe_says_only_what_differs(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("algo: {name: sdpo}\nactor: {adam: {lr: 1e-5}}\ndistill: {alpha: 0.25, topk: 7, is_clip: 3.0}\n")
@@ -181,13 +220,21 @@ def test_chat_template_arguments_are_json_in_a_recipe_too(tmp_path):
         ("distil: {alpha: 1}", "unknown key distil.alpha; did you mean distill.alpha?"),
         ("actor: {adam: {rl: 1}}", "unknown key actor.adam.rl; did you mean actor.adam.lr?"),
         ("vllm: {enforce_eager: 3}", "vllm.enforce_eager: 3 is not true or false"),
+        ("vllm: {enforce_eager: }", "vllm.enforce_eager: null is not true or false"),
+        ("actor: {adam: {lr: null}}", "actor.adam.lr: null is no value of it; give one, or leave the key out"),
+        ("teacher: ", "unknown key teacher"),
         ("[1, 2]", "expected nested keys, found list"),
         ("a: [", "--config"),
+        ("actor: {adam: {lr: 1}}\nalgo: {name: sdpo}\nactor: {adam: {lr: 2}}", 'duplicate key "actor" in line 3'),
+        ("a: &a {b: *a}", "contain themselves"),
+        ("[" * 500, "nested too deeply"),
+        ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        (b"a: \xff", "unacceptable character"),
     ],
 )
 def test_bad_recipes(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as error:
         parse("--config", str(path))
     assert message in str(error.value)

@@ -11,7 +11,7 @@ import pytest
 from common import REWARD, ROWS
 from transformers import LlamaConfig
 
-from sdpo_plugin import memory
+from sdpo_plugin import ConfigError, memory
 from sdpo_plugin.host import doctor
 
 ROOT = Path(__file__).parents[2]
@@ -45,13 +45,38 @@ def statuses(report) -> dict[str, str]:
     return {check["about"]: check["status"] for check in report["checks"]}
 
 
+SECRETS = ("0123456789abcdef0123456789abcdef01234567", "swan-key", "sesame")
+WITH_SECRETS = (
+    f"--logger.wandb.key={SECRETS[0]}", f"--logger.swanlab.key={SECRETS[1]}",
+    f"--logger.mlflow.uri=https://me:{SECRETS[2]}@mlflow.org:5000",
+)  # fmt: skip
+
+
 def test_a_run_that_would_work(tmp_path, flags):
-    code, shown, report = examine(tmp_path, *flags)
+    (tmp_path / "doctor.json").touch(0o644)
+    code, shown, report = examine(tmp_path, *flags, *WITH_SECRETS, "--rows")
+    written = (tmp_path / "doctor.json").read_text()
+    assert [secret for secret in SECRETS if secret in shown + written] == []
+    assert report["flags"]["logger.wandb.key"] == "***" and report["flags"]["data.label_key"] == "label"
+    assert report["flags"]["logger.mlflow.uri"] == "https://me:***@mlflow.org:5000"
+    assert (tmp_path / "doctor.json").stat().st_mode & 0o777 == 0o600
     assert code == 0 and "fail" not in statuses(report).values()
     assert [one["row"] for one in report["teacher_prompts"]] == [0, 1, 2]
     assert all("Correct solution:" in one["prompt"] and one["tokens"] > 50 for one in report["teacher_prompts"])
     assert report["flags"]["algo.name"] == "sdpo" and "in host memory while engines generate" in shown
     assert report["memory"]["shape"]["parameters"] == 354_432
+
+
+def test_the_users_rows_are_written_on_request_only(tmp_path):
+    prompts = [{"row": 0, "tokens": 9, "prompt": "mine"}]
+    report = {"checks": [{"found": "http://me:sesame@h"}], "teacher_prompts": prompts}
+    for rows, kept in ((False, {}), (True, {"prompt": "mine"})):
+        doctor.write(report, str(tmp_path / f"{rows}.json"), rows)
+        found = json.loads((tmp_path / f"{rows}.json").read_text())
+        assert found["teacher_prompts"] == [{"row": 0, "tokens": 9, **kept}]
+        assert found["checks"] == [{"found": "http://me:***@h"}]
+    with pytest.raises(ConfigError, match="--json /proc/x.json: cannot be written to .*; give another file"):
+        doctor.write(report, "/proc/x.json", False)
 
 
 def test_a_broken_run_is_told_all_at_once(tmp_path, flags, model):

@@ -75,6 +75,16 @@ def test_the_message_names_the_file_with_everything(tmp_path, monkeypatch):
     assert failures.told(ConfigError("--x 1: no")) == (SETTINGS, "openrlhf-sdpo: error: --x 1: no")
 
 
+def test_no_secret_is_told_and_only_its_owner_reads_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: str(tmp_path))
+    error = ValueError("no answer from https://me:sesame@h/x, namespace(key='sesame'), half \ud83d")
+    _, message = failures.told(error)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600 and file.name in message
+    for shown in (message, file.read_text(), failures.told(ConfigError(f"--logger.mlflow.uri {error}"))[1]):
+        assert "https://me:***@h/x, namespace(key='***')" in shown and "sesame" not in shown
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_that_a_limit_cuts_off_is_the_machines_fault(tmp_path, zipped):
     """What torch says of it, in a process whose files may have 64 KiB."""

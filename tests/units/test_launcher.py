@@ -63,6 +63,21 @@ def test_the_command_without_torch_says_how_to_install_it():
     assert len(run.stderr.splitlines()) == 1
 
 
+def test_the_launcher_shows_its_arguments_without_secrets(capsys):
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from sdpo_plugin.host.install import _Strategy, without_secrets
+
+    args = SimpleNamespace(logger=SimpleNamespace(wandb=SimpleNamespace(key="sesame", org="us")),
+                           reward=SimpleNamespace(remote_url=["http://me:sesame@h/judge"]), n=1)  # fmt: skip
+    without_secrets(_Strategy.print)(object.__new__(_Strategy), "arguments:", args)
+    assert capsys.readouterr().out == (
+        "arguments: namespace(logger=namespace(wandb=namespace(key='***', org='us')), "
+        "reward=namespace(remote_url=['http://me:***@h/judge']), n=1)\n"
+    )
+
+
 def test_a_cpu_is_not_asked_for_what_needs_a_gpu():
     command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--algo", "sdpo"]
     done = subprocess.run([*command, "--ds.use_liger_kernel"], capture_output=True, text=True)

@@ -43,7 +43,8 @@ def test_a_missing_library_is_named_before_anything_loads(flags, message, monkey
 
 
 def test_keys_and_texts_stay_here():
-    args = parsed("--logger.swanlab.key", "secret")
+    args = parsed("--logger.swanlab.key", "secret", "--logger.mlflow.uri", "https://me:secret@h")
+    assert loggers.arguments(args)["logger.mlflow.uri"] == "https://me:***@h"
     assert loggers.arguments(args)["actor.adam.lr"] == "0.001" and "secret" not in loggers.arguments(args).values()
     metrics = {"reward": 0.5, "kl": None, "generated_samples": ["text", 1.0]}
     assert loggers.numbers(metrics, "train/") == {"train/reward": 0.5}

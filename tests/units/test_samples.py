@@ -1,5 +1,7 @@
 """The file of samples: what a run, its restart and its readers leave in it and find in it."""
 
+import datetime
+import decimal
 import json
 import resource
 import signal
@@ -55,8 +57,22 @@ def test_any_text_stays_on_its_line_and_is_utf8(tmp_path):
     (sample,) = read_samples(file.path)
     assert sample["response"] == text and sample["feedback"] == "half ?"
     assert "你好".encode() in file.path.read_bytes()
-    with pytest.raises(ValueError):
-        file.append(lines(2, reward=float("nan")))
+
+
+@pytest.mark.parametrize(
+    "given, written",
+    [
+        (datetime.datetime(2024, 5, 1, 10), "2024-05-01T10:00:00"), (datetime.date(2024, 5, 1), "2024-05-01"),
+        (datetime.time(12, 30), "12:30:00"), (datetime.timedelta(seconds=90), "0:01:30"), (b"a", "b'a'"),
+        (decimal.Decimal("1.10"), "1.10"), (float("nan"), None), ({1: (2, {3})}, {"1": [2, "{3}"]}),
+        ([True, None, 2**70, 0.5, "a"], [True, None, 2**70, 0.5, "a"]),
+    ],
+)  # fmt: skip
+def test_whatever_a_chat_holds_is_written(tmp_path, given, written):
+    file = SampleFile(tmp_path)
+    file.begin(0)
+    file.append(lines(1, prompt=[{"role": "user", "content": "?", "extra": given}]))
+    assert read_samples(file.path)[0]["prompt"] == [{"role": "user", "content": "?", "extra": written}]
 
 
 @pytest.mark.parametrize("line", [b"no json", b"[1]", b'{"sample": 0}', b'{"step": null}', b"\0\0"])
