@@ -29,7 +29,6 @@ def main(job):
         os.setgroups([])
         os.setresgid(job["uid"], job["uid"], job["uid"])
         os.setresuid(job["uid"], job["uid"], job["uid"])
-    prctl(DIE_WITH_PARENT, SIGKILL)  # a change of the user undid it
     prctl(SET_DUMPABLE, 0)  # its memory and files are closed to the program, which has the same user
     result = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -75,12 +74,14 @@ def perform(job, space, text):
 def watch(pid, fds, limits, isolated):
     """What was written to each of `fds` until the process ended or met a limit, that limit or None, the exit code.
 
-    Of the second, stderr, only the end is kept.
+    Of the second, stderr, only the end is kept. When our stdin ends, who started us has gone, and so do we.
     """
     parts, open_, end = {fd: bytearray() for fd in fds}, set(fds), None
     deadline, status = time.monotonic() + limits["seconds"], None
     while open_ and end is None:
-        for fd in select.select(list(open_), [], [], max(0.0, min(0.05, deadline - time.monotonic())))[0]:
+        for fd in select.select([0, *open_], [], [], max(0.0, min(0.05, deadline - time.monotonic())))[0]:
+            if fd == 0:
+                os._exit(1)
             data = os.read(fd, 65536)
             parts[fd] += data
             if not data:

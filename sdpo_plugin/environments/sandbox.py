@@ -32,7 +32,6 @@ from sdpo_plugin.environments.seccomp import machine_filter
 MIB = 2**20
 WORD = re.compile(r"[A-Za-z]\w*")
 START = "import marshal, sys; code, job = marshal.load(sys.stdin.buffer); exec(code); main(job)"
-ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
 # Starts a thread, so that both kinds of new task are tried: the driver has to fork for it.
 TRIAL = "import threading\nthreading.Thread(target=print, args=['works']).start()"
 # What LiveCodeBench imports for a program: these modules, and all their names that are not built-in ones.
@@ -91,19 +90,9 @@ def run(
     limits = limits or Limits()
     isolation = _isolation()
     sent = _job(isolation, program, inputs, function, limits, stop)
-    with _places(limits.memory), tempfile.TemporaryDirectory(prefix="sandbox-") as empty:
-        process = subprocess.Popen(
-            [*isolation.command(), "-I", "-S", "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=ENVIRONMENT, cwd=empty, start_new_session=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + len(inputs) * (limits.seconds + 1.0) + 5.0
-        try:
-            told = _talk(process, sent, deadline, len(inputs) * (limits.output + MIB) + MIB)
-        finally:
-            process.kill()
-            process.wait()
-            for pipe in filter(None, (process.stdin, process.stdout)):
-                pipe.close()
+    seconds, most = len(inputs) * (limits.seconds + 1.0) + 5.0, len(inputs) * (limits.output + MIB) + MIB
+    with _places(limits.memory):
+        told = _told(isolation, sent, seconds, most)
     outcomes: list[Outcome] = []
     while told and len(outcomes) < len(inputs):
         outcome, told = _outcome(told)
@@ -160,23 +149,36 @@ def _named(program: str) -> list[tuple[str, str]]:
     return [(name, module) for name, module in _prelude().items() if name in words]
 
 
+def _told(isolation: Isolation, job: bytes, seconds: float, most: int) -> bytes:
+    """What a sandbox says of a job, no longer and no more than allowed. Its stdin stays open while it is wanted."""
+    deadline = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as empty:
+        process = subprocess.Popen(
+            [*isolation.command(), "-I", "-S", "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin"}, cwd=empty, start_new_session=True,
+        )  # fmt: skip
+        try:
+            return _talk(process, job, deadline, most)
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in filter(None, (process.stdin, process.stdout)):
+                pipe.close()
+
+
 def _talk(process: subprocess.Popen[bytes], job: bytes, deadline: float, most: int) -> bytes:
-    """Send the job and read what comes back, no longer and no more than allowed."""
+    """Send the job and read what comes back."""
     received, left, to, back = bytearray(), memoryview(job), process.stdin, process.stdout
     assert to is not None and back is not None
     os.set_blocking(to.fileno(), False)
     os.set_blocking(back.fileno(), False)
-    writing = [to]
     while time.monotonic() < deadline and len(received) <= most:
-        readable, writable, _ = select.select([back], writing, [], 0.5)
+        readable, writable, _ = select.select([back], [to] if left else [], [], 0.5)
         if writable:
             try:
                 left = left[os.write(to.fileno(), left[:65536]) :]
             except BrokenPipeError:
                 left = left[:0]
-            if not left:
-                to.close()
-                writing = []
         if readable:
             data = back.read(65536)
             if not data:
@@ -225,13 +227,11 @@ def _bubblewrap() -> Isolation | None:
 
 
 def _works(isolation: Isolation) -> bool:
-    """Whether a program runs and may start one thread, but no second one if threads are counted."""
+    """Whether a program runs there, with a limit that allows its one thread and none of anybody else."""
     limits = replace(Limits(), processes=3)  # the driver, the program and its thread
     job = _job(isolation, TRIAL, [""], None, limits, True)
     try:
-        done = subprocess.run(
-            [*isolation.command(), "-I", "-S", "-c", START], input=job, capture_output=True, env=ENVIRONMENT, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        told = _told(isolation, job, 30.0, MIB)
+    except OSError:
         return False
-    return bool(done.stdout) and _outcome(done.stdout)[0].output == "works\n"
+    return bool(told) and _outcome(told)[0].output == "works\n"
