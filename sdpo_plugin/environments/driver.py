@@ -18,7 +18,7 @@ SHOWN = 4000  # bytes of an error
 FILES = 10_000  # in /tmp: each takes memory, the empty ones too, and its size does not bound their number
 
 
-def main(job):
+def main(job: dict) -> None:
     """Writes `END LENGTH LENGTH\\n`, output and error for each input. job: see `sandbox.run`."""
     try:  # where memory runs out, it is not the trainer that the kernel ends
         with open("/proc/self/oom_score_adj", "w") as file:
@@ -47,7 +47,7 @@ def main(job):
             break
 
 
-def perform(job, space, text):
+def perform(job: dict, space: dict, text: bytes) -> tuple[str, bytes, bytes]:
     """How the program ended for this input, what it printed or returned, and its error, the last two as bytes."""
     given = os.memfd_create("in")
     left = memoryview(text)
@@ -71,7 +71,7 @@ def perform(job, space, text):
     return end, b"" if job["function"] else stdout[: job["limits"]["output"]], (told or stderr)[-SHOWN:]
 
 
-def watch(pid, fds, limits, isolated):
+def watch(pid: int, fds: list[int], limits: dict, isolated: bool) -> tuple[list[bytes], str | None, int]:
     """What was written to each of `fds` until the process ended or met a limit, that limit or None, the exit code.
 
     Of the second, stderr, only the end is kept. When our stdin ends, who started us has gone, and so do we.
@@ -107,13 +107,13 @@ def watch(pid, fds, limits, isolated):
     return [bytes(parts[fd]) for fd in fds], end, os.waitstatus_to_exitcode(status)
 
 
-def files():
+def files() -> int:
     """How many there are in /tmp, a file system of the sandbox."""
     found = os.statvfs("/tmp")
     return found.f_files - found.f_ffree
 
 
-def child(job, space, text, fds, leave=os._exit, write=os.write):
+def child(job: dict, space: dict, text: bytes, fds: list[int], leave=os._exit, write=os.write) -> None:
     """The program's own process: `fds` become its stdin, stdout, stderr and 3. Never returns."""
     code = 1
     try:
@@ -137,7 +137,7 @@ def child(job, space, text, fds, leave=os._exit, write=os.write):
         leave(code)
 
 
-def limit(job):
+def limit(job: dict) -> None:
     """The limits of this process. Inputs count on top: they were in its memory before it began."""
     limits = job["limits"]
     memory = limits["memory"] + sum(map(len, job["inputs"]))
@@ -152,7 +152,7 @@ def limit(job):
         resource.setrlimit(kind, (value, value))
 
 
-def refuse_calls(steps):
+def refuse_calls(steps: bytes) -> None:
     """Install the filter of system calls, for this process and its threads."""
 
     class Program(ctypes.Structure):
@@ -163,14 +163,14 @@ def refuse_calls(steps):
     prctl(SET_SECCOMP, FILTER, ctypes.addressof(program))
 
 
-def prctl(*numbers):
+def prctl(*numbers: int) -> None:
     """Raises OSError where the kernel refuses."""
     words = [ctypes.c_ulong(number) for number in (*numbers, 0, 0, 0, 0)[:5]]
     if ctypes.CDLL(None).prctl(*words):
         raise OSError(f"prctl{numbers} failed")
 
 
-def attempt(job, space, text):
+def attempt(job: dict, space: dict, text: bytes) -> tuple[int, bytes]:
     """Run the program and, if one is asked for, its function; its exit code, and its result or exception as text."""
     name = job["function"]
     # A function's module is not the main one: what stands below `if __name__ == "__main__"` is not asked for.
@@ -192,7 +192,7 @@ def attempt(job, space, text):
         return 1, tell(error, job["program"]).encode(errors="replace")
 
 
-def call(name, space, text):
+def call(name: str, space: dict, text: bytes) -> bytes:
     """The JSON of what the function returns for the arguments in `text`, one a line."""
     import json
 
@@ -207,7 +207,7 @@ def call(name, space, text):
     return dumps(found(*arguments)).encode()
 
 
-def finish():
+def finish() -> None:
     """What Python does at the end of a program: wait for threads, call what was registered, write what is buffered."""
     threading = sys.modules.get("threading")
     if threading:
@@ -215,12 +215,13 @@ def finish():
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.__stdout__):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except Exception:  # it was closed, or is another thing by now
             pass
 
 
-def tell(error, program):
+def tell(error: BaseException, program: str) -> str:
     """The exception, with its lines in the program. Its class is the program's: it may do anything when asked."""
     try:
         if isinstance(error, SyntaxError) and error.lineno:

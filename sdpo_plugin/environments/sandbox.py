@@ -40,6 +40,7 @@ PRELUDE = (
     "functools", "operator", "io", "sys", "json", "typing",
 )  # fmt: skip
 _uids = itertools.count()
+_starting = threading.Lock()  # of the first ones, each would try for itself what works here
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,11 @@ def run(
         SandboxError: the kernel allows none, and `SDPO_SANDBOX` is not `weak`.
     """
     limits = limits or Limits()
-    isolation = _isolation()
+    with _starting:
+        isolation, places = _isolation(), _places(limits.memory)
     sent = _job(isolation, program, inputs, function, limits, stop)
     seconds, most = len(inputs) * (limits.seconds + 1.0) + 5.0, len(inputs) * (limits.output + MIB) + MIB
-    with _places(limits.memory):
+    with places:
         told = _told(isolation, sent, seconds, most)
     outcomes: list[Outcome] = []
     while told and len(outcomes) < len(inputs):
@@ -229,9 +231,9 @@ def _bubblewrap() -> Isolation | None:
 def _works(isolation: Isolation) -> bool:
     """Whether a program runs there, with a limit that allows its one thread and none of anybody else."""
     limits = replace(Limits(), processes=3)  # the driver, the program and its thread
-    job = _job(isolation, TRIAL, [""], None, limits, True)
     try:
+        job = _job(isolation, TRIAL, [""], None, limits, True)
         told = _told(isolation, job, 30.0, MIB)
-    except OSError:
+    except (OSError, SandboxError):
         return False
     return bool(told) and _outcome(told)[0].output == "works\n"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import platform
 import struct
 
+from sdpo_plugin.environments.isolation import SandboxError
+
 # Numbers on x86_64 and on aarch64; None: the call is not there.
 CALLS: dict[str, tuple[int, int | None]] = {
     "fork": (57, None), "vfork": (58, None),  # clone, below, is looked at more closely
@@ -34,11 +36,11 @@ def machine_filter(machine: str | None = None) -> bytes:
     """The filter for this machine, 8 bytes an instruction.
 
     Raises:
-        ValueError: for a machine whose numbers are not here.
+        SandboxError: for a machine whose numbers are not here.
     """
     machine = machine or platform.machine()
     if machine not in MACHINES:
-        raise ValueError(f"no system calls are listed for {machine}, only for {', '.join(MACHINES)}")
+        raise SandboxError(f"no system calls are listed for {machine}, only for {', '.join(MACHINES)}")
     architecture, column, clone = MACHINES[machine]
     numbers = [number for number in (call[column] for call in CALLS.values()) if number is not None]
     steps = [

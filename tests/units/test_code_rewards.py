@@ -119,7 +119,7 @@ def test_what_is_told_of_an_odd_exception(program, told):
 
 # ── answers and labels that are odd ──
 
-DEEP = "[" * 5000 + "]" * 5000
+DEEP = "[" * 100_000 + "]" * 100_000
 ANSWERS = {
     "deep": "x = []\n    for _ in range(4999): x = [x]\n    return x",
     "in itself": "x = []\n    x.append(x)\n    return x",
