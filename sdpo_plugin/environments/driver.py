@@ -68,7 +68,8 @@ def perform(job: dict, space: dict, text: bytes) -> tuple[str, bytes, bytes]:
             "time" if code == -SIGXCPU else "error" if code > 0 else "died")  # fmt: skip
     if end == "ok":
         return end, told if job["function"] else stdout, b""
-    return end, b"" if job["function"] else stdout[: job["limits"]["output"]], (told or stderr)[-SHOWN:]
+    error = told or b"".join(line for line in stderr.splitlines(keepends=True) if b"<driver>" not in line)
+    return end, b"" if job["function"] else stdout[: job["limits"]["output"]], error[-SHOWN:]
 
 
 def watch(pid: int, fds: list[int], limits: dict, isolated: bool) -> tuple[list[bytes], str | None, int]:

@@ -108,6 +108,7 @@ def test_inputs_are_whole():
         ("print('\\ud800')", "UnicodeEncodeError: 'utf-8' codec can't encode character"),
         ("x = '\ud800'", "UnicodeEncodeError: 'utf-8' codec can't encode character"),
         ("x = '\0'", "source code string cannot contain null bytes"),
+        ("import os, traceback\ntraceback.print_stack()\nos._exit(1)", 'File "<program>", line 2, in <module>'),
         ("import os\nos.abort()", "it was killed, or ended itself without a result"),
     ],
 )
