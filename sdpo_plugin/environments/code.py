@@ -122,7 +122,7 @@ def extract(response: str, function: str | None = None) -> str | None:
     def rank(numbered: tuple[int, Any]) -> tuple[bool, int, bool, int]:
         i, (language, content) = numbered
         seen, python = sum(bool(sign.search(content)) for sign in signs), bool(PYTHON.fullmatch(language))
-        return python or not language, seen, python or seen > 0, i
+        return python or not language, seen, python, i
 
     found = max(enumerate(blocks(answer)), key=rank, default=None)
     return found[1].content if found else None

@@ -25,6 +25,7 @@ FORMS = {
     "its output behind it, no tags": f"```\n{PROGRAM}```\nIt prints:\n```\n3\n```",
     "its output behind it, closed behind the code": f"```python\n{PROGRAM.strip()}```\nIt prints:\n```\n3\n```",
     "its output behind it, in words": f"```\n{PROGRAM}```\n```text\nprint writes 3\n```",
+    "in words behind it": f"```python\n{PROGRAM}```\nThat is:\n```\ninput a, b\nprint(a + b)\n```",
     "how to run it": f"```python\n{PROGRAM}```\n```bash\necho 1 2 | python main.py\n```",
     "how to call it": f"```python\n{PROGRAM}```\nFor example\n```python\nprint(sum([1, 2]))\n```",
     "the same in Java behind it": f"```python\n{PROGRAM}```\n```java\nSystem.out.print(a + b); // of stdin\n```",
