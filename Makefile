@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # The versions that were tested, for this Python.
 TESTED = .ci/tested/$$($(PY) -c 'import sys; print(*sys.version_info[:2], sep=".")').txt
 
-.PHONY: demo demo-lm test docs bench matrix kills robustness soak variants study installs install tested clean
+.PHONY: demo demo-lm test check docs bench matrix kills robustness soak variants study installs install tested clean
 
 demo: .venv/installed
 	$(PY) recipes/demo.py quickstart
@@ -14,11 +14,17 @@ demo-lm: .venv/lm
 	$(PY) recipes/demo.py smart_home
 	$(PY) recipes/smart_home/ask.py runs/smart_home
 
-# Two files of tests at a time: one run of OpenRLHF does not keep two cores busy.
+# Three files of tests at a time, those without OpenRLHF first: one run of OpenRLHF keeps less than a core busy.
+PYTEST = $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 test: .venv/installed
 	$(PY) -m ruff check sdpo_plugin tests recipes
 	$(PY) -m mypy
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+# What is too slow for `make test`: more ways to train, restarts, fresh interpreters, OpenRLHF's own tests.
+check: .venv/installed
+	$(PYTEST) -m check
 
 # The pages of docs/ as a site, in runs/site: open index.html, or serve it (python -m http.server -d runs/site) to search.
 docs: .venv/installed

@@ -4,14 +4,14 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+import pytest
+
+if TYPE_CHECKING:  # a file of tests that needs no torch starts without it
+    import torch
 
 REWARD = '''
 import torch
@@ -27,12 +27,26 @@ SDPO = ("--algo", "sdpo", "--distill.topk", "20")
 TWO_RANKS = ("--actor.num_gpus_per_node", "2", "--train.micro_batch_size", "4")
 LORA = ("--ds.lora.rank", "4", "--ds.lora.target_modules", "q_proj", "v_proj", "down_proj")
 ZERO = [(*TWO_RANKS, "--ds.zero_stage", stage) for stage in ("0", "1", "2", "3")]
+STAGES = {f"zero{stage}": (flags,) for stage, flags in enumerate(ZERO)}
+
+
+def cases(named: dict[str, tuple[Any, ...]] | Iterable[str], *soon: str) -> list[Any]:
+    """Parameters of a test: arguments by id, or ids that are themselves the argument.
+
+    `make test` runs those named in `soon`, `make check` the others.
+    """
+    found = named if isinstance(named, dict) else {name: (name,) for name in named}
+    assert found.keys() >= set(soon)
+    return [
+        pytest.param(*arguments, id=name, marks=() if name in soon else pytest.mark.check)
+        for name, arguments in found.items()
+    ]
 
 
 def same(a, b) -> bool:
     """Whether two runs ended with the same weights, bit for bit."""
     assert a.weights.keys() == b.weights.keys() and a.weights
-    return all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
+    return all(tensor.equal(b.weights[name]) for name, tensor in a.weights.items())
 
 
 def motion(run, start) -> float:
@@ -40,26 +54,13 @@ def motion(run, start) -> float:
     return sum((run.weights[name].float() - w.float()).norm().item() ** 2 for name, w in start.items()) ** 0.5
 
 
-def adapter(run) -> dict[str, torch.Tensor]:
+def adapter(run) -> "dict[str, torch.Tensor]":
     """A LoRA run's final adapter; the host saves it as a pickle under ZeRO-3."""
+    import torch
+    from safetensors.torch import load_file
+
     file = run.directory / "model" / "adapter_model.bin"
     return torch.load(file) if file.exists() else load_file(file.with_suffix(".safetensors"))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor made while active; views of others are none."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        def storages(tree):
-            leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-            return {leaf.untyped_storage().data_ptr(): leaf.nbytes for leaf in leaves}
-
-        result = function(*args, **(kwargs or {}))
-        known = storages((args, kwargs))
-        self.bytes = max([self.bytes, *(size for at, size in storages(result).items() if at not in known)])
-        return result
 
 
 class Service:

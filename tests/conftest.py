@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from common import REWARD, ROWS, SDPO, TWO_RANKS
-from safetensors.torch import load_file
 
 from sdpo_plugin.host.cluster import HIDDEN
 from sdpo_plugin.testing import Run, tiny_model
@@ -53,4 +52,6 @@ def replay(openrlhf, model, reward, recorded):
 @pytest.fixture(scope="session")
 def initial(model) -> dict:
     """The weights every run starts from."""
+    from safetensors.torch import load_file
+
     return load_file(model / "model.safetensors")

@@ -29,7 +29,8 @@ MODULES = (
     "vllm.v1.structured_output", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama",
     "openrlhf.trainer.ray.vllm_worker_wrap",
     # Ray's own
-    "ray._private.log_monitor", "ray._private.runtime_env.agent.runtime_env_agent", "ray._private.workers.default_worker",
+    "ray._private.log_monitor", "ray._private.runtime_env.agent.runtime_env_agent",
+    "ray._private.workers.default_worker",
     "ray.autoscaler._private.monitor", "ray.dashboard.agent", "ray.dashboard.dashboard",
     "ray.dashboard.modules.reporter.reporter_agent", "ray.dashboard.modules.usage_stats.usage_stats_head",
 )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from common import ROWS, SDPO, TWO_RANKS, Service
+from common import ROWS, SDPO, TWO_RANKS, Service, cases
 
 from sdpo_plugin.testing import RunFailed, tiny_model
 
@@ -112,7 +112,7 @@ REWARDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", cases(REWARDS.keys(), "raises", "hangs"))
 def test_a_reward_function(openrlhf, model, tmp_path, name):
     code, error, where = REWARDS[name]
     (tmp_path / "reward.py").write_text(code)
@@ -170,7 +170,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", cases(FAULTS.keys(), "controller", "gradient, ZeRO 3"))
 def test_in_step_2_of_training(openrlhf, model, reward, recorded, tmp_path, name):
     """On the last of two ranks; what step 1 saved is there."""
     (code, error), fault = FAULTS[name], name.split(",")[0]
@@ -209,7 +209,7 @@ VICTIMS = {
 }
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("victim", cases(VICTIMS.keys(), "engine core"))
 def test_a_killed_engine(openrlhf, model, tmp_path, victim):
     victims, error = VICTIMS[victim]
     (tmp_path / "reward.py").write_text(DYING.format(victims=victims))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from common import LORA, ROWS, SDPO, ZERO
+from common import LORA, ROWS, SDPO, STAGES, ZERO, cases
 from probe import CHUNK_ROWS
 
 from sdpo_plugin.testing import tiny_model
@@ -25,8 +25,11 @@ def twice(recorded, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "tied"),
+    cases({"0-untied": (0, False), "0-tied": (0, True), "2-untied": (2, False), "2-tied": (2, True),
+           "3-untied": (3, False), "3-tied": (3, True)}, "2-untied", "3-tied"),
+)  # fmt: skip
 def test_gradient_is_the_definition_s(
     openrlhf, model, tied_model, reward, recorded, twice, monkeypatch, tmp_path, stage, tied
 ):
@@ -94,13 +97,14 @@ def of_one_rank(gradient):
     return gradient()
 
 
-@pytest.mark.parametrize("zero", ZERO, ids=["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", cases(STAGES, "zero2", "zero3"))
 def test_two_ranks_have_the_gradient_of_one(gradient, of_one_rank, zero):
     difference = distance(gradient(*zero), of_one_rank)
     print(f"{zero}: relative difference {difference:.1e}")
     assert difference <= 1e-5
 
 
+@pytest.mark.check
 def test_both_means_keep_their_weight_beside_the_policy_s_loss(gradient, of_one_rank):
     """On two ranks, in micro-batches of two of which some hold no sample with a context, as on one in one of sixteen.
 
@@ -119,7 +123,10 @@ def test_both_means_keep_their_weight_beside_the_policy_s_loss(gradient, of_one_
     assert norm(pure["tokens"]) == pytest.approx(2 * norm(pure["samples"]), rel=0.2)
 
 
-@pytest.mark.parametrize(("batches", "stage"), [("packed", 3), ("dynamic", 0), ("dynamic", 2)])
+@pytest.mark.parametrize(
+    ("batches", "stage"),
+    cases({"packed-3": ("packed", 3), "dynamic-0": ("dynamic", 0), "dynamic-2": ("dynamic", 2)}, "dynamic-2"),
+)
 def test_packed_samples_have_the_gradient_of_padded_ones(gradient, of_one_rank, batches, stage):
     """Also in micro-batches of as many samples as have room. The host packs only if there is an engine."""
     flags = ["--ds.packing_samples", "--vllm.num_engines", "1"]
@@ -151,13 +158,17 @@ SWITCHES = {
     "reentrant": ("--actor.gradient_checkpointing_enable", "--actor.gradient_checkpointing_reentrant"),
 }  # fmt: skip
 # What decides when and how DeepSpeed reduces gradients; all combinations are in matrix.py.
-CELLS = [
-    (1, "offload", "full", "reentrant"), (2, "offload", "full", "once"), (2, "offload", "lora", "recomputed"),
-    (3, "offload", "full", "recomputed"), (3, "offload", "lora", "reentrant"),
-]  # fmt: skip
+CELLS = {
+    "-".join(map(str, cell)): cell for cell in (
+        (1, "offload", "full", "reentrant"), (2, "offload", "full", "once"), (2, "offload", "lora", "recomputed"),
+        (3, "offload", "full", "recomputed"), (3, "offload", "lora", "reentrant"),
+    )
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("stage", "optimizer", "weights", "layers"), CELLS)
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "weights", "layers"), cases(CELLS, "2-offload-full-once", "3-offload-lora-reentrant")
+)
 def test_every_micro_batch_is_in_the_gradient(gradient, stage, optimizer, weights, layers):
     """Four micro-batches on two ranks have the gradient of one on one, in buckets that overflow within a backward."""
     switches = [flag for name in (optimizer, weights, layers) for flag in SWITCHES[name]]

@@ -41,6 +41,7 @@ def test_the_example_weighs_prompts_and_survives_a_restart(
     assert not same(weighed, floored)
 
 
+@pytest.mark.check
 def test_the_algorithm_is_offered_and_has_its_option(openrlhf, model, reward, recorded, documented):
     flags = ("--algo", "early", "--distill.topk", "20", "--plugins", "early")
     soon, late = (openrlhf(model, ROWS, reward, *flags, "--early.half_life", h, replay=recorded) for h in ("1", "99"))
@@ -59,6 +60,7 @@ def test_the_tutorial_s_variant_acts(openrlhf, model, reward, recorded, tmp_path
     assert not same(run, recorded)
 
 
+@pytest.mark.check
 def test_the_package_s_own_test_passes(openrlhf, tmp_path, monkeypatch):
     """Installed, the plugin acts without being named."""
     monkeypatch.setenv("PYTHONPATH", str(install_toy(tmp_path)))

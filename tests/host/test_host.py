@@ -2,7 +2,7 @@
 
 
 import pytest
-from common import ROWS, SDPO, ZERO, motion, same
+from common import ROWS, SDPO, STAGES, ZERO, cases, motion, same
 
 from sdpo_plugin.testing import RunFailed
 
@@ -36,7 +36,7 @@ def test_feedback_and_record_reach_the_samples(recorded):
             assert sample.record["note"] == f"row {row}" and sample.feedback == f"expected {row}"
 
 
-@pytest.mark.parametrize("zero", [ZERO[2], ZERO[3]], ids=["zero2", "zero3"])
+@pytest.mark.parametrize("zero", cases({name: STAGES[name] for name in ("zero2", "zero3")}, "zero2"))
 def test_distillation_acts_on_the_weights_and_weight_0_is_the_host(replay, recorded, initial, zero):
     distilled = recorded if zero == ZERO[2] else replay(*SDPO, *zero)
     without = replay(*SDPO, "--distill.weight", "0", *zero)
@@ -47,7 +47,10 @@ def test_distillation_acts_on_the_weights_and_weight_0_is_the_host(replay, recor
     assert not any(tag.startswith("train/self_distillation") for tag in without.metrics)
 
 
-@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", "unheard_of"), ("float32", "mismatch dtype: src torch.fl")])
+REFUSED = {"name": ("bfloat16", "unheard_of"), "dtype": ("float32", "mismatch dtype: src torch.fl")}
+
+
+@pytest.mark.parametrize(("dtype", "said"), cases(REFUSED, "name"))
 def test_a_weight_that_the_engine_refuses_ends_the_run(openrlhf, model, reward, monkeypatch, dtype, said):
     with pytest.raises(RunFailed, match=rf"^(?!no end in time)[\s\S]*{said}"):
         openrlhf(
@@ -98,7 +101,7 @@ def toy(monkeypatch, tmp_path):
     return (tmp_path / "toy.py").write_text
 
 
-@pytest.mark.parametrize("weight", ["0.5", "1"])
+@pytest.mark.parametrize("weight", cases(["0.5", "1"], "0.5"))
 def test_a_foreign_plugin_adds_a_flag_a_metric_and_a_term(replay, recorded, toy, weight):
     """Also where the algorithm itself has no use for log-probabilities or entropy."""
     toy(TOY + NEEDS)

@@ -28,6 +28,7 @@ def test_epochs_and_minibatches_move_the_teacher_and_the_importance_ratio(replay
     assert same(replay(*SDPO), replay(*SDPO, *unclipped))
 
 
+@pytest.mark.check
 def test_kl_to_the_reference_model_holds_the_student_back(replay, initial):
     free = replay(*SDPO, "--actor.adam.lr", "1e-2")
     kl = ("--algo.kl.use_loss", "--algo.kl.estimator", "k2", "--algo.kl.init_coef", "100")
@@ -38,11 +39,13 @@ def test_kl_to_the_reference_model_holds_the_student_back(replay, initial):
     assert motion(held, initial) < motion(free, initial)
 
 
+@pytest.mark.check
 def test_an_entropy_bonus_acts_on_the_student(replay):
     run = replay(*SDPO, "--actor.entropy_coef", "1.0")
     assert values(run, "entropy_loss")[0] > 0 and not same(run, replay(*SDPO))
 
 
+@pytest.mark.check
 def test_critic_less_estimators_go_into_the_policy_s_half(replay):
     half = (*SDPO, "--distill.weight", "0.5", "--algo.advantage.estimator")
     runs = [replay(*SDPO), *(replay(*half, estimator) for estimator in ("reinforce", "rloo", "dr_grpo"))]
@@ -64,6 +67,7 @@ def reward_func(queries, prompts, labels):
 """
 
 
+@pytest.mark.check
 def test_dynamic_filtering_leaves_groups_that_differ(openrlhf, model, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD_OF_TURNS)
     run = openrlhf(
@@ -189,6 +193,7 @@ class AgentExecutor(MultiTurnAgentExecutor):
 """
 
 
+@pytest.mark.check
 def test_samples_without_an_action_teach_nothing_and_are_taught_nothing(openrlhf, model, initial, tmp_path):
     """Where a response may be as long as the context, OpenRLHF lets a longer prompt leave its agent no room."""
     (tmp_path / "agent.py").write_text(AGENT)
@@ -216,6 +221,7 @@ def openrlhf_model(actor, args):
 """
 
 
+@pytest.mark.check
 def test_fp16_has_the_gradient_of_bf16(replay, initial, monkeypatch, tmp_path):
     """DeepSpeed's loss scale starts at 65,536 and halves where a gradient overflows, which skips the step."""
     (tmp_path / "fp16_on_cpu.py").write_text(FP16_ON_CPU)

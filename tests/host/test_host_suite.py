@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.check
 def test_the_hosts_own_tests_pass_in_cpu_mode():
     code = (
         "from sdpo_plugin.host import cpu; cpu.enable()\n"

@@ -69,6 +69,7 @@ def test_mlflow_has_what_tensorboard_has_and_goes_on_after_a_restart(
     assert [step for step, _ in history(client, run, "train/policy_loss")] == [1, 2]
 
 
+@pytest.mark.check
 def test_a_failed_run_is_a_failed_run_at_mlflow_s(openrlhf, model, reward, recorded, store, fails):
     client, flags = store
     with pytest.raises(RunFailed, match="out of steps"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import LORA, ROWS, TWO_RANKS, ZERO, adapter, motion, same
+from common import LORA, ROWS, TWO_RANKS, ZERO, adapter, cases, motion, same
 from test_gradients import distance
 
 from sdpo_plugin.testing import tiny_model
@@ -45,10 +45,12 @@ def test_the_student_moves_towards_another_model(replay, model, teacher, initial
     assert motion(run, initial) > 0 and not same(run, own)
 
 
-@pytest.mark.parametrize(
-    ("student", "flags"),
-    [("2", ("--teacher.zero_stage", "3")), ("3", ("--teacher.zero_stage", "0", "--teacher.offload"))],
-)
+OWN_STAGE = {
+    "2-3": ("2", ("--teacher.zero_stage", "3")), "3-offload": ("3", ("--teacher.zero_stage", "0", "--teacher.offload")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("student", "flags"), cases(OWN_STAGE, "2-3"))
 def test_the_teacher_has_a_zero_stage_of_its_own(gradient, student, flags):
     own = gradient(*TWO_RANKS, "--ds.zero_stage", student, *flags)
     difference = distance(own, gradient())
@@ -56,6 +58,7 @@ def test_the_teacher_has_a_zero_stage_of_its_own(gradient, student, flags):
     assert difference <= 1e-5
 
 
+@pytest.mark.check
 def test_a_lora_student_learns_from_a_whole_teacher(replay, teacher):
     run = replay(*OPD, *teacher, *ZERO[2], *LORA)
     assert any(values.any() for name, values in adapter(run).items() if "lora_B" in name)  # B starts at zero

@@ -36,6 +36,7 @@ def cluster(request, monkeypatch, tmp_path):
         made.shutdown()
 
 
+@pytest.mark.check
 def test_auto_is_never_a_cpu_where_the_cluster_has_gpus(openrlhf, model, reward, cluster):
     with pytest.raises(RunFailed) as failed:
         openrlhf(model, ROWS, reward, *SDPO, "--platform", "auto", fresh=True)
@@ -47,6 +48,7 @@ def test_auto_is_never_a_cpu_where_the_cluster_has_gpus(openrlhf, model, reward,
     assert failed.value.code == 2 and failed.value.seconds < 60
 
 
+@pytest.mark.check
 def test_a_run_on_two_nodes(openrlhf, model, reward, cluster):
     """The policy's two ranks and the engine do not fit on one."""
     run = openrlhf(model, ROWS, reward, *SDPO, *TWO_RANKS)
@@ -55,6 +57,7 @@ def test_a_run_on_two_nodes(openrlhf, model, reward, cluster):
         openrlhf(model, ROWS, reward, *SDPO, "--actor.num_gpus_per_node", "4")
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("cluster", ["lies"], indirect=True)
 def test_a_worker_that_finds_cuda_is_not_put_into_cpu_mode(openrlhf, model, reward, cluster):
     with pytest.raises(RunFailed) as failed:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import adapter, motion
+from common import adapter, cases, motion
 from safetensors.torch import load_file
 
 from sdpo_plugin.host import recipe as recipes
@@ -21,7 +21,10 @@ def small_model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("smoke") / "model", positions=4096)
 
 
-@pytest.mark.parametrize("path", smoke.smoked(), ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+RECIPES = {str(path.relative_to(ROOT / "recipes")): (path,) for path in smoke.smoked()}
+
+
+@pytest.mark.parametrize("path", cases(RECIPES, "multi_turn/sdpo.yaml", "tooluse/sdft.yaml"))
 def test_a_recipe_distils_what_its_environment_says(openrlhf, small_model, path, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = smoke.small(smoke.launch(path))

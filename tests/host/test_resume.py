@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from common import ROWS, SDPO, TWO_RANKS, same
+from common import ROWS, SDPO, TWO_RANKS, cases, same
 from killer import POINTS
 
 from sdpo_plugin.testing import RunFailed
@@ -20,7 +20,7 @@ def unkilled(openrlhf, model, reward):
     return openrlhf(model, ROWS, reward, *FLAGS)
 
 
-@pytest.mark.parametrize("at", POINTS[1:])  # the first: below
+@pytest.mark.parametrize("at", cases(POINTS[1:], "save_checkpoint"))  # the first: below
 def test_a_killed_run_continues(openrlhf, model, reward, unkilled, monkeypatch, tmp_path, at):
     flags = [*FLAGS, "--ckpt.path", str(tmp_path / "ckpt")]
     with pytest.raises(RunFailed, match="^-9;"):
@@ -33,6 +33,7 @@ def test_a_killed_run_continues(openrlhf, model, reward, unkilled, monkeypatch, 
     assert same(resumed, unkilled)
 
 
+@pytest.mark.check
 def test_fresh_interpreters_make_the_same_run(openrlhf, model, reward, unkilled, monkeypatch, tmp_path):
     """As users start them: one killed, one that resumes, and both are one run with the forks of `unkilled`."""
     flags = [*FLAGS, "--ckpt.path", str(tmp_path / "ckpt")]
@@ -46,6 +47,7 @@ def test_fresh_interpreters_make_the_same_run(openrlhf, model, reward, unkilled,
     assert same(resumed, unkilled)
 
 
+@pytest.mark.check
 def test_an_episode_that_was_over_is_not_repeated(openrlhf, model, reward, tmp_path):
     """Three prompts a step, two in the last: OpenRLHF saves that step under the episode it ended."""
     flags = [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import ROWS, SDPO
+from common import ROWS, SDPO, cases
 
 from sdpo_plugin.testing import RunFailed
 
@@ -67,7 +67,7 @@ class AgentExecutor(MultiTurnAgentExecutor):
 """
 
 
-@pytest.mark.parametrize("on_error", ["skip", "stop"])
+@pytest.mark.parametrize("on_error", cases(["skip", "stop"], "stop"))
 def test_an_agent_that_raises(openrlhf, model, tmp_path, on_error):
     (tmp_path / "agent.py").write_text(AGENT)
     flags = ("--train.agent_func_path", f"{tmp_path}/agent.py", "--reward.on_error", on_error)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import LORA, ROWS, SDPO, TWO_RANKS, ZERO, same
+from common import LORA, ROWS, SDPO, TWO_RANKS, ZERO, cases, same
 
 from sdpo_plugin.samples import NAME, read_samples
 
@@ -105,7 +105,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(CASES.keys(), "lora", "dynamic"))
 def test_every_way_to_train_has_its_numbers(replay, case):
     run = replay(*CASES[case], "--diagnostics.samples", "16")
     lines = read_samples(run.directory / "tensorboard")
@@ -138,6 +138,7 @@ def test_asynchronous_training_is_recorded(openrlhf, model, reward):
     assert all(line["prompt"] == said[line["feedback"]] for line in lines)
 
 
+@pytest.mark.check
 def test_a_restart_goes_on_where_its_checkpoint_was(openrlhf, model, reward, recorded, tmp_path):
     """Two steps, a checkpoint after the first alone; the second step's lines and a broken one are not there twice."""
     flags = (*SDPO, *TWO_RANKS, "--diagnostics.samples", "2", "--logger.wandb.run_name", "mine", "--ckpt.path",

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from common import LORA, ROWS, SDPO, TWO_RANKS, ZERO, adapter, same
+from common import LORA, ROWS, SDPO, TWO_RANKS, ZERO, adapter, cases, same
 
 from sdpo_plugin.testing import RunFailed
 
@@ -27,11 +27,13 @@ def final(run) -> dict:
     return adapter(run) if (run.directory / "model" / "adapter_config.json").exists() else run.weights
 
 
-@pytest.mark.parametrize(
-    "zero, tuned, kind",
-    [(ZERO[2], LORA, "ema"), (ZERO[3], FULL, "ema"), (ZERO[3], LORA, "base")],
-    ids=["zero2-lora-ema", "zero3-full-ema", "zero3-lora-base"],
-)  # all of them: tests/slow/sleep.py
+ASLEEP = {
+    "zero2-lora-ema": (ZERO[2], LORA, "ema"), "zero3-full-ema": (ZERO[3], FULL, "ema"),
+    "zero3-lora-base": (ZERO[3], LORA, "base"),
+}  # fmt: skip  # all of them: tests/slow/sleep.py
+
+
+@pytest.mark.parametrize(("zero", "tuned", "kind"), cases(ASLEEP, "zero3-full-ema"))
 def test_the_teacher_sleeps_with_the_optimizer(openrlhf, model, reward, recorded, replay, tmp_path, zero, tuned, kind):
     flags = (*SDPO, *zero, *tuned, "--teacher.kind", kind, "--teacher.update_rate", "0.5", "--actor.adam.lr", "1e-3")
     run = openrlhf(
@@ -49,6 +51,7 @@ def test_the_teacher_sleeps_with_the_optimizer(openrlhf, model, reward, recorded
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("zero", ZERO[2:3], ids=["zero2"])
 def test_a_checkpoint_of_sleepers_is_whole(openrlhf, model, reward, recorded, replay, tmp_path, zero):
     """OpenRLHF saves while the optimizer sleeps: one step, then one more from the checkpoint."""
@@ -70,6 +73,7 @@ def test_engines_on_the_same_gpus(openrlhf, model, reward):
     assert same(openrlhf(model, ROWS, reward, *flags, *SHARED), openrlhf(model, ROWS, reward, *flags))
 
 
+@pytest.mark.check
 def test_an_asynchronous_run_shares_what_deepspeed_has(openrlhf, model, reward):
     """Policy and reference model on the same GPUs, the engine on its own."""
     run = openrlhf(

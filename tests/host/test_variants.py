@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import ROWS, ZERO, same
+from common import ROWS, ZERO, cases, same
 from test_gradients import active, distance, twice  # noqa: F401
 
 TOKENS = ("--distill.topk", "20", "--algo.advantage.is_correction_level", "off")
@@ -25,6 +25,7 @@ def test_each_variant_is_an_algorithm_of_its_own(replay, recorded, name):
     assert len(losses) == 2 and all(abs(loss) < 10 for loss in losses)
 
 
+@pytest.mark.check
 def test_without_its_share_rlsd_is_the_policy_loss(replay):
     """The same rewards, the same loss: what the teacher adds is all there is to it."""
     flags = (*TOKENS, "--teacher.kind", "base", *ZERO[2])
@@ -43,7 +44,7 @@ def test_a_rank_without_a_token_to_weigh_reports_like_the_others(openrlhf, model
     assert 0.0 < run.metrics["train/self_distillation/empty_target_batch"][0][1] < 1.0
 
 
-@pytest.mark.parametrize(("name", "stage"), [("srpo", 2), ("rlcsd", 3)])
+@pytest.mark.parametrize(("name", "stage"), cases({"srpo": ("srpo", 2), "rlcsd": ("rlcsd", 3)}, "rlcsd"))
 def test_gradient_is_the_definition_s(openrlhf, model, reward, recorded, twice, tmp_path, name, stage):  # noqa: F811
     """Token weights from the teacher's entropy beside the policy loss, and two teacher contexts."""
     probe = ["--probe.out", str(tmp_path / "gradients.pt"), "--probe.fp32", "--plugins", "probe"]
@@ -56,6 +57,7 @@ def test_gradient_is_the_definition_s(openrlhf, model, reward, recorded, twice, 
     assert difference <= 1e-5
 
 
+@pytest.mark.check
 def test_a_variant_at_weight_0_is_openrlhf(replay):
     assert same(replay("--algo", "srpo", "--distill.weight", "0", *ZERO[2], "--algo.advantage.estimator", "group_norm"),
                 replay("--algo.advantage.estimator", "group_norm", *ZERO[2], plain=True))

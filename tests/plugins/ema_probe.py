@@ -1,7 +1,7 @@
 """A plugin for test_teacher.py: follows the student beside the EMA teacher, in float64, and measures its memory."""
 
 import torch
-from common import LargestTensor
+from largest import LargestTensor
 
 from sdpo_plugin import hookimpl, interface, plugins
 

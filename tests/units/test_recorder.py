@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import LargestTensor
+from largest import LargestTensor
 from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES
 
 from sdpo_plugin.context import FramedText, Rollout

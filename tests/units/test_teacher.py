@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from common import LargestTensor
+from largest import LargestTensor
 
 from sdpo_plugin import interface
 from sdpo_plugin.config import TeacherConfig
