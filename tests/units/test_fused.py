@@ -412,9 +412,9 @@ def test_tokens_that_a_bias_forbids_count_as_in_the_definition(head, seed, cfg, 
                                  differentiable_log_probs=differentiable, with_entropy=True)
     loss, log_probs, entropy = case.dense(cfg, temperature)
     assert_same([scores.loss, scores.log_probs, scores.entropy], [loss, log_probs.clamp(min=LOG_ZERO), entropy])
-    got, expected = (torch.autograd.grad(x, case.leaves) for x in (scores.loss, loss))
-    assert all(x.isfinite().all() for x in got)
-    assert_same(got, expected)
+    for got, expected in zip(*(torch.autograd.grad(x, case.leaves) for x in (scores.loss, loss)), strict=True):
+        # Entries cancel from some 1e14 where one side forbids what the other expects.
+        assert (got - expected).abs().max() <= 1e-9 * max(expected.abs().max(), 1.0)
 
 
 # Gradients and nothing more
