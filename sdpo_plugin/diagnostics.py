@@ -164,10 +164,10 @@ class Watch:
             ),
             *self._counted(
                 "no gain", not self.first,
-                f"the teacher's context changes nothing: on failed samples it changes the prediction by {gain:.3g} nats "
-                "a token, so the student is taught what it does already; look at what the teacher reads "
-                "(--diagnostics.samples 1): --reprompt.max_len may leave no room for the context, or a section of "
-                "--reprompt.template may be empty",
+                f"the teacher's context changes nothing: on failed samples the context gain is {gain:.3g} nats a "
+                "token, so the student is taught what it does already; look at what the teacher reads "
+                "(--diagnostics.samples 1): --reprompt.max_len may leave no room for the context, or "
+                "--reprompt.template may show none of it",
             ),
         ]
 

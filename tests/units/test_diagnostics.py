@@ -107,7 +107,7 @@ def test_a_context_that_never_changes_anything_is_named():
 
 
 def test_looks_without_a_gain_are_no_reference():
-    """The first batches may have no failed sample with a context of its own; later ones are compared with each other."""
+    """The first batches may have no failed sample with a context; later ones are compared with each other."""
     w = watch(tolerance=2)
     for gain in (0.0, 2.0, 2.0, 2.0):
         assert not w.at_gain(gain, "ema")
