@@ -182,7 +182,8 @@ def rewarded(samples: Sequence[Any], per_prompt: int, config: RewardConfig) -> f
 def fill_logs(samples: Sequence[Any]) -> None:
     """Give every sample what `extra_logs` of some have, which OpenRLHF needs of all: the mean of those that have it.
 
-    So what is logged is their mean.
+    So what is logged is their mean. All samples get one order of names: OpenRLHF adds up what ranks log one by one, in
+    the order that their first samples have.
     """
     known: dict[str, list[torch.Tensor]] = {}
     for sample in samples:
@@ -193,6 +194,8 @@ def fill_logs(samples: Sequence[Any]) -> None:
             mean = _mean_of(values)
             for sample in samples:
                 sample.info.setdefault(name, mean)
+    for sample in samples:
+        sample.info = {name: sample.info[name] for name in known}
 
 
 def limit_metrics(samples: Sequence[Any]) -> dict[str, float]:

@@ -216,7 +216,7 @@ def test_logs_of_some_samples_are_filled_with_their_mean():
 
     from sdpo_plugin.host.rollout import fill_logs, rewarded
 
-    logs = [{"a": 1.0}, {"a": 3.0, "b": 5.0}, {}, {"c": 7.0}]
+    logs = [{"a": 1.0}, {"b": 5.0, "a": 3.0}, {}, {"c": 7.0}]
     samples = []
     for given in logs:
         one = Experience(sequences=torch.ones(1, 4), rewards=torch.ones(1), scores=torch.ones(1), index=[len(samples)])
@@ -227,6 +227,7 @@ def test_logs_of_some_samples_are_filled_with_their_mean():
     config = RewardConfig(on_error="skip", max_skipped=0.5)
     assert rewarded(samples, per_prompt=2, config=config) == 0.25
     fill_logs(samples)
+    assert [list(sample.info) for sample in samples] == [["reward", "score", "a", "b", "c"]] * 4
     merged = make_experience_batch(split_experience_batch(Experience.concat_experiences(samples, 0))).info
     values = {name: torch.as_tensor(value).tolist() for name, value in merged.items()}
     assert values == {
