@@ -36,8 +36,8 @@ def test_a_skipped_sample_teaches_nothing_and_is_counted(openrlhf, model, tmp_pa
     (tmp_path / "reward.py").write_text(FLAKY)
     run = openrlhf(
         model, ROWS, tmp_path / "reward.py", *SDPO, "--distill.weight", "0.5", "--reward.on_error", "skip",
-        "--reward.attempts", "2", "--reward.timeout", "3", "--reward.max_skipped", "0.5", "--train.micro_batch_size", "2",
-        timeout=90,
+        "--reward.attempts", "2", "--reward.timeout", "3", "--reward.max_skipped", "0.5",
+        "--train.micro_batch_size", "1", timeout=90,
     )  # fmt: skip
     assert run.metrics["train/reward_skipped_fraction"] == [[1, 2 / 16]]
     assert run.metrics["train/reward"] == [[1, 1.0]]  # and not lower for those that have none
