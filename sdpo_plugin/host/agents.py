@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,12 +38,12 @@ from sdpo_plugin.host.calls import (
 )
 from sdpo_plugin.host.seams import seam
 
-PROMPT_S = 1.0  # a loop that lets everybody have their turn answers sooner
+PROMPT_S = 1.0  # a loop in which nothing takes its time answers sooner
+HELD_S = 10.0  # a loop is given up when a call that is overdue has not let go of it for so long
 CHARACTERS = 128  # of a token: more than the longest that vocabularies have
 MAX_TURNS, MAX_TOKENS = "--reward.max_turns", "--data.max_len"
 BLOCKS = "; it blocks the event loop of the agents: await what takes time, as with asyncio.to_thread"
 
-AgentInstanceBase: Any = seam("openrlhf.utils.agent:AgentInstanceBase")
 seam("openrlhf.utils.agent:AgentInstanceBase.reset")
 seam("openrlhf.utils.agent:AgentInstanceBase.step")
 Execute = Callable[..., Awaitable[dict[str, Any]]]  # of an agent's executor
@@ -84,7 +83,7 @@ class AgentLoop:
 
     def __init__(self) -> None:
         self.lost: asyncio.Future[tuple[Agent | None, str]] = asyncio.get_running_loop().create_future()
-        self.silent_since: float | None = None
+        self.holding: tuple[asyncio.Task[Any] | None, float] | None = None  # the task that has not let go, since when
         self.agents: weakref.WeakKeyDictionary[asyncio.Task[Any], Agent | None] = weakref.WeakKeyDictionary()
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(Threads())
@@ -97,7 +96,6 @@ class AgentLoop:
 
         Raises NoAnswer where it takes longer than `seconds`, and Displaced where the loop is lost through another.
         """
-        agent.began = None
         _agent.set(agent)
         running = asyncio.run_coroutine_threadsafe(carried(agent.timed(method, *args, **kwargs)), self.loop)
         answer, wait = asyncio.wrap_future(running), seconds
@@ -117,30 +115,33 @@ class AgentLoop:
             running.cancel()
 
     async def _more_time(self, agent: Agent, seconds: float) -> float:
-        """How long to wait on for an agent that has been waited for. Gives the loop up if someone has blocked it long.
+        """How long to wait on for an agent that has been waited for.
 
-        Raises NoAnswer where the agent has had its time.
+        Raises NoAnswer where the agent has had its time. Gives the loop up where a task does not let go of it; many
+        that hold it for a while, one after the other, make all of them wait.
         """
         pong: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.loop.call_soon_threadsafe(pong.set_result, None)
         if (await asyncio.wait({asyncio.wrap_future(pong)}, timeout=PROMPT_S))[0]:
-            # First come, first served: the call that is waited for has had its turn, too.
-            self.silent_since = None
+            # First come, first served: the call that is waited for has had its turn, and may be over.
+            self.holding = None
             left = seconds - agent.seconds()
             if left > 0:
                 return left
             raise NoAnswer(no_answer(seconds))
-        self.silent_since = self.silent_since or time.monotonic()
         task = asyncio.current_task(self.loop)
+        if self.holding is None or self.holding[0] is not task:
+            self.holding = task, time.monotonic()
+        held = time.monotonic() - self.holding[1]
         blocking = self.agents.get(task) if task is not None else None
         overdue = blocking is not None and blocking.seconds() >= seconds
-        if overdue or time.monotonic() - self.silent_since >= seconds:
+        if held >= seconds or overdue and held >= HELD_S:
             frame = sys._current_frames().get(self.thread.ident or 0)
             stack = "".join(traceback.format_stack(frame)) if frame else ""
             if not self.lost.done():
                 self.lost.set_result((blocking, f"{no_answer(seconds)}{BLOCKS}\n{stack}"))
             self.loop.call_soon_threadsafe(self.loop.stop)  # should it ever come back
-        return PROMPT_S
+        return 0.0  # it was waited for here
 
     def _task(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
         """The loop's task factory, which notes whose the task is: that of the agent, and what it starts."""
@@ -156,11 +157,11 @@ class AgentLoop:
                 self.loop.run_forever()
 
 
-class Agent(AgentInstanceBase):
+class Agent:
     """Stands for an instance of a user's class, which is made by `make` and called in an `AgentLoop`.
 
     Attributes:
-        began: when its last call was given a first turn, None while the call waits for it.
+        began: when the call that goes on was given its first turn, else None.
     """
 
     def __init__(self, make: Callable[[], Any], home: AgentLoop) -> None:
@@ -175,9 +176,12 @@ class Agent(AgentInstanceBase):
     async def timed(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """In its `AgentLoop`: what the instance's method returns."""
         self.began = time.monotonic()
-        if self.agent is None:
-            self.agent = self.make()
-        return await getattr(self.agent, method)(*args, **kwargs)
+        try:
+            if self.agent is None:
+                self.agent = self.make()
+            return await getattr(self.agent, method)(*args, **kwargs)
+        finally:
+            self.began = None
 
     async def reset(self, *args: Any, **kwargs: Any) -> Any:
         return await self.home.call(self, reward_config.get().timeout, "reset", *args, **kwargs)
@@ -190,8 +194,8 @@ class Agent(AgentInstanceBase):
         limit = "" if result["done"] else f"{MAX_TOKENS} {trajectory.max_length}"  # unless another turn follows
         if limit and len(trajectory.steps) + 1 == config.max_turns:
             limit = f"{MAX_TURNS} {config.max_turns}"
-        said = (printable(extra_logs.pop(name, None)) for name in (FEEDBACK, TURN_FEEDBACK))
-        trajectory.steps.append(Step(*said, limit))
+        feedback, of_turn = (printable(extra_logs.pop(name, None)) for name in (FEEDBACK, TURN_FEEDBACK))
+        trajectory.steps.append(Step(feedback, of_turn, limit))
         # OpenRLHF cuts off what does not fit, but only after the engine's event loop has tokenized all of it.
         observation = printable(result["environment_feedback"][: CHARACTERS * trajectory.max_length])
         done = result["done"] or limit.startswith(MAX_TURNS)
@@ -201,7 +205,7 @@ class Agent(AgentInstanceBase):
 def _checked(result: Any) -> dict[str, Any]:
     """A step's result, with its reward as a tensor. Raises TypeError or ValueError for what OpenRLHF cannot read."""
     needed = ("rewards", "environment_feedback", "done")
-    if not isinstance(result, dict) or any(result.get(name) is None for name in needed):
+    if not isinstance(result, dict) or "done" not in result or any(result.get(name) is None for name in needed[:2]):
         given = f"a dict with {', '.join(map(repr, result))}" if isinstance(result, dict) else type(result).__name__
         raise TypeError(f"expected a dict with {', '.join(map(repr, needed))}, but step() returned {given}")
     if not isinstance(result["environment_feedback"], str):
@@ -219,7 +223,7 @@ def hosted(agent: type[Any]) -> Callable[..., Agent]:
         nonlocal home
         if home is None or home.lost.done():
             home = AgentLoop()
-        return Agent(partial(agent, *args, **kwargs), home)
+        return Agent(lambda: agent(*args, **kwargs), home)
 
     return make
 

@@ -7,7 +7,7 @@ import concurrent.futures
 import math
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
@@ -82,7 +82,7 @@ async def tried(config: RewardConfig) -> AsyncIterator[int]:
         yield attempt
 
 
-async def within(seconds: float | None, call: Coroutine[Any, Any, Any]) -> Any:
+async def within(seconds: float | None, call: Awaitable[Any]) -> Any:
     """What `call` returns or raises. One that is not over in time is cancelled, and left behind if it goes on.
 
     Raises NoAnswer then.
@@ -99,7 +99,7 @@ async def within(seconds: float | None, call: Coroutine[Any, Any, Any]) -> Any:
         task.cancel()
 
 
-async def carried(call: Coroutine[Any, Any, Any]) -> Any:
+async def carried(call: Awaitable[Any]) -> Any:
     """`call`, for a task. Cancellation passes: it is for whoever cancelled the task."""
     try:
         return await call

@@ -198,18 +198,13 @@ def fill_logs(samples: Sequence[Any]) -> None:
         sample.info = {name: sample.info[name] for name in known}
 
 
-def limit_metrics(samples: Sequence[Any]) -> dict[str, float]:
-    """Of agents' trajectories, the shares that ended at a limit and not by their agent; the log names its flag."""
+def ended_at(flag: str, samples: Sequence[Any]) -> float | None:
+    """The share of trajectories that ended at a limit and not by their agent; None without an agent. Logs a warning."""
     limits = [limit for sample in samples if (limit := getattr(sample, "limit", None)) is not None]
-    found = {}
-    for name, flag in (("turn_limit_fraction", MAX_TURNS), ("token_limit_fraction", MAX_TOKENS)):
-        reached = [limit for limit in limits if limit.startswith(flag)]
-        if reached:
-            told = f"{len(reached)} of {len(limits)} trajectories ended there, not by their agent"
-            logger.warning(f"{reached[0]}: {told}")
-        if limits:
-            found[name] = len(reached) / len(limits)
-    return found
+    reached = [limit for limit in limits if limit.startswith(flag)]
+    if reached:
+        logger.warning(f"{reached[0]}: {len(reached)} of {len(limits)} trajectories ended there, not by their agent")
+    return len(reached) / len(limits) if limits else None
 
 
 def _mean_of(values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -254,7 +249,10 @@ class ExperienceMaker(_ExperienceMaker):
         batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer, positions, self.step)
         if self.args.reward.on_error == "skip":
             batch.metrics["reward_skipped_fraction"] = self.skipped
-        batch.metrics.update(limit_metrics(self.samples))
+        if (turns := ended_at(MAX_TURNS, self.samples)) is not None:
+            batch.metrics["turn_limit_fraction"] = turns
+        if (tokens := ended_at(MAX_TOKENS, self.samples)) is not None:
+            batch.metrics["token_limit_fraction"] = tokens
         plugins.active().hook.openrlhf_batch(batch=batch)
         self.batch = batch
         return super().compute_advantages_and_returns(experiences)

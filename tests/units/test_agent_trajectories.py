@@ -136,8 +136,11 @@ async def computes():
 
 
 @pytest.mark.parametrize("block", [blocks, computes, lambda: asyncio.wait_for(blocks(), 0.1)])
-def test_a_step_that_blocks_the_event_loop_costs_its_sample(block):
-    """Takes 2 s: an agents' loop counts as blocked when it was silent for one. The others are played again."""
+def test_a_step_that_blocks_the_event_loop_costs_its_sample(block, monkeypatch):
+    """It is given up when it has held the loop for the time limit. The others are played again."""
+    from sdpo_plugin.host import agents
+
+    monkeypatch.setattr(agents, "PROMPT_S", 0.2)
     made = []
 
     class Blocks(Plain):
@@ -160,13 +163,18 @@ def test_a_step_that_blocks_the_event_loop_costs_its_sample(block):
     assert len(made) == 4 + 3 and pause < 0.5
 
 
-def test_an_agent_that_blocks_for_a_while_makes_others_wait_and_no_more():
+def test_an_agent_that_blocks_for_a_while_makes_others_wait_and_no_more(monkeypatch):
+    """The loop does not answer for all of the time, but it is another one's each time."""
+    from sdpo_plugin.host import agents
+
+    monkeypatch.setattr(agents, "PROMPT_S", 0.1)
+
     class Slow(Plain):
         async def answer(self, states):
-            time.sleep(0.3)
+            time.sleep(0.2)
             return result()
 
-    assert failures(play(Slow, 5, timeout=0.4)[0]) == [None] * 5  # the last one has its turn after 1.2 s
+    assert failures(play(Slow, 8, timeout=0.3)[0]) == [None] * 8  # the last one has its turn after 1.4 s
 
 
 async def in_a_task(error):
@@ -286,14 +294,14 @@ def test_a_trajectory_that_its_agent_does_not_end_names_the_limit_at_which_it_en
 
 
 def test_limits_are_counted_and_named(caplog):
-    from sdpo_plugin.host.rollout import limit_metrics
+    from sdpo_plugin.host.rollout import MAX_TOKENS, MAX_TURNS, ended_at
 
     limits = ["", "--reward.max_turns 3", "--reward.max_turns 3", "--data.max_len 40", None]
-    found = limit_metrics([SimpleNamespace(limit=limit) for limit in limits])
-    assert found == {"turn_limit_fraction": 0.5, "token_limit_fraction": 0.25}
+    samples = [SimpleNamespace(limit=limit) for limit in limits]
+    assert ended_at(MAX_TURNS, samples) == 0.5 and ended_at(MAX_TOKENS, samples) == 0.25
     assert "--reward.max_turns 3: 2 of 4 trajectories ended there, not by their agent" in caplog.text
     assert "--data.max_len 40: 1 of 4 trajectories" in caplog.text
-    assert limit_metrics([SimpleNamespace(limit=None), SimpleNamespace()]) == {}
+    assert ended_at(MAX_TURNS, samples[:1]) == 0.0 and ended_at(MAX_TURNS, [samples[4], SimpleNamespace()]) is None
 
 
 def test_an_observation_is_tokenized_as_far_as_it_can_be_shown():

@@ -24,7 +24,7 @@ def on_ranks(statuses):
     """What `require_same_names` raises on each rank, each a thread, and how often lists of names were gathered."""
     from sdpo_plugin.host.metrics import require_same_names
 
-    together, given, raised, gathered = threading.Barrier(len(statuses), timeout=10), {}, {}, []
+    together, given, lists, raised, gathered = threading.Barrier(len(statuses), timeout=10), {}, {}, {}, []
 
     def rank(number):
         def gather(value):
@@ -34,9 +34,9 @@ def on_ranks(statuses):
 
         def gather_names(names):
             gathered.append(number)
-            given[number] = names
+            lists[number] = names
             together.wait()
-            return [given[i] for i in range(len(statuses))]
+            return [lists[i] for i in range(len(statuses))]
 
         try:
             require_same_names(statuses[number], gather, gather_names, ["a", "b"])
