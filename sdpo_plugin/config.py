@@ -232,13 +232,22 @@ class RewardConfig(Group):
         "stop", "after the last attempt, stop the run, or skip the sample: none of its tokens is in a loss, and its "
         "group's statistics are those of the others", ("stop", "skip"),
     )
-    attempts: int = option(1, "calls until a sample counts as failed, with 1, 2, 4, ... s between them")
-    timeout: float = option(600.0, "seconds until a call counts as failed; the run goes on without its thread")
+    attempts: int = option(
+        1, "calls until a sample counts as failed, with 1, 2, 4, ... s between them; of an agent: whole trajectories"
+    )
+    timeout: float = option(
+        600.0, "seconds until a call counts as failed (of an agent: its reset or one step); the run goes on without it"
+    )
+    max_turns: int | None = option(
+        None, "actions of an agent's trajectory, which ends there if its agent has not ended it; --data.max_len bounds "
+        "its tokens"
+    )
     max_skipped: float = option(0.1, "share of a rollout batch that may be skipped; above it the run stops")
 
     def check(self) -> None:
         self.positive("attempts", integer=True)
         self.positive("timeout")
+        self.positive("max_turns", optional=True, integer=True)
         self.in_unit_interval("max_skipped")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.loss import Objective, Tokens, entropy_of, objective_of
+from sdpo_plugin.loss import Objective, Tokens, entropy_of, log_probs, objective_of
 
 MIB = 2**20
 
@@ -64,6 +64,12 @@ class Head:
         if self.softcap is not None:
             products = torch.tanh(products / self.softcap) * self.softcap
         return products
+
+    def log_probs(self, products: Tensor) -> Tensor:
+        """`hidden @ weight.T` `[n, V]` -> log-probabilities `[n, V]`, as `loss.log_probs` defines them."""
+        logits = self.logits(products)
+        # The floor under log 0 is one more pass over [n, V]. Logits of finite products are finite, but for a bias.
+        return torch.log_softmax(logits, dim=-1) if self.bias is None else log_probs(logits)
 
 
 def of_one_size(a: Head, b: Head) -> tuple[Head, Head]:
@@ -323,10 +329,9 @@ def _score(
     distilled, differentiate = job.distilled, any(x is not None for x in upstream)
     with torch.set_grad_enabled(differentiate):
         products = student_products.detach().requires_grad_(differentiate)
-        # Unlike `loss.log_probs` without a floor under log 0: logits of finite products are finite.
-        student = torch.log_softmax(head.logits(products), dim=-1)
+        student = head.log_probs(products)
         teachers = [
-            torch.log_softmax(teacher.head.logits(x), dim=-1)
+            teacher.head.log_probs(x)
             for teacher, x in zip(distilled.teachers if distilled else (), teacher_products, strict=True)
         ]
         tokens = Tokens(student, teachers, job.token_ids[rows], rows, distilled.data if distilled else {})

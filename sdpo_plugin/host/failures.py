@@ -53,6 +53,10 @@ class NotFinite(RuntimeError):
     """A loss or a gradient is infinite or NaN, and with it the weights."""
 
 
+class MetricsDiffer(RuntimeError):
+    """Ranks report metrics of different names, which OpenRLHF would add up without end, or to the wrong one."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """`what` went wrong, `where` (of the last frame, or of the actor) and what to do (`fix`), "" where unknown."""
@@ -111,6 +115,11 @@ def explain(error: BaseException) -> Failure:
             SETTINGS, said, actor,
             "lower --actor.adam.lr or --actor.max_norm, or look at what plugins add to the loss; --ckpt.load_enable "
             "goes on from the last checkpoint",
+        )  # fmt: skip
+    if isinstance(cause, MetricsDiffer):
+        return Failure(
+            SOFTWARE, said, actor,
+            "let the plugin give every micro-batch the same names on every rank (of no tokens: mean(name, 0, 0))",
         )  # fmt: skip
     if kind in ("EngineDeadError", "EngineGenerateError"):
         return Failure(

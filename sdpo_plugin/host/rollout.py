@@ -16,7 +16,9 @@ from transformers import AutoConfig
 from sdpo_plugin import masking, plugins
 from sdpo_plugin.config import RewardConfig, chat_template_kwargs, from_namespace
 from sdpo_plugin.host import deterministic
-from sdpo_plugin.host.engine import FAILURE, FEEDBACK, REQUEST, TURN_FEEDBACK, Prompt, Request
+from sdpo_plugin.host.agents import MAX_TOKENS, MAX_TURNS
+from sdpo_plugin.host.calls import FAILURE, FEEDBACK, LIMIT, TURN_FEEDBACK
+from sdpo_plugin.host.engine import REQUEST, Prompt, Request
 from sdpo_plugin.host.failures import RewardError
 from sdpo_plugin.host.seams import overrides, seam
 from sdpo_plugin.interface import RolloutBatch, Turn, attached_loss_mask
@@ -108,8 +110,9 @@ class SamplesGenerator(_SamplesGenerator):
             logger.warning(f"sample skipped: {skipped}")
             response = {**response, "action_ranges": []}  # none of its tokens counts
         feedback, of_turns = extra_logs.pop(FEEDBACK, None), extra_logs.pop(TURN_FEEDBACK, None)
+        limit = extra_logs.pop(LIMIT, None)
         sample = super()._process_response_into_experience({**response, "extra_logs": extra_logs}, **kwargs)
-        sample.feedback, sample.skipped = feedback, skipped
+        sample.feedback, sample.skipped, sample.limit = feedback, skipped, limit
         sample.turns = turns_of(response["action_ranges"], sample.action_mask.shape[1], of_turns)
         request = response[REQUEST]
         sample.order, sample.record = request.order, self._record(request)
@@ -159,7 +162,7 @@ def rewarded(samples: Sequence[Any], per_prompt: int, config: RewardConfig) -> f
     reasons = [sample.skipped for sample in samples if sample.skipped]
     if not reasons:
         return 0.0
-    if len(reasons) > config.max_skipped * len(samples):
+    if len(reasons) > config.max_skipped * len(samples) or len(reasons) == len(samples):
         raise RewardError(
             f"--reward.max_skipped {config.max_skipped:g}: {len(reasons)} of {len(samples)} samples have no reward, "
             f"the last one because {reasons[-1]}"
@@ -170,11 +173,38 @@ def rewarded(samples: Sequence[Any], per_prompt: int, config: RewardConfig) -> f
         known = [sample for sample in group if not sample.skipped] or everyone
         for sample in group:
             if sample.skipped:
-                for name in ("rewards", "scores"):
+                for name, logged in (("rewards", "reward"), ("scores", "score")):
                     setattr(sample, name, _mean_of([getattr(s, name) for s in known]))
-                for name in known[0].info.keys() - sample.info.keys():
-                    sample.info[name] = _mean_of([s.info[name] for s in known])
+                    sample.info[logged] = getattr(sample, name)
     return len(reasons) / len(samples)
+
+
+def fill_logs(samples: Sequence[Any]) -> None:
+    """Give every sample what `extra_logs` of some have, which OpenRLHF needs of all: the mean of those that have it.
+
+    So what is logged is their mean. All samples get one order of names: OpenRLHF adds up what ranks log one by one, in
+    the order that their first samples have.
+    """
+    known: dict[str, list[torch.Tensor]] = {}
+    for sample in samples:
+        for name, value in sample.info.items():
+            known.setdefault(name, []).append(value)
+    for name, values in known.items():
+        if len(values) < len(samples):
+            mean = _mean_of(values)
+            for sample in samples:
+                sample.info.setdefault(name, mean)
+    for sample in samples:
+        sample.info = {name: sample.info[name] for name in known}
+
+
+def ended_at(flag: str, samples: Sequence[Any]) -> float | None:
+    """The share of trajectories that ended at a limit and not by their agent; None without an agent. Logs a warning."""
+    limits = [limit for sample in samples if (limit := getattr(sample, "limit", None)) is not None]
+    reached = [limit for limit in limits if limit.startswith(flag)]
+    if reached:
+        logger.warning(f"{reached[0]}: {len(reached)} of {len(limits)} trajectories ended there, not by their agent")
+    return len(reached) / len(limits) if limits else None
 
 
 def _mean_of(values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -199,6 +229,7 @@ class ExperienceMaker(_ExperienceMaker):
     def make_experience_batch(self, rollout_samples: Sequence[Any]) -> list[Any]:
         self.samples, config = rollout_samples, from_namespace(RewardConfig, self.args)
         self.skipped = rewarded(rollout_samples, self.args.rollout.n_samples_per_prompt, config)
+        fill_logs(rollout_samples)
         return balanced(super().make_experience_batch(rollout_samples), self._ranks())
 
     @overrides("group", "sync_condition")
@@ -218,6 +249,10 @@ class ExperienceMaker(_ExperienceMaker):
         batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer, positions, self.step)
         if self.args.reward.on_error == "skip":
             batch.metrics["reward_skipped_fraction"] = self.skipped
+        if (turns := ended_at(MAX_TURNS, self.samples)) is not None:
+            batch.metrics["turn_limit_fraction"] = turns
+        if (tokens := ended_at(MAX_TOKENS, self.samples)) is not None:
+            batch.metrics["token_limit_fraction"] = tokens
         plugins.active().hook.openrlhf_batch(batch=batch)
         self.batch = batch
         return super().compute_advantages_and_returns(experiences)

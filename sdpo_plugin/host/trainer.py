@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from sdpo_plugin import plugins
@@ -23,6 +24,7 @@ from sdpo_plugin.interface import Aggregate, Answers, MicroBatch, Worker, attach
 
 _PPO_ACTOR = "openrlhf.trainer.ray.ppo_actor"
 _BUFFER = "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer"
+seam("openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy.all_gather", "data")
 aggregate_loss = seam(f"{_PPO_ACTOR}:aggregate_loss", "loss", "loss_mask", "token_level_loss", "dp_size",
                       "batch_num_tokens", "global_batch_size")  # fmt: skip
 get_loss_batch_info = seam(f"{_PPO_ACTOR}:get_loss_batch_info", "loss_mask", "replay_buffer", "step", "dynamic_batch")
@@ -73,6 +75,13 @@ def data_loader(buffer: Any, batch_size: int, shuffle: bool, **kwargs: Any) -> A
     if shuffle and all(attached_loss_mask(item) is not None for item in buffer.items):
         return DataLoader(buffer, batch_size, sampler=EvenBatches(buffer.items, batch_size), **kwargs)
     return DataLoader(buffer, batch_size, shuffle=shuffle, **kwargs)
+
+
+def _of_all_ranks(names: list[str]) -> list[list[str]]:
+    """Collective."""
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, names)
+    return found
 
 
 def show_masked_norms(optimizer: Any) -> None:
@@ -130,7 +139,14 @@ class PolicyTrainer(_ActorPPOTrainer):
         self._require_finite(status["metrics"], skipped=ends and not self.actor.model.was_step_applied())
         if self._ends_optimizer_step(step) and self.actor.model.was_step_applied():
             self.hook.openrlhf_optimizer_step(worker=self.worker)
-        return metrics.report(status, micro_batch.metrics, micro_batch.means)
+        status = metrics.report(status, micro_batch.metrics, micro_batch.means)
+        if self.worker.ranks > 1:
+            metrics.require_same_names(status, self.strategy.all_gather, _of_all_ranks, self._reporting_plugins())
+        return status
+
+    def _reporting_plugins(self) -> list[str]:
+        hooks = (self.hook.openrlhf_before_forward, self.hook.openrlhf_policy_loss)
+        return sorted({implementation.plugin_name for hook in hooks for implementation in hook.get_hookimpls()})
 
     @overrides()
     def broadcast_to_vllm(self) -> None:

@@ -194,6 +194,16 @@ def test_a_plugin_that_raises_on_a_worker(openrlhf, model, reward, recorded, tmp
     assert failed.code == SOFTWARE and failed.seconds < IN_RAY
 
 
+def test_metrics_of_one_rank_alone(openrlhf, model, reward, recorded):
+    """OpenRLHF would wait for ever in a collective, or add one metric to another."""
+    flags = (*SDPO, *TWO_RANKS, "--plugins", "differs")
+    failed = ends(openrlhf, model, ROWS, reward, *flags, replay=recorded, timeout=IN_RAY)
+    missing = "differs/here is missing on rank 0 of 2; differs/there is missing on rank 1 of 2"
+    reporting = "(plugins that report any: algorithm sdpo, differs"
+    assert f"metrics differ between ranks: {missing} {reporting}" in message(failed)
+    assert failed.code == SOFTWARE and failed.seconds < IN_RAY
+
+
 DYING = """
 import os, psutil, signal, torch
 

@@ -176,7 +176,7 @@ NAMED = {metric for cell in first_cells(METRICS) for metric in re.findall(r"`([\
 
 
 def test_the_page_names_the_metrics_that_are_logged_and_no_others():
-    prefixes = ("self_distillation/", "teacher/", "reward_skipped", ALARM)
+    prefixes = ("self_distillation/", "teacher/", "reward_skipped", "turn_limit", "token_limit", ALARM)
     ours = {metric for metric in NAMED if metric.startswith(prefixes)}
     assert ours == logged()
 
@@ -212,7 +212,7 @@ def test_every_warning_of_the_watch_is_on_the_page():
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_counted"
     ]
-    assert len(warnings) == 5
+    assert len(warnings) == 6
     assert [warning for warning in warnings if not any(message in warning for message in MESSAGES)] == []
 
 

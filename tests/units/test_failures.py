@@ -10,7 +10,16 @@ import torch
 from sdpo_plugin.config import ConfigError, StopTraining
 from sdpo_plugin.context import FeedbackError
 from sdpo_plugin.host import failures
-from sdpo_plugin.host.failures import MACHINE, REWARD, SETTINGS, SOFTWARE, STOPPED, NotFinite, RewardError
+from sdpo_plugin.host.failures import (
+    MACHINE,
+    REWARD,
+    SETTINGS,
+    SOFTWARE,
+    STOPPED,
+    MetricsDiffer,
+    NotFinite,
+    RewardError,
+)
 from sdpo_plugin.host.seams import SeamError
 
 
@@ -51,6 +60,7 @@ DIED = "The actor died unexpectedly.\n\tclass_name: PolicyWorker\nThe actor died
          SETTINGS, "--ckpt.load_enable: the checkpoint is of another model: Error(s) in loading state_dict for Llama: "
          "size mismatch for x: [2] and [3]"),
         (FromActor(NotFinite("an update that is not finite: nan")), SETTINGS, "an update that is not finite: nan"),
+        (FromActor(MetricsDiffer("metrics differ: x")), SOFTWARE, "metrics differ: x"),
         (ActorDiedError(DIED), MACHINE, "PolicyWorker died: it was OOM"),
         (FromActor(KeyError("prompt")), SOFTWARE, "KeyError: 'prompt'"),
         (FromActor(RuntimeError("[gloo] Connection closed by peer [10.0.0.2]"), "fit()"), MACHINE,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdpo_plugin import fused
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.fused import Head, TeacherStates, linear_distillation_loss, linear_log_probs
-from sdpo_plugin.loss import Tokens, distillation_loss, objective_of, per_token_loss
+from sdpo_plugin.loss import LOG_ZERO, Tokens, distillation_loss, objective_of, per_token_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "self_distillation_loss.json").read_text())
 quick = settings(deadline=None, max_examples=25, derandomize=True)
@@ -396,6 +396,25 @@ def test_extreme_logits_stay_finite(cfg, dtype):
         ids, mask = torch.full((len(student),), token), torch.ones(len(student))
         loss = linear_distillation_loss(student.requires_grad_(), head, teacher, head, ids, mask, cfg)
         assert all(x.isfinite().all() for x in (loss, *torch.autograd.grad(loss, (student, head))))
+
+
+@pytest.mark.parametrize("head", ["bias", "everything"])
+@quick
+@given(seeds, some_config, st.floats(0.3, 3.0), st.booleans(), st.data())
+def test_tokens_that_a_bias_forbids_count_as_in_the_definition(head, seed, cfg, temperature, differentiable, data):
+    """A bias of -inf on either side, or on both: log 0 is `loss.LOG_ZERO`, and 0 * log 0 is 0."""
+    case = Case(seed, **HEADS[head])
+    some_tokens = st.sets(st.integers(0, 16), max_size=11)  # the rest are more than top-k
+    with torch.no_grad():
+        for bias in (case.head.bias, case.teacher_head.bias):
+            bias[list(data.draw(some_tokens))] = -math.inf
+    scores = linear_distillation(*case.arguments, case.weights, cfg, case.old, temperature, chunk_size=4,
+                                 differentiable_log_probs=differentiable, with_entropy=True)
+    loss, log_probs, entropy = case.dense(cfg, temperature)
+    assert_same([scores.loss, scores.log_probs, scores.entropy], [loss, log_probs.clamp(min=LOG_ZERO), entropy])
+    for got, expected in zip(*(torch.autograd.grad(x, case.leaves) for x in (scores.loss, loss)), strict=True):
+        # Entries cancel from some 1e14 where one side forbids what the other expects.
+        assert (got - expected).abs().max() <= 1e-9 * max(expected.abs().max(), 1.0)
 
 
 # Gradients and nothing more

@@ -1,9 +1,13 @@
 """What stands for the reward of a skipped sample, and reward functions that raise, hang, or return nothing."""
 
 import asyncio
+import concurrent.futures
 import logging
 import math
+import os
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy
@@ -51,6 +55,8 @@ def test_a_batch_without_a_reward_is_an_error():
 
     with pytest.raises(RewardError, match="--reward.max_skipped 0.1: 2 of 2 samples have no reward, the last one"):
         rewarded([sample(None), sample(None)], per_prompt=2, config=RewardConfig(on_error="skip"))
+    with pytest.raises(RewardError, match="--reward.max_skipped 1: 2 of 2 samples have no reward"):
+        rewarded([sample(None), sample(None)], per_prompt=2, config=RewardConfig(on_error="skip", max_skipped=1.0))
 
 
 def fetched(reward_func, **config):
@@ -82,6 +88,85 @@ def test_a_call_that_failed_is_made_again():
     assert fetched(reward_func, attempts=2)["rewards"] == 1.0 and not answers
 
 
+class Unreadable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+def raises(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (StopIteration(), "StopIteration"), (SystemExit(2), "SystemExit: 2"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (asyncio.CancelledError(), "CancelledError"), (concurrent.futures.CancelledError(), "CancelledError"),
+        (TimeoutError("the judge's"), "TimeoutError: the judge's"), (GeneratorExit(), "GeneratorExit"),
+        (StopAsyncIteration("x"), "StopAsyncIteration: x"), (RecursionError("deep"), "RecursionError: deep"),
+        (Unreadable(), "Unreadable: (its message cannot be read)"), (ValueError("\ud800"), "ValueError: \\ud800"),
+        (ValueError("x" * 10**6), "ValueError: " + "x" * 2000),
+    ],
+)  # fmt: skip
+def test_whatever_a_function_raises_is_named_at_once(error, said):
+    """The future that asyncio waits on refuses some, others end or cancel what runs the engine."""
+    began = time.monotonic()
+    failure = fetched(lambda: raises(error), timeout=60.0)["extra_logs"]["reward_failure"]
+    first, _, trace = failure.partition("\n")
+    assert first == said and time.monotonic() - began < 5
+    assert "in raises" in trace and len(trace) < 21_000 and failure.encode()
+
+
+def test_functions_are_called_so_many_at_a_time_and_servers_all_at_once(tmp_path):
+    """OpenRLHF bounds functions by asyncio's threads, and servers by nothing."""
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    from sdpo_plugin.host import engine
+
+    (tmp_path / "reward.py").write_text(
+        "import threading, time\n"
+        "now, most, lock = 0, 0, threading.Lock()\n"
+        "def reward_func(queries, prompts, labels):\n"
+        "    global now, most\n"
+        "    with lock: now += 1; most = max(most, now)\n"
+        "    time.sleep(0.02)\n"
+        "    with lock: now -= 1\n"
+        "    return {'rewards': most}\n"
+    )
+    everyone = threading.Barrier(100)
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            everyone.wait(60)  # nobody is answered before all have asked
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"rewards": 1.0}')
+
+        def log_message(self, *args):
+            pass
+
+    class Listens(ThreadingHTTPServer):
+        request_queue_size = 200
+
+    server = Listens(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    async def rewards(source, name):
+        executor = SingleTurnAgentExecutor([source])
+        engine.rewards_kept(executor)
+        engine._reward.set(RewardConfig(timeout=60.0))
+        calls = [getattr(executor, name)(["q"], ["p"], ["l"]) for _ in range(100)]
+        return [found["rewards"] for (found,) in await asyncio.gather(*calls)]
+
+    at_a_time = min(32, os.cpu_count() + 4)
+    assert max(asyncio.run(rewards(str(tmp_path / "reward.py"), "_fetch_rewards_via_func"))) == at_a_time
+    address = f"http://127.0.0.1:{server.server_port}/reward"
+    assert asyncio.run(rewards(address, "_fetch_rewards_via_http")) == [1.0] * 100
+    server.shutdown()
+
+
 def test_a_call_that_hangs_is_left_behind():
     began = time.monotonic()
     failure = fetched(lambda: time.sleep(3), timeout=0.2)["extra_logs"]["reward_failure"]
@@ -105,6 +190,7 @@ def test_what_is_no_reward_is_a_failure(returned, said):
         ({"rewards": [math.nan]}, "ValueError: rewards is nan; expected a finite number"),
         ({"rewards": 1.0, "scores": math.inf}, "ValueError: scores is inf; expected a finite number"),
         ({"rewards": 1.0, "extra_logs": {"kind": "good"}}, "extra_logs['kind'] is 'good'; expected one number"),
+        ({"rewards": 1.0, "extra_logs": [1.0]}, "TypeError: extra_logs is [1.0]; expected a dict"),
     ],
 )
 def test_what_is_not_one_finite_number_is_a_failure(returned, said):
@@ -117,6 +203,36 @@ def test_one_number_in_any_form_is_a_reward():
     for one in (1, True, [1.0], torch.tensor(1.0), torch.tensor([1]), numpy.float32(1.0)):
         found = fetched(lambda: {"rewards": one, "scores": one, "extra_logs": {"x": one}, "feedback": ["f"]})  # noqa: B023
         assert found == {"rewards": 1.0, "scores": 1.0, "extra_logs": {"x": 1.0, "feedback": "f"}}
+
+
+def test_logs_without_a_number_are_left_out_and_feedback_can_be_written():
+    found = fetched(lambda: {"rewards": 1, "extra_logs": {"x": None, "y": [None], 3: 2}, "feedback": "a \ud800"})
+    assert found == {"rewards": 1.0, "extra_logs": {"3": 2.0, "feedback": "a \\ud800"}}
+
+
+def test_logs_of_some_samples_are_filled_with_their_mean():
+    """OpenRLHF merges and splits what all samples of a batch have; what it logs is the mean."""
+    from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch, split_experience_batch
+
+    from sdpo_plugin.host.rollout import fill_logs, rewarded
+
+    logs = [{"a": 1.0}, {"b": 5.0, "a": 3.0}, {}, {"c": 7.0}]
+    samples = []
+    for given in logs:
+        one = Experience(sequences=torch.ones(1, 4), rewards=torch.ones(1), scores=torch.ones(1), index=[len(samples)])
+        one.info = {"reward": torch.ones(1), "score": torch.ones(1), **{k: torch.tensor([v]) for k, v in given.items()}}
+        one.skipped = None
+        samples.append(one)
+    samples[2].skipped, samples[2].rewards, samples[2].scores, samples[2].info = "it raised", None, None, {}
+    config = RewardConfig(on_error="skip", max_skipped=0.5)
+    assert rewarded(samples, per_prompt=2, config=config) == 0.25
+    fill_logs(samples)
+    assert [list(sample.info) for sample in samples] == [["reward", "score", "a", "b", "c"]] * 4
+    merged = make_experience_batch(split_experience_batch(Experience.concat_experiences(samples, 0))).info
+    values = {name: torch.as_tensor(value).tolist() for name, value in merged.items()}
+    assert values == {
+        "reward": [1.0] * 4, "score": [1.0] * 4, "a": [1.0, 3.0, 2.0, 2.0], "b": [5.0] * 4, "c": [7.0] * 4,
+    }  # fmt: skip
 
 
 def test_why_a_server_could_not_be_asked_is_in_the_message():

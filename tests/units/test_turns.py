@@ -11,7 +11,7 @@ import pytest
 import torch
 from three_samples import ACTION, ATTENTION, SEQUENCES
 
-from sdpo_plugin.config import DistillConfig, RepromptConfig
+from sdpo_plugin.config import DistillConfig, RepromptConfig, RewardConfig
 from sdpo_plugin.context import Rollout, build_teacher_contexts, context_metrics
 from sdpo_plugin.host import cpu
 from sdpo_plugin.interface import Read, RolloutBatch, Turn, teacher_inputs
@@ -49,17 +49,16 @@ class Agent:
     async def step(self, states):
         await asyncio.sleep(0)
         self.n += 1
-        return {"done": self.n == len(self.says), "extra_logs": self.says[self.n - 1]}
+        return {"rewards": torch.tensor(0.0), "environment_feedback": "", "done": self.n == len(self.says),
+                "extra_logs": self.says[self.n - 1]}  # fmt: skip
 
 
 def trajectories(*agents):
     """`extra_logs` of trajectories that are played at once, by an executor that keeps the last step's, as OpenRLHF."""
-    from sdpo_plugin.host.engine import steps_collected, steps_noted
+    from sdpo_plugin.host.agents import hosted, played
+    from sdpo_plugin.host.calls import reward_config
 
-    agent = steps_noted(Agent)
-    assert agent.__name__ == "Agent"
-
-    async def execute(says):
+    async def execute(agent, says, **given):
         one, done = agent(says), False
         while not done:
             result = await one.step({})
@@ -67,9 +66,16 @@ def trajectories(*agents):
         return {"extra_logs": result["extra_logs"]}
 
     async def play():
-        return await asyncio.gather(*[steps_collected(execute)(says=says) for says in agents])
+        agent = hosted(Agent)
+        reward_config.set(RewardConfig())
+        played_at_once = [
+            played(execute)(agent=agent, says=says, max_length=64, sampling_params=None) for says in agents
+        ]
+        return await asyncio.gather(*played_at_once)
 
-    return [response["extra_logs"] for response in asyncio.run(play())]
+    responses = asyncio.run(play())
+    assert [response["extra_logs"].pop("trajectory_limit") for response in responses] == [""] * len(agents)
+    return [response["extra_logs"] for response in responses]
 
 
 def test_what_steps_say_is_collected_for_each_trajectory():
@@ -90,14 +96,14 @@ def test_what_is_no_text_is_left_for_the_message_that_names_it():
 
 
 def test_an_executor_s_own_extra_logs_win():
-    from sdpo_plugin.host.engine import _steps, steps_collected
+    from sdpo_plugin.host.agents import Step, _trajectory, played
 
-    async def execute():
-        _steps.get().append(("of a step", "of a turn"))
+    async def execute(**given):
+        _trajectory.get().steps.append(Step("of a step", "of a turn", ""))
         return {"extra_logs": {"feedback": "of the executor"}}
 
-    response = asyncio.run(steps_collected(execute)())
-    assert response["extra_logs"] == {"feedback": "of the executor", "turn_feedback": ["of a turn"]}
+    said = asyncio.run(played(execute)(max_length=64, sampling_params=None))["extra_logs"]
+    assert said == {"feedback": "of the executor", "turn_feedback": ["of a turn"], "trajectory_limit": ""}
 
 
 def test_a_turn_s_tokens_are_known_from_the_actions_that_the_engine_sampled():
