@@ -52,7 +52,7 @@ def text_tokenizer(given: Any) -> Any:
             "local copy of the model without tekken.json, in which a tokenizer.json and a chat_template.jinja take its "
             "place"
         )
-    if hasattr(given, "convert_ids_to_tokens"):
+    if hasattr(given, "convert_ids_to_tokens") or not hasattr(given, "tokenizer"):
         return given
     if given.chat_template is not None:
         given.tokenizer.chat_template = given.chat_template
@@ -210,6 +210,28 @@ def user_text(prompt: Messages) -> str:
     if not isinstance(content, str):
         raise ValueError(f"prompt without a user turn of text: its last turn's content is {type(content).__name__}")
     return content
+
+
+def require_user_text(where: str, prompt: Messages) -> None:
+    """Raise ConfigError where a chat does not end with a user's text, or has parts that are no text."""
+    if not isinstance(prompt, list):
+        return
+    if not prompt or prompt[-1].get("role") != "user":
+        raise ConfigError(
+            f"{where} has no user turn at its end, which is where the teacher's context goes; end every prompt with a "
+            "user message"
+        )
+    for message in prompt:
+        content = message.get("content")
+        if isinstance(content, list) and (others := [part for part in content if not is_text_part(part)]):
+            raise ConfigError(
+                f"{where} has a part that is no text, {others[0]!r:.80}; self-distillation trains on text only: give "
+                "parts of the form {'type': 'text', 'text': ...}, or leave such rows out"
+            )
+    try:
+        user_text(prompt)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}; give it text") from error
 
 
 def with_user_text(prompt: Messages, turn: str) -> Messages:

@@ -18,6 +18,7 @@ from sdpo_plugin.config import ConfigError, RewardConfig
 from sdpo_plugin.context import joined
 from sdpo_plugin.host import deterministic
 from sdpo_plugin.host.seams import overrides, seam
+from sdpo_plugin.prompts import text_tokenizer
 
 # Keys of a response's `extra_logs`, the one dictionary that OpenRLHF passes on as it is.
 FEEDBACK = "feedback"
@@ -109,7 +110,7 @@ class Engine(RolloutRayActor):
         _reward.set(request.reward)
         _shown.set(request.shown)
         if request.shown is not None:
-            _own.set(kwargs["hf_tokenizer"](text, add_special_tokens=False)["input_ids"])
+            _own.set(text_tokenizer(kwargs["hf_tokenizer"])(text, add_special_tokens=False)["input_ids"])
         generate = partial(RolloutRayActor.generate_responses, self, prompt=text, **kwargs)
         if request.seed is None:
             responses = await generate(num_samples=num_samples)
@@ -218,7 +219,8 @@ def failures_kept(execute: Execute) -> Execute:
         except Exception as error:
             if type(error).__name__.startswith("Engine"):  # vLLM's, not the agent's
                 raise
-            ids = given["hf_tokenizer"](given["prompt"], add_special_tokens=False)["input_ids"][-given["max_length"] :]
+            encoded = text_tokenizer(given["hf_tokenizer"])(given["prompt"], add_special_tokens=False)
+            ids = encoded["input_ids"][-given["max_length"] :]
             return {
                 "prompt": given["prompt"], "label": given["label"], "images": None, "mm_train_inputs": None,
                 "reward": None, "scores": None, "observation_tokens": ids, "action_ranges": [], "truncated": False,

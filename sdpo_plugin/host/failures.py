@@ -63,18 +63,26 @@ class Failure:
     fix: str = ""
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """What was raised first: Ray wraps an actor's error once for every actor it goes through."""
-    while isinstance(inner := getattr(error, "cause", None), BaseException):
-        error = inner
-    return error
+def causes(error: BaseException) -> list[BaseException]:
+    """`error`, and what is inside, to what was raised first: Ray wraps an error once for every actor it goes through.
+
+    Of an actor whose constructor raised, it says that the actor died, and keeps the constructor's error in `args`.
+    """
+    found = [error]
+    while True:
+        died_of = found[-1].args[:1] if getattr(found[-1], "_actor_init_failed", False) else ()
+        inner = getattr(found[-1], "cause", None) or next(iter(died_of), None)
+        if not isinstance(inner, BaseException):
+            return found
+        found.append(inner)
 
 
 def explain(error: BaseException) -> Failure:
     """An error of the launcher, or one that Ray brought from an actor."""
-    cause, text = cause_of(error), "".join(traceback.format_exception(error))
+    chain, text = causes(error), "".join(traceback.format_exception(error))
+    cause = chain[-1]
     kind, said = type(cause).__name__, str(cause).strip() or "(no message)"
-    actor = getattr(error, "function_name", "") if hasattr(error, "traceback_str") else ""
+    actor = next((getattr(e, "proctitle", e.function_name) for e in chain if hasattr(e, "traceback_str")), "")
     if isinstance(cause, ConfigError):
         return Failure(SETTINGS, said, actor)
     if isinstance(cause, StopTraining):
