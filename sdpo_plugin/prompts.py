@@ -47,10 +47,9 @@ def text_tokenizer(given: Any) -> Any:
     """
     if type(given).__name__ == "MistralCommonBackend":
         raise ConfigError(
-            f"--actor.model_name_or_path {given.name_or_path}: transformers loads its tokenizer as "
-            "MistralCommonBackend, which reads the mark-up of a rendered chat, as [INST], as plain characters; give a "
-            "local copy of the model without tekken.json, in which a tokenizer.json and a chat_template.jinja take its "
-            "place"
+            "transformers loads the model's tokenizer as MistralCommonBackend, which reads the mark-up of a rendered "
+            "chat, as [INST], as plain characters; give a local copy of the model without tekken.json, in which a "
+            "tokenizer.json and a chat_template.jinja take its place"
         )
     if hasattr(given, "convert_ids_to_tokens") or not hasattr(given, "tokenizer"):
         return given

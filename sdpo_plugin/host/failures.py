@@ -25,6 +25,8 @@ from sdpo_plugin.context import FeedbackError
 from sdpo_plugin.host.seams import TESTED, SeamError
 
 SOFTWARE, SETTINGS, REWARD, MACHINE, STOPPED = 1, 2, 3, 4, 5
+# Ray's, of an exception that cannot be pickled: its type, and its traceback, which ends with its words.
+UNSENT = re.compile(r"Exception (\S+) isn't serializable: .*?\nOriginal exception details:\n(.*)", re.DOTALL)
 FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
 LOST = re.compile("Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process exited")
 # What torch, DeepSpeed and numpy say where a file cannot be written to its end, and torch of one that has none.
@@ -82,6 +84,8 @@ def explain(error: BaseException) -> Failure:
     chain, text = causes(error), "".join(traceback.format_exception(error))
     cause = chain[-1]
     kind, said = type(cause).__name__, str(cause).strip() or "(no message)"
+    if unsent := UNSENT.fullmatch(said):
+        kind, said = unsent[1].rpartition(".")[2], " ".join(unsent[2].rpartition(f"{unsent[1]}: ")[2].split())
     actor = next((getattr(e, "proctitle", e.function_name) for e in chain if hasattr(e, "traceback_str")), "")
     if isinstance(cause, ConfigError):
         return Failure(SETTINGS, said, actor)
@@ -98,6 +102,11 @@ def explain(error: BaseException) -> Failure:
         return Failure(SETTINGS, found[0])
     if kind == "OutOfMemoryError" or "out of memory" in said.lower():
         return Failure(MACHINE, f"out of memory: {said.splitlines()[0]}", actor or last_frame(text), NO_ROOM)
+    if actor.endswith("Engine.__init__"):
+        return Failure(
+            SETTINGS, f"vLLM cannot serve --actor.model_name_or_path with these flags: {kind}: {said[:500]}", actor,
+            "correct the --vllm.* flag or the model that it names; vLLM's own lines are above",
+        )  # fmt: skip
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return Failure(MACHINE, said, last_frame(text), NO_DISK)
     if UNWRITTEN.search(said):
