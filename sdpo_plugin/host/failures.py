@@ -103,8 +103,9 @@ def explain(error: BaseException) -> Failure:
     if kind == "OutOfMemoryError" or "out of memory" in said.lower():
         return Failure(MACHINE, f"out of memory: {said.splitlines()[0]}", actor or last_frame(text), NO_ROOM)
     if actor.endswith("Engine.__init__"):
+        reason = " ".join(said[:500].split())
         return Failure(
-            SETTINGS, f"vLLM cannot serve --actor.model_name_or_path with these flags: {kind}: {said[:500]}", actor,
+            SETTINGS, f"vLLM cannot serve --actor.model_name_or_path with these flags: {kind}: {reason}", actor,
             "correct the --vllm.* flag or the model that it names; vLLM's own lines are above",
         )  # fmt: skip
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):

@@ -154,11 +154,17 @@ def tokenizer(args: Any) -> Any:
     path = args.actor.model_name_or_path
 
     def load() -> Any:
-        vision = hasattr(AutoConfig.from_pretrained(path, trust_remote_code=True), "vision_config")
-        found = (AutoProcessor if vision else AutoTokenizer).from_pretrained(path, trust_remote_code=True)
-        if vision and not hasattr(found, "tokenizer"):
-            raise ValueError("it has a vision_config, but no processor; put its preprocessor_config.json beside it")
-        return found
+        if not hasattr(AutoConfig.from_pretrained(path, trust_remote_code=True), "vision_config"):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+        try:
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+            assert hasattr(processor, "tokenizer"), "it has none"
+            return processor
+        except Exception as error:
+            raise ValueError(
+                "the model has a vision_config, so OpenRLHF loads its processor; put the base model's "
+                f"preprocessor_config.json and processor_config.json beside it: {error}"
+            ) from error
 
     found = _loaded("--actor.model_name_or_path", path, load)
     try:

@@ -69,6 +69,29 @@ def test_a_broken_run_is_told_all_at_once(tmp_path, flags, model):
     assert "has no such column; it has prompt, label" in shown
 
 
+def test_rows_that_the_chat_template_refuses_are_a_failed_check(tmp_path, flags, model):
+    """In this process: a doctor of its own would take ten seconds."""
+    import shutil
+
+    from rich.console import Console
+
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from sdpo_plugin.host import install  # noqa: F401
+
+    shutil.copytree(model, tmp_path / "model")
+    refusing = "{{ raise_exception('no system turns') if messages[0].role == 'system' }}{{ messages[-1].content }}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(refusing)
+    row = {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "say 1"}], "label": "1"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*ROWS, row]))
+    changed = [f"--actor.model_name_or_path={tmp_path}/model", f"--data.prompt_dataset={tmp_path}/rows.jsonl"]
+    checks = list(doctor.run([*flags, *changed, f"--ckpt.path={tmp_path}/c"], None, True, Console(), {}))
+    (found,) = [check for check in checks if check.about == "prompts"]
+    assert found.status == doctor.FAIL and f"{tmp_path}/rows.jsonl, row {len(ROWS)}: " in found.found
+    assert f"the chat template of {tmp_path}/model refuses" in found.found and "no system turns" in found.found
+
+
 def test_another_version_and_a_seam_that_moved(tmp_path):
     other = tmp_path / "openrlhf-0.9.0.dist-info"
     other.mkdir()

@@ -77,6 +77,23 @@ def test_what_ray_itself_says_of_a_constructor_that_raised():
     assert (failure.code, failure.what, failure.where) == (SETTINGS, "--x 1: no", "ray::Controller.__init__")
 
 
+def test_an_engine_that_cannot_start_is_explained():
+    """By what vLLM raised, even if Ray could not bring the exception itself."""
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    class Refused(Exception):
+        def __reduce__(self):
+            raise TypeError("cannot be pickled")
+
+    trace = 'Traceback ...\n  File "config.py", line 3, in check\n'
+    for cause in (ValueError("max_model_len (128)\n  is too long"), Refused("max_model_len (128)\n  is too long")):
+        name = f"{type(cause).__module__}.{type(cause).__name__}".removeprefix("builtins.")
+        inner = RayTaskError("__init__", f"{trace}{name}: {cause}\n", cause, proctitle="ray::Engine.__init__")
+        failure = failures.explain(ActorDiedError(inner))
+        assert failure.code == SETTINGS and failure.what.startswith("vLLM cannot serve --actor.model_name_or_path")
+        assert failure.what.endswith(f"{type(cause).__name__}: max_model_len (128) is too long")
+
+
 def test_the_message_names_the_file_with_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: str(tmp_path))
     try:
