@@ -134,7 +134,8 @@ def _as_template_reads(chat: Chat, tokenizer: Any, render: Callable[[Chat], str]
             return -1, 0
         return text.count(MARK), -text.count("None")
 
-    return max((list, _as_text, _as_parts), key=printed)(chat)
+    forms: tuple[Callable[[Chat], Chat], ...] = (list, _as_text, _as_parts)
+    return max(forms, key=printed)(chat)
 
 
 @lru_cache(maxsize=4)

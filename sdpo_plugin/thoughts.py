@@ -63,7 +63,8 @@ def response_text(ids: Sequence[int], tokenizer: Any, tags: Tags = KNOWN_TAGS) -
     tokenizer: a Hugging Face tokenizer.
     """
     of_tags = _special_tokens_of(tags, tokenizer, len(tokenizer))
-    texts, run = [], []
+    texts: list[str] = []
+    run: list[int] = []
     for i in ids:
         if i in of_tags:
             texts += [tokenizer.decode(run, skip_special_tokens=True), of_tags[i]]

@@ -86,7 +86,8 @@ def explain(error: BaseException) -> Failure:
     kind, said = type(cause).__name__, str(cause).strip() or "(no message)"
     if unsent := UNSENT.fullmatch(said):
         kind, said = unsent[1].rpartition(".")[2], " ".join(unsent[2].rpartition(f"{unsent[1]}: ")[2].split())
-    actor = next((getattr(e, "proctitle", e.function_name) for e in chain if hasattr(e, "traceback_str")), "")
+    raised_in = next((e for e in chain if hasattr(e, "traceback_str")), None)
+    actor = str(getattr(raised_in, "proctitle", getattr(raised_in, "function_name", "")))
     if isinstance(cause, ConfigError):
         return Failure(SETTINGS, said, actor)
     if isinstance(cause, StopTraining):

@@ -12,7 +12,6 @@ from sdpo_plugin import plugins
 from sdpo_plugin.config import ConfigError, RewardConfig, add_group, chat_template_kwargs, flat, from_namespace
 from sdpo_plugin.host import deterministic, recipe, seams, sleep
 from sdpo_plugin.host.cluster import PLATFORMS, VARIABLE
-from sdpo_plugin.interface import input_frame
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
 
@@ -146,8 +145,6 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     nested = hierarchize(parser.parse_args(arguments))
     plugins.activate(nested, manager).hook.openrlhf_configure(args=nested)
     chat_template_kwargs(nested)
-    if nested.data.input_template and not nested.data.apply_chat_template:
-        input_frame(nested.data.input_template)
     deterministic.refuse(nested)
     sleep.refuse(nested)
     from_namespace(RewardConfig, nested)

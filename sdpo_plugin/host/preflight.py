@@ -21,7 +21,7 @@ from sdpo_plugin.config import ConfigError, chat_template_kwargs
 from sdpo_plugin.host import checkpoint
 from sdpo_plugin.host.cluster import Cluster, require_gpus
 from sdpo_plugin.host.seams import seam
-from sdpo_plugin.interface import prompt_messages
+from sdpo_plugin.interface import input_frame, prompt_messages
 from sdpo_plugin.prompts import require_printed, text_tokenizer
 
 LOCK = ".openrlhf-sdpo.lock"
@@ -190,6 +190,8 @@ def _loaded(flag: str, path: str, load: Callable[[], Any]) -> Any:
 
 def data(args: Any) -> None:
     """Every data set that will be blended, each on its own, so that the message can name it."""
+    if args.data.input_template and not args.data.apply_chat_template:
+        input_frame(args.data.input_template)
     for dataset, evaluation in datasets(args):
         flag = "--eval.dataset" if evaluation else "--data.prompt_dataset"
         rows = load(args, flag, dataset, args.eval.split if evaluation else args.data.prompt_split)

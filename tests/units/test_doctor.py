@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from common import REWARD, ROWS
-from transformers import LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sdpo_plugin import memory
 from sdpo_plugin.host import doctor
@@ -156,3 +156,13 @@ def test_the_shape_is_read_off_a_configuration():
     shape = memory.shape_of(config, lora_rank=4, lora_targets=["q_proj", "down_proj"])
     assert shape.parameters == 2 * 100 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
     assert shape.adapters == 2 * 4 * (64 + 64 + 128 + 64)
+
+
+def test_the_shape_of_a_vision_language_model_is_that_of_all_its_weights():
+    config = LlavaConfig(
+        text_config=LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2),
+        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, image_size=28),
+    )
+    shape = memory.shape_of(config)
+    assert (shape.hidden, shape.layers, shape.intermediate, shape.vocab) == (64, 2, 128, 100)
+    assert shape.parameters == sum(p.numel() for p in LlavaForConditionalGeneration(config).parameters())

@@ -330,10 +330,11 @@ def test_rows_that_the_template_refuses_are_named_before_a_run(preflight, tokeni
 @pytest.mark.parametrize(
     "template", ['Answer as {"a": 1}. {}\nA:', "Question:", "{} or {}", "{question}", "{", "{0.x}"]
 )
-def test_an_input_template_needs_one_place_for_the_prompt(template):
+def test_an_input_template_needs_one_place_for_the_prompt(preflight, template):
     args = arguments(apply_chat_template=False, input_template=template)
-    with pytest.raises(ConfigError, match=r"--data.input_template .* not exactly one \{\}.*\{\{"):
-        prompt_messages({"prompt": "2+2?"}, args)
+    for reads in (lambda: prompt_messages({"prompt": "2+2?"}, args), lambda: preflight.data(args)):
+        with pytest.raises(ConfigError, match=r"--data.input_template .* not exactly one \{\}.*\{\{"):
+            reads()
     right = arguments(apply_chat_template=False, input_template='As {{"a": 1}}. {}\nA:')
     assert prompt_messages({"prompt": "2+2?"}, right) == FramedText('As {"a": 1}. ', "2+2?", "\nA:")
 
