@@ -160,8 +160,12 @@ def test_the_shape_is_read_off_a_configuration():
 
 def test_the_shape_of_a_vision_language_model_is_that_of_all_its_weights():
     config = LlavaConfig(
-        text_config=LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2),
-        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, image_size=28),
+        text_config=LlamaConfig(
+            vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28
+        ),
     )
     shape = memory.shape_of(config)
     assert (shape.hidden, shape.layers, shape.intermediate, shape.vocab) == (64, 2, 128, 100)
