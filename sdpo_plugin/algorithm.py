@@ -49,8 +49,10 @@ from sdpo_plugin.fused import Head, Scores, TeacherStates, linear_distillation, 
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.interface import MicroBatch, Read, RolloutBatch, Worker, prompt_messages, teacher_inputs
 from sdpo_plugin.loss import Tokens, loss_from_log_probs
+from sdpo_plugin.prompts import require_user_text
 from sdpo_plugin.recorder import Recorder, tell
 from sdpo_plugin.teacher import EmaTeacher, Teacher, make_teacher
+from sdpo_plugin.thoughts import response_text, tags_with
 
 PREFIX = "self_distillation/"
 logger = logging.getLogger(__name__)
@@ -254,12 +256,17 @@ class SelfDistillation:
     def openrlhf_dataset(self, dataset: Any, evaluation: bool, args: Any) -> None:
         if evaluation:  # only students answer there
             return
-        for row, messages in enumerate(dataset[args.data.input_key]):
-            if isinstance(messages, list) and (not messages or messages[-1].get("role") != "user"):
-                raise ConfigError(
-                    f"--data.input_key {args.data.input_key}: row {row} has no user turn at its end, which is where "
-                    "the teacher's context goes; end every prompt with a user message"
-                )
+        key = args.data.input_key
+        for row, prompt in enumerate(dataset[key]):
+            require_user_text(f"--data.input_key {key}: row {row}", prompt)
+        if "{privileged_context}" in self.reprompt.template and self.reprompt.privileged_key in dataset.column_names:
+            for row, shown in enumerate(dataset[self.reprompt.privileged_key]):
+                if not isinstance(shown, str | None):
+                    raise ConfigError(
+                        f"--reprompt.privileged_key {self.reprompt.privileged_key}: row {row} has "
+                        f"{type(shown).__name__} there, {shown!r:.80}; the teacher reads text: write it out, by "
+                        "json.dumps(...) for a structure, and null where there is none"
+                    )
 
     @hookimpl
     def openrlhf_generation_prompt(
@@ -378,7 +385,7 @@ class SelfDistillation:
         return Rollout(
             group=batch.group(i),
             messages=batch.prompt(i),
-            response=batch.tokenizer.decode(ids, skip_special_tokens=True) if ids else None,
+            response=response_text(ids, batch.tokenizer, tags_with(self.reprompt.thinking_tags)) if ids else None,
             reward=batch.rewards[i],
             feedback=sample.feedback,
             privileged_context=sample.record.get(self.reprompt.privileged_key),

@@ -164,7 +164,11 @@ class RepromptConfig(Group):
         "first", "which of the successes is shown", ("first", "random", "best", "shortest")
     )
     remove_thinking: bool = option(
-        True, "cut closed <think> blocks from demonstrations, those that the prompt opened included"
+        True, "cut closed thoughts from demonstrations, those that the prompt opened included"
+    )
+    thinking_tags: str | None = option(
+        None, "opening and closing tag of thoughts, as \"<reasoning> </reasoning>\", besides those of known models "
+        "(<think>, [THINK], gpt-oss's channels, ...); more pairs may follow"
     )
     use_feedback: bool = option(True, "show the environment's feedback on the rollout")
     feedback_only_without_solution: bool = option(
@@ -195,6 +199,8 @@ class RepromptConfig(Group):
                             ("feedback_template", "feedback_raw")):
             if "{" + known + "}" not in getattr(self, name):
                 self.fail(name, "the template must contain {" + known + "}")
+        if self.thinking_tags is not None and (not self.thinking_tags.strip() or len(self.thinking_tags.split()) % 2):
+            self.fail("thinking_tags", 'give opening and closing tags in turn, as "<reasoning> </reasoning>"')
 
 
 @dataclass(frozen=True)

@@ -15,25 +15,24 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 from sdpo_plugin.config import ConfigError, RepromptConfig
+from sdpo_plugin.prompts import FramedText as FramedText
+from sdpo_plugin.prompts import (
+    Messages,
+    ids_without_markup,
+    markup,
+    not_printed,
+    rendered,
+    text_tokenizer,
+    user_text,
+    whole_characters,
+    with_user_text,
+)
+from sdpo_plugin.prompts import prompt_as_read as prompt_as_read
+from sdpo_plugin.thoughts import is_unclosed, tags_with, without_thoughts
 
-
-@dataclass(frozen=True)
-class FramedText:
-    """A prompt that is text, of which only a part is the user's: `--data.input_template` puts a frame around it."""
-
-    before: str
-    user: str
-    after: str
-
-
-Messages = list[dict[str, Any]] | FramedText | str  # chat messages, or a prompt that was never a chat
-
-CLOSED_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 # Only so much of the sections is tokenized at all: a megabyte of log output must not stall the controller. Text has
 # about 4 characters a token, indented code and tables up to 10; beyond 16 the limit may cut earlier than needed.
 MAX_CHARS_PER_TOKEN = 16
@@ -97,7 +96,7 @@ def build_teacher_contexts(rollouts: Sequence[Rollout], config: RepromptConfig) 
     successes = _successes_by_group(rollouts, config)
     contexts = []
     for i, rollout in enumerate(rollouts):
-        _user_text(rollout.messages)  # a prompt that cannot be rewritten is an error before its first success, too
+        user_text(rollout.messages)  # a prompt that cannot be rewritten is an error before its first success, too
         if rollout.response is None:
             contexts.append(TeacherContext(rollout.messages, False))
             continue
@@ -138,7 +137,7 @@ def context_metrics(
         "feedback_available": sum(config.use_feedback and has_feedback(rollout) for rollout in rollouts),
         "feedback_used": sum("feedback" in context.sections or bool(context.by_turn) for context in contexts),
         "reprompt_sample": sum(context.active for context in contexts),
-        "unclosed_thought": sum(_without_thoughts(text).lstrip().startswith("<think>") for text in taught),
+        "unclosed_thought": sum(is_unclosed(text, tags_with(config.thinking_tags)) for text in taught),
     }
     of_groups = {
         "success_group": len(successes), "single_success_group": sum(len(won) == 1 for won in successes.values())
@@ -146,48 +145,6 @@ def context_metrics(
     metrics = {name: count / max(len(groups), 1) for name, count in of_groups.items()}
     metrics |= {name: count / max(len(contexts), 1) for name, count in counts.items()}
     return {f"self_distillation/{name}_fraction": value for name, value in metrics.items()}
-
-
-def rendered(prompt: Messages, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
-    """The text of a prompt, a chat as the tokenizer's chat template renders it. Raises ValueError if it has none."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, FramedText):
-        return prompt.before + prompt.user + prompt.after
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "the prompt is a chat, but the tokenizer has no chat template: give one to the tokenizer, or train on "
-            "plain text prompts without --data.apply_chat_template"
-        )
-    kwargs = {**(chat_template_kwargs or {}), "tokenize": False, "add_generation_prompt": True}
-    return tokenizer.apply_chat_template(prompt, **kwargs)
-
-
-def prompt_as_read(
-    prompt: Messages, ids: list[int], tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
-) -> Messages:
-    """What the student read: `prompt`, or the text that an agent's `reset` put in its place.
-
-    Of such a text, the user's part is the one that takes the place of the user's in `prompt`: what stands in the frame
-    that chat template or `--data.input_template` put around it. An end of the frame that is not there is nowhere.
-
-    ids: the tokens before the first response token. All of the prompt's or, where OpenRLHF cut it on the left to make
-    room for the response, the last of them mean that the prompt was left alone.
-    """
-    original = rendered(prompt, tokenizer, chat_template_kwargs)
-    if ids == tokenizer(original, add_special_tokens=False, verbose=False)["input_ids"][-len(ids) :]:
-        return prompt
-    read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    sentinel = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in original)
-    bare = rendered(_with_user_text(prompt, sentinel), tokenizer, chat_template_kwargs)
-    before, after = bare.split(sentinel)[0], bare.split(sentinel)[-1]
-    ends, starts = read.endswith(after), read.removesuffix(after).startswith(before)
-    if original in read and not (starts and ends):
-        start, end = read.split(original, 1)
-        before, after = start + before, after + end
-    else:
-        before, after = before if starts else "", after if ends else ""
-    return FramedText(before, read[len(before) : len(read) - len(after)], after)
 
 
 def teacher_prompt_ids(
@@ -200,17 +157,18 @@ def teacher_prompt_ids(
 
     Send these ids to an engine, not their text: as text, a section could become mark-up again.
 
-    tokenizer: a Hugging Face tokenizer. chat_template_kwargs: what the student's prompt is rendered with (`tools`,
-    `enable_thinking`, ...). An inactive context gives the student's ids. An active one gives the ids of the plain
-    rendering, unless a section would change the mark-up or something is cut to fit `config.max_len`. Then sections
-    are tokenized on their own: tokens do not merge across their borders (SentencePiece may see a space there). They
-    are cut, taken together, at `config.truncation`; one of which nothing is left goes with its frame. Everything else
-    is kept, even if it alone is longer than `max_len`. Where a chat template strips the user turn, a section at its
-    very border keeps its white space.
+    tokenizer: a Hugging Face tokenizer or processor. chat_template_kwargs: what the student's prompt is rendered with
+    (`tools`, `enable_thinking`, ...). An inactive context gives the student's ids. An active one gives the ids of the
+    plain rendering, unless a section would change the mark-up or something is cut to fit `config.max_len`. Then
+    sections are tokenized on their own: tokens do not merge across their borders (SentencePiece may see a space
+    there). They are cut, taken together, at `config.truncation`; one of which nothing is left goes with its frame.
+    Everything else is kept, even if it alone is longer than `max_len`. Where a chat template strips the user turn, a
+    section at its very border keeps its white space.
 
-    Raises ValueError for chat messages and a tokenizer without a chat template; ConfigError where something would
-    have to be cut and `config.truncation` is `error`.
+    Raises ConfigError for chat messages and a tokenizer without a chat template, or with one that refuses them or does
+    not print the sections; and where something would have to be cut and `config.truncation` is `error`.
     """
+    tokenizer = text_tokenizer(tokenizer)
 
     def render(messages: Messages) -> str:
         return rendered(messages, tokenizer, chat_template_kwargs)
@@ -225,17 +183,21 @@ def teacher_prompt_ids(
     bare = render(_fill(context.prompt, {}, config))
     names = dict(zip((c for c in map(chr, range(0xE000, 0xF900)) if c not in bare), SECTIONS, strict=False))
     sentinels = {name: sentinel for sentinel, name in names.items() if name in context.sections}
-    pieces = re.split(f"([{''.join(names)}])", render(_fill(context.prompt, sentinels, config)))
+    filled = _fill(context.prompt, sentinels, config)
+    pieces = re.split(f"([{''.join(names)}])", render(filled))
     order = [names[sentinel] for sentinel in pieces[1::2]]
+    for name, sentinel in sentinels.items():
+        if sentinel in user_text(filled) and name not in order:
+            raise not_printed(f"the {name} section in the last turn", tokenizer)
 
     # Environments hand over what they read: half of a surrogate pair has no UTF-8 form, and tokenizers raise on it.
     texts = [context.sections[name].encode("utf-8", "replace").decode() for name in order]
     bounded = [(text, "") for text in texts]
     if config.truncation != "error":
         bounded = _cut(texts, config.max_len * MAX_CHARS_PER_TOKEN, config.truncation)
-    markup, markup_pattern = _markup(tokenizer, len(tokenizer))
+    special, special_pattern = markup(tokenizer, len(tokenizer))
     trusted = encode(pieces[0::2])
-    ends = [[_ids_without_markup(end, encode, markup, markup_pattern) for end in both] for both in bounded]
+    ends = [[ids_without_markup(end, encode, special, special_pattern) for end in both] for both in bounded]
     shown = [before + after for before, after in ends]
     ids = _interleave(trusted, shown)
     whole = [before + after == text for (before, after), text in zip(bounded, texts, strict=True)]
@@ -243,7 +205,7 @@ def teacher_prompt_ids(
 
     if all(whole):
         plain = encode(["".join(_interleave(pieces[0::2], texts))])[0]
-        if len(plain) <= config.max_len and [i for i in plain if i in markup] == [i for i in ids if i in markup]:
+        if len(plain) <= config.max_len and [i for i in plain if i in special] == [i for i in ids if i in special]:
             return plain, {}
     if len(ids) <= config.max_len:
         return ids, _places(order, gaps, trusted, shown)
@@ -258,7 +220,7 @@ def teacher_prompt_ids(
     kept = []
     for i, (before, after) in enumerate(_cut(shown, budget, config.truncation)):
         if len(before) + len(after) < len(shown[i]):
-            before, after = _whole_characters(before, tokenizer, -1), _whole_characters(after, tokenizer, 0)
+            before, after = whole_characters(before, tokenizer, -1), whole_characters(after, tokenizer, 0)
             removed = len(shown[i]) - len(before) - len(after)
             earlier = [gap if gap < len(before) else max(gap - removed, len(before)) for gap in gaps[i]]
             gaps[i] = sorted({*earlier, len(before)})
@@ -310,18 +272,7 @@ def _demonstration(successes: list[Rollout], index: int, config: RepromptConfig)
     else:
         chosen = successes[0]
     response = chosen.response or ""
-    return _without_thoughts(response) if config.remove_thinking else response
-
-
-def _without_thoughts(text: str) -> str:
-    """`text` without closed thoughts, and without everything before a closing tag that is left.
-
-    Its opening tag is in the prompt (DeepSeek-R1, Qwen3's thinking models), or was that of a thought with another in
-    it. These models' chat templates, too, keep what follows the last closing tag of an answer.
-    """
-    text = CLOSED_THOUGHT.sub("", text)
-    _, closing, answer = text.rpartition("</think>")
-    return answer.lstrip() if closing else text
+    return without_thoughts(response, tags_with(config.thinking_tags)) if config.remove_thinking else response
 
 
 def _feedback(rollout: Rollout, config: RepromptConfig) -> str | None:
@@ -369,7 +320,7 @@ def _text(value: Any, name: str, rollout: Rollout) -> str | None:
 
 def _fill(prompt: Messages, sections: Mapping[str, str], config: RepromptConfig) -> Messages:
     """`prompt` with its last turn rewritten by `config.template`; a section that is not given is empty."""
-    text = _user_text(prompt)
+    text = user_text(prompt)
     values = dict.fromkeys(SECTIONS, "") | dict(sections, prompt=text)
     if "solution" in sections:
         values["solution"] = _substitute(
@@ -377,22 +328,7 @@ def _fill(prompt: Messages, sections: Mapping[str, str], config: RepromptConfig)
         )
     if "feedback" in sections:
         values["feedback"] = _substitute(config.feedback_template, {"feedback_raw": sections["feedback"]})
-    return _with_user_text(prompt, _substitute(config.template, values))
-
-
-def _with_user_text(prompt: Messages, turn: str) -> Messages:
-    """`prompt` with `turn` in the place of what `_user_text` gives."""
-    if isinstance(prompt, str):
-        return turn
-    if isinstance(prompt, FramedText):
-        return replace(prompt, user=turn)
-    content = prompt[-1]["content"]
-    if isinstance(content, list):
-        i = _last_text(content)
-        content = [*content[:i], {**content[i], "text": turn}, *content[i + 1 :]]
-    else:
-        content = turn
-    return [*prompt[:-1], {**prompt[-1], "content": content}]
+    return with_user_text(prompt, _substitute(config.template, values))
 
 
 def _substitute(template: str, values: Mapping[str, str]) -> str:
@@ -400,62 +336,7 @@ def _substitute(template: str, values: Mapping[str, str]) -> str:
     return re.sub("{(" + "|".join(values) + ")}", lambda match: values[match[1]], template)
 
 
-def _user_text(prompt: Messages) -> str:
-    """The text of the turn the teacher's replaces. Raises ValueError where there is none."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, FramedText):
-        return prompt.user
-    if not prompt or prompt[-1].get("role") != "user":
-        role = f"its last turn is of role {prompt[-1].get('role')!r}" if prompt else "it has no turns"
-        raise ValueError(f"prompt without a user turn at its end, where the teacher's context goes: {role}")
-    content = prompt[-1].get("content")
-    if isinstance(content, list):
-        return content[_last_text(content)]["text"]
-    if not isinstance(content, str):
-        raise ValueError(f"prompt without a user turn of text: its last turn's content is {type(content).__name__}")
-    return content
-
-
-def _last_text(parts: list[dict[str, Any]]) -> int:
-    """The index of the last text part; what is not text (images) stays where it is."""
-    for i in reversed(range(len(parts))):
-        if parts[i].get("type") == "text":
-            return i
-    raise ValueError("prompt without a user turn of text: its last turn has no part of type 'text'")
-
-
 # ── tokens ──
-
-
-@lru_cache(maxsize=4)  # 6,000 reserved tokens, as Gemma has, take 40 ms; `size` notices one that is added later
-def _markup(tokenizer: Any, size: int) -> tuple[set[int], re.Pattern[str]]:
-    """The tokens that structure a chat: their ids, and where one starts in a text.
-
-    Special tokens, and those in brackets that are not declared special: Qwen3's `<think>` and `<tool_call>` are not.
-    Other added tokens are vocabulary (Gemma's runs of line breaks, a domain's words).
-    """
-    contents = {
-        i: token.content
-        for i, token in tokenizer.added_tokens_decoder.items()
-        if token.special or re.fullmatch(r"<\S+>|\[\S+\]", token.content)
-    }
-    # The set of first characters is for speed: Python tries the alternatives one by one.
-    first = "".join({re.escape(content[0]) for content in contents.values()})
-    pattern = f"(?=[{first}])(?={'|'.join(map(re.escape, contents.values()))})" if contents else "(?!)"
-    return set(contents), re.compile(pattern)
-
-
-def _ids_without_markup(text: str, encode: Any, markup: set[int], markup_pattern: re.Pattern[str]) -> list[int]:
-    """`text` as ordinary tokens.
-
-    `split_special_tokens=True` is not enough: it leaves added tokens that are not declared special whole, and a
-    Unigram model finds `</s>` in its own vocabulary. A text in which none is whole has nothing to find. What a
-    normalizer still makes of look-alikes, and unknown characters where the unknown token is special, is left out.
-    """
-    cuts = [match.start() + 1 for match in markup_pattern.finditer(text)]
-    parts = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
-    return [i for part in encode(parts) for i in part if i not in markup]
 
 
 def _cut(sections: Sequence[Any], budget: int, side: str) -> list[tuple[Any, Any]]:
@@ -468,16 +349,6 @@ def _cut(sections: Sequence[Any], budget: int, side: str) -> list[tuple[Any, Any
         left.append((section[: max(start, 0)], section[max(stop, 0) :]))
         start, stop = start - len(section), stop - len(section)
     return left
-
-
-def _whole_characters(ids: list[int], tokenizer: Any, edge: int) -> list[int]:
-    """`ids` without the part of a character that a cut left at `edge` (0 or -1); UTF-8 has at most 3 such bytes."""
-    for _ in range(3):
-        window = ids[:4] if edge == 0 else ids[-4:]
-        if not window or tokenizer.decode(window)[edge:][:1] != "\ufffd":
-            break
-        ids = ids[1:] if edge == 0 else ids[:-1]
-    return ids
 
 
 def _interleave(trusted: Sequence[Any], shown: Sequence[Any]) -> list[Any]:

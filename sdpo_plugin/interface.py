@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sdpo_plugin.config import ConfigError, chat_template_kwargs
-from sdpo_plugin.context import FramedText, Messages, prompt_as_read
 from sdpo_plugin.fused import Head, Scores
+from sdpo_plugin.prompts import FramedText, Messages, prompt_as_read, text_tokenizer
 
 # Entries of OpenRLHF's `Experience.info`, the only field that carries new tensors to the policy workers.
 ATTACHED = "plugin/"
@@ -55,7 +55,7 @@ class RolloutBatch:
             `turns` (a `Turn` for each action, in order) and `skipped` (why it has no reward, or None).
         rewards: float per sample, before length penalties and baselines; None where the reward function failed and the
             sample is skipped (`--reward.on_error`).
-        args, tokenizer: OpenRLHF's.
+        args: OpenRLHF's. tokenizer: the policy's, of a vision-language model without its processor.
         max_positions: the longest sequence that the policy model is made for, in tokens.
         step: OpenRLHF's global step that trains on the batch, from 1.
         metrics: scalars a plugin wants logged for this step.
@@ -72,7 +72,7 @@ class RolloutBatch:
         max_positions: float,
         step: int = 1,
     ) -> None:
-        self.samples, self.args, self.tokenizer = samples, args, tokenizer
+        self.samples, self.args, self.tokenizer = samples, args, text_tokenizer(tokenizer)
         self.max_positions, self.step = max_positions, step
         self.metrics: dict[str, float] = {}
         self.answers: dict[str, dict[int, Any]] = {}
@@ -92,7 +92,8 @@ class RolloutBatch:
     def prompt(self, i: int) -> Messages:
         """What sample i's student read before its first action: the row's prompt, or what an agent made of it."""
         own = prompt_messages(self.samples[i].record, self.args)
-        return prompt_as_read(own, self.prompt_ids(i), self.tokenizer, chat_template_kwargs(self.args))
+        (text,) = getattr(self.samples[i], "prompts", [None])
+        return prompt_as_read(own, self.prompt_ids(i), self.tokenizer, chat_template_kwargs(self.args), text)
 
     def prompt_ids(self, i: int) -> list[int]:
         """The tokens of `prompt`."""
@@ -146,8 +147,20 @@ def prompt_messages(record: dict[str, Any], args: Any) -> Messages:
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not args.data.input_template:
         return prompt
-    before, after = args.data.input_template.format("\0").split("\0")
+    before, after = input_frame(args.data.input_template)
     return FramedText(before, prompt, after)
+
+
+def input_frame(template: str) -> tuple[str, str]:
+    """What `--data.input_template` puts before and after a prompt. Raises ConfigError unless it has one `{}`."""
+    try:
+        before, after = template.format("\0").split("\0")
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            f"--data.input_template {template!r}: it has not exactly one {{}}, where the prompt goes "
+            f"({type(error).__name__}: {error}); write braces of its own twice, as in {{{{\"answer\": 1}}}}"
+        ) from error
+    return before, after
 
 
 # ── every policy worker: a micro-batch on its way from data to loss ──

@@ -30,10 +30,11 @@ class Shape:
 def shape_of(config: Any, lora_rank: int = 0, lora_targets: Any = "all-linear") -> Shape:
     """Of a model's Hugging Face configuration. No weight is read or made."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        model = kind.from_config(config, trust_remote_code=True)
     adapters, head = 0, model.get_output_embeddings()
     names = [lora_targets] if isinstance(lora_targets, str) else list(lora_targets or ["all-linear"])
     for name, module in model.named_modules():

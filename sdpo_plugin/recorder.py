@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_plugin.context import Cuts, Rollout, joined, rendered
+from sdpo_plugin.context import Cuts, Rollout, joined
 from sdpo_plugin.fused import Head, TeacherStates, linear_distillation
 from sdpo_plugin.interface import MicroBatch, RolloutBatch
 from sdpo_plugin.loss import Tokens
+from sdpo_plugin.prompts import rendered, text_tokenizer
 from sdpo_plugin.samples import SampleFile
 
 ASKED = "recorded sample"
@@ -142,6 +143,7 @@ def _rounded(log_prob: float | None) -> float | None:
 
 def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """The text of each token alone; a part of a character is U+FFFD."""
+    tokenizer = text_tokenizer(tokenizer)
     texts = [tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in ids]
     # SentencePiece marks a word's first token, and its decoders strip the space at the start of a text.
     names = tokenizer.convert_ids_to_tokens(list(ids))

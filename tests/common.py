@@ -96,3 +96,31 @@ def asked(environment, response, label, **options):
     thread.start()
     thread.join()
     return found["rewards"].item(), found["feedback"][0]
+
+
+def processor_of(tokenizer) -> Any:
+    """LLaVA's processor around a tokenizer, which gets a token for images; it needs no torchvision."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.processing_llava import LlavaProcessor
+
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    return LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14, chat_template=tokenizer.chat_template)
+
+
+def vision_model(directory) -> Any:
+    """The tiny model as the text part of a vision-language model."""
+    from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from sdpo_plugin.testing import tiny_model
+
+    processor = processor_of(AutoTokenizer.from_pretrained(tiny_model(directory)))
+    text = LlamaConfig.from_pretrained(directory)
+    text.vocab_size = len(processor.tokenizer)
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
+    )
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=processor.image_token_id)
+    LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory

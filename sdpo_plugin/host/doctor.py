@@ -231,7 +231,11 @@ def run(
         except ConfigError as error:
             yield Check(name, FAIL, str(error))
     if {"tokenizer", "data"} <= results.keys():
-        yield from prompts(args, results["tokenizer"], console, report)
+        try:
+            preflight.chats(args, results["tokenizer"])
+            yield from prompts(args, results["tokenizer"], console, report)
+        except ConfigError as error:
+            yield Check("prompts", FAIL, str(error))
     if "model" in results:
         try:
             yield memory_table(args, results["model"], cpu, console, report)
@@ -258,15 +262,14 @@ def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any])
     from sdpo_plugin.context import Rollout, build_teacher_contexts, teacher_prompt_ids
     from sdpo_plugin.host import preflight
     from sdpo_plugin.interface import prompt_messages
+    from sdpo_plugin.prompts import rendered
 
     rows = preflight.load(args, "--data.prompt_dataset", args.data.prompt_dataset.split(",")[0], args.data.prompt_split)
     chat = chat_template_kwargs(args)
     lengths = []
     for i in range(min(len(rows), LENGTH_ROWS)):
-        text = prompt_messages(rows[i], args)
-        if args.data.apply_chat_template:
-            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True, **chat)
-        lengths.append(len(tokenizer(str(text), add_special_tokens=False)["input_ids"]))
+        text = rendered(prompt_messages(rows[i], args), tokenizer, chat)
+        lengths.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     room = args.data.max_len - (args.rollout.max_new_tokens or 1)
     cut = sum(length > room for length in lengths)
     told = f"{len(rows)} rows; of the first {len(lengths)}, {min(lengths)} to {max(lengths)} tokens"

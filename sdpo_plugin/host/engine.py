@@ -31,6 +31,7 @@ from sdpo_plugin.host.calls import (
 )
 from sdpo_plugin.host.calls import reward_config as _reward
 from sdpo_plugin.host.seams import overrides, seam
+from sdpo_plugin.prompts import text_tokenizer
 
 REQUEST = "request"  # key of a response: the `Request` it answers
 
@@ -102,11 +103,11 @@ class Engine(RolloutRayActor):
     @overrides("prompt", "num_samples")
     async def generate_responses(self, prompt: Prompt, num_samples: int = 1, **kwargs: Any) -> list[dict[str, Any]]:
         text, request = str(prompt), prompt.request
-        know(getattr(kwargs["hf_tokenizer"], "tokenizer", kwargs["hf_tokenizer"]))  # a processor has one
+        know(text_tokenizer(kwargs["hf_tokenizer"]))
         _reward.set(request.reward)
         _shown.set(request.shown)
         if request.shown is not None:
-            _own.set(kwargs["hf_tokenizer"](text, add_special_tokens=False)["input_ids"])
+            _own.set(text_tokenizer(kwargs["hf_tokenizer"])(text, add_special_tokens=False)["input_ids"])
         generate = partial(RolloutRayActor.generate_responses, self, prompt=text, **kwargs)
         if request.seed is None:
             responses = await generate(num_samples=num_samples)
@@ -198,7 +199,8 @@ def failures_kept(execute: Execute) -> Execute:
                 if type(error).__name__.startswith("Engine"):  # vLLM's, not the agent's
                     raise
                 failure = described(error)
-        ids = given["hf_tokenizer"](given["prompt"], add_special_tokens=False)["input_ids"][-given["max_length"] :]
+        encoded = text_tokenizer(given["hf_tokenizer"])(given["prompt"], add_special_tokens=False)
+        ids = encoded["input_ids"][-given["max_length"] :]
         return {
             "prompt": given["prompt"], "label": given["label"], "images": None, "mm_train_inputs": None,
             "reward": None, "scores": None, "observation_tokens": ids, "action_ranges": [], "truncated": False,

@@ -25,6 +25,8 @@ from sdpo_plugin.host.seams import TESTED, SeamError
 from sdpo_plugin.masking import masked
 
 SOFTWARE, SETTINGS, REWARD, MACHINE, STOPPED = 1, 2, 3, 4, 5
+# Ray's, of an exception that cannot be pickled: its type, and its traceback, which ends with its words.
+UNSENT = re.compile(r"Exception (\S+) isn't serializable: .*?\nOriginal exception details:\n(.*)", re.DOTALL)
 FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
 LOST = re.compile("Connection (closed|reset) by peer|Broken pipe|ncclRemoteError|remote process exited")
 # What torch, DeepSpeed and numpy say where a file cannot be written to its end, and torch of one that has none.
@@ -67,18 +69,29 @@ class Failure:
     fix: str = ""
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """What was raised first: Ray wraps an actor's error once for every actor it goes through."""
-    while isinstance(inner := getattr(error, "cause", None), BaseException):
-        error = inner
-    return error
+def causes(error: BaseException) -> list[BaseException]:
+    """`error`, and what is inside, to what was raised first: Ray wraps an error once for every actor it goes through.
+
+    Of an actor whose constructor raised, it says that the actor died, and keeps the constructor's error in `args`.
+    """
+    found = [error]
+    while True:
+        died_of = found[-1].args[:1] if getattr(found[-1], "_actor_init_failed", False) else ()
+        inner = getattr(found[-1], "cause", None) or next(iter(died_of), None)
+        if not isinstance(inner, BaseException):
+            return found
+        found.append(inner)
 
 
 def explain(error: BaseException) -> Failure:
     """An error of the launcher, or one that Ray brought from an actor."""
-    cause, text = cause_of(error), "".join(traceback.format_exception(error))
+    chain, text = causes(error), "".join(traceback.format_exception(error))
+    cause = chain[-1]
     kind, said = type(cause).__name__, str(cause).strip() or "(no message)"
-    actor = getattr(error, "function_name", "") if hasattr(error, "traceback_str") else ""
+    if unsent := UNSENT.fullmatch(said):
+        kind, said = unsent[1].rpartition(".")[2], " ".join(unsent[2].rpartition(f"{unsent[1]}: ")[2].split())
+    raised_in = next((e for e in chain if hasattr(e, "traceback_str")), None)
+    actor = str(getattr(raised_in, "proctitle", getattr(raised_in, "function_name", "")))
     if isinstance(cause, ConfigError):
         return Failure(SETTINGS, said, actor)
     if isinstance(cause, StopTraining):
@@ -94,6 +107,12 @@ def explain(error: BaseException) -> Failure:
         return Failure(SETTINGS, found[0])
     if kind == "OutOfMemoryError" or "out of memory" in said.lower():
         return Failure(MACHINE, f"out of memory: {said.splitlines()[0]}", actor or last_frame(text), NO_ROOM)
+    if actor.endswith("Engine.__init__"):
+        reason = " ".join(said[:500].split())
+        return Failure(
+            SETTINGS, f"vLLM cannot serve --actor.model_name_or_path with these flags: {kind}: {reason}", actor,
+            "correct the --vllm.* flag or the model that it names; vLLM's own lines are above",
+        )  # fmt: skip
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return Failure(MACHINE, said, last_frame(text), NO_DISK)
     if UNWRITTEN.search(said):

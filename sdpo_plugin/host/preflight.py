@@ -12,18 +12,25 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import ConfigError
+from sdpo_plugin.config import ConfigError, chat_template_kwargs
 from sdpo_plugin.host import checkpoint, dates, labels
 from sdpo_plugin.host.cluster import Cluster, require_gpus
 from sdpo_plugin.host.seams import seam
+from sdpo_plugin.interface import input_frame, prompt_messages
+from sdpo_plugin.prompts import require_printed, text_tokenizer
 
 LOCK = ".openrlhf-sdpo.lock"
+RENDERED_ROWS = 1000  # of each data set; of the others, the first of every shape
 
 blending_datasets = seam("openrlhf.trainer.ppo_trainer:blending_datasets", "datasets", "strategy", "dataset_split")
+preprocess_data = seam(
+    "openrlhf.datasets.prompts_dataset:preprocess_data", "data", "input_key", "label_key", "apply_chat_template"
+)
 
 
 def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
@@ -50,8 +57,9 @@ def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
     ):
         if path:
             model(flag, path)
-    tokenizer(args)
+    found = tokenizer(args)
     data(args)
+    chats(args, found)
 
 
 def writable(flag: str, path: str) -> None:
@@ -140,13 +148,29 @@ def model(flag: str, path: str) -> Any:
 
 
 def tokenizer(args: Any) -> Any:
-    """The policy's tokenizer, with a chat template where the data has chats."""
-    from transformers import AutoTokenizer
+    """The policy's tokenizer, in its processor as in OpenRLHF, with a chat template where the data has chats."""
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
     path = args.actor.model_name_or_path
-    found = _loaded(
-        "--actor.model_name_or_path", path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-    )
+
+    def load() -> Any:
+        if not hasattr(AutoConfig.from_pretrained(path, trust_remote_code=True), "vision_config"):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+        try:
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+            assert hasattr(processor, "tokenizer"), "it has none"
+            return processor
+        except Exception as error:
+            raise ValueError(
+                "the model has a vision_config, so OpenRLHF loads its processor; put the base model's "
+                f"preprocessor_config.json and processor_config.json beside it: {error}"
+            ) from error
+
+    found = _loaded("--actor.model_name_or_path", path, load)
+    try:
+        found = text_tokenizer(found)
+    except ConfigError as error:
+        raise ConfigError(f"--actor.model_name_or_path {path}: {error}") from error
     if args.data.apply_chat_template and getattr(found, "chat_template", None) is None:
         raise ConfigError(
             f"--data.apply_chat_template: the tokenizer of {path} has no chat template; use an instruction-tuned "
@@ -166,6 +190,8 @@ def _loaded(flag: str, path: str, load: Callable[[], Any]) -> Any:
 
 def data(args: Any) -> None:
     """Every data set that will be blended, each on its own, so that the message can name it."""
+    if args.data.input_template and not args.data.apply_chat_template:
+        input_frame(args.data.input_template)
     for dataset, evaluation in datasets(args):
         flag = "--eval.dataset" if evaluation else "--data.prompt_dataset"
         rows = load(args, flag, dataset, args.eval.split if evaluation else args.data.prompt_split)
@@ -206,6 +232,47 @@ def load(args: Any, flag: str, dataset: str, split: str) -> Any:
         raise ConfigError(f"{flag} {dataset}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
+def chats(args: Any, tokenizer: Any) -> None:
+    """The chat template renders rows of every shape and, with an algorithm, prints the turn that the teacher's has."""
+    if not args.data.apply_chat_template:
+        return
+    chat = chat_template_kwargs(args)
+    render = partial(tokenizer.apply_chat_template, **chat)
+    for dataset, evaluation in datasets(args):
+        flag = "--eval.dataset" if evaluation else "--data.prompt_dataset"
+        rows = load(args, flag, dataset, args.eval.split if evaluation else args.data.prompt_split)
+        shapes = set()
+        for row, prompt in enumerate(rows[args.data.input_key]):
+            if (shape := _shape(prompt)) in shapes and row >= RENDERED_ROWS:
+                continue
+            shapes.add(shape)
+            record = {args.data.input_key: prompt}
+            try:
+                if plugins.algorithm() is None:
+                    preprocess_data(record, None, args.data.input_key, None, render)
+                else:
+                    require_printed(prompt_messages(record, args), tokenizer, chat)
+            except Exception as error:  # a template is other people's code
+                reason = error if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+                raise ConfigError(
+                    f"--data.input_key {args.data.input_key}: {flag} {dataset}, row {row}: {reason}"
+                ) from error
+
+
+def _shape(prompt: Any) -> Any:
+    """What a chat template tells rows apart by: roles, kinds of content, and other keys."""
+    if not isinstance(prompt, list):
+        return type(prompt)
+    return tuple(
+        (message["role"], _kinds(message.get("content")), *(key for key, value in message.items() if value is not None))
+        for message in prompt
+    )
+
+
+def _kinds(content: Any) -> Any:
+    return tuple(part.get("type") for part in content) if isinstance(content, list) else type(content)
+
+
 def prompts(where: str, column: Iterable[Any], args: Any) -> None:
     """Text, or with `--data.apply_chat_template` also a chat."""
     for row, prompt in enumerate(column):
@@ -220,10 +287,17 @@ def prompts(where: str, column: Iterable[Any], args: Any) -> None:
 
 
 def _is_chat(prompt: Any) -> bool:
+    """Messages with a role and text or parts; those before the last may be without, as a call of a tool is."""
     return isinstance(prompt, list) and bool(prompt) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), (str, list))
-        for m in prompt
+        isinstance(m, dict) and isinstance(m.get("role"), str) and _is_content(m.get("content"), i < len(prompt) - 1)
+        for i, m in enumerate(prompt)
     )  # fmt: skip
+
+
+def _is_content(content: Any, may_be_none: bool) -> bool:
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
+    return isinstance(content, str) or (content is None and may_be_none)
 
 
 def _shown(value: Any) -> str:

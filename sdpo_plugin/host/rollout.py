@@ -21,7 +21,8 @@ from sdpo_plugin.host.calls import FAILURE, FEEDBACK, LIMIT, TURN_FEEDBACK
 from sdpo_plugin.host.engine import REQUEST, Prompt, Request
 from sdpo_plugin.host.failures import RewardError
 from sdpo_plugin.host.seams import overrides, seam
-from sdpo_plugin.interface import RolloutBatch, Turn, attached_loss_mask
+from sdpo_plugin.interface import RolloutBatch, Turn, attached_loss_mask, prompt_messages
+from sdpo_plugin.prompts import rendered, text_tokenizer
 
 _TRAINER = "openrlhf.trainer.ppo_trainer"
 _PromptDataset: Any = seam(f"{_TRAINER}:PromptDataset")
@@ -34,14 +35,21 @@ class PromptDataset(_PromptDataset):
     """datasets/prompts_dataset.py: keeps the rows whose other columns OpenRLHF drops.
 
     OpenRLHF gives the chat template no arguments, so they are bound to it (`--data.chat_template_kwargs`).
+
+    With an algorithm, student and teacher read a row through the same functions: OpenRLHF alone makes an image of a
+    literal `<image>`, and prints lists of text parts in forms that a chat template does not read.
     """
 
     def __init__(
         self, dataset: Any, tokenizer: Any, strategy: Any, *args: Any, evaluation: bool = False, **kwargs: Any
     ) -> None:
-        plugins.active().hook.openrlhf_dataset(dataset=dataset, evaluation=evaluation, args=strategy.args)
-        render = partial(tokenizer.apply_chat_template, **chat_template_kwargs(strategy.args))
+        given = strategy.args
+        plugins.active().hook.openrlhf_dataset(dataset=dataset, evaluation=evaluation, args=given)
+        distills, chat = plugins.algorithm() is not None, chat_template_kwargs(given)
+        render = _unrendered if distills else partial(tokenizer.apply_chat_template, **chat)
         super().__init__(dataset, SimpleNamespace(apply_chat_template=render), strategy, *args, **kwargs)
+        if distills:
+            self.prompts = [rendered(prompt_messages(row, given), tokenizer, chat) for row in dataset]
         self.tokenizer, self.rows = tokenizer, dataset
 
     @overrides("idx")
@@ -50,6 +58,10 @@ class PromptDataset(_PromptDataset):
         prompt = Prompt(text)
         prompt.request = Request(id(self), idx)
         return source, prompt, *rest
+
+
+def _unrendered(chat: list[dict[str, Any]], **kwargs: Any) -> str:
+    return ""
 
 
 def training_then_evaluation() -> Callable[..., PromptDataset]:
@@ -94,7 +106,7 @@ class SamplesGenerator(_SamplesGenerator):
             for prompt in prompts:
                 record = self._record(prompt.request)
                 prompt.request.shown = hook.openrlhf_generation_prompt(
-                    prompt=str(prompt), record=record, tokenizer=self.tokenizer, args=self.args
+                    prompt=str(prompt), record=record, tokenizer=text_tokenizer(self.tokenizer), args=self.args
                 )
         return super()._dispatch_prompts_to_vllm(prompts, labels, **kwargs)
 

@@ -11,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -110,6 +111,12 @@ class PolicyTrainer(_ActorPPOTrainer):
         self.answers: Answers = {}
         if self.args.ds.zero_stage == 3:
             show_masked_norms(self.actor.model.optimizer)
+
+    @overrides("backend")
+    def _init_vllm_sync_group(self, backend: str) -> None:
+        # Raises what an engine's constructor raised. OpenRLHF goes on to wait for the engine in the group: minutes.
+        ray.get([engine.__ray_ready__.remote() for engine in self.vllm_engines])
+        super()._init_vllm_sync_group(backend)
 
     @overrides("kl_ctl")
     def ppo_train(self, kl_ctl: float) -> dict[str, Any]:

@@ -100,6 +100,14 @@ def test_a_tokenizer_without_a_chat_template(openrlhf, reward, tmp_path):
     assert failed.code == SETTINGS and failed.seconds < BEFORE_RAY
 
 
+def test_an_engine_that_cannot_start(openrlhf, reward, tmp_path):
+    """The policy worker would wait for it for minutes."""
+    failed = ends(openrlhf, tiny_model(tmp_path / "short", positions=64), ROWS, reward, *SDPO)
+    assert "vLLM cannot serve --actor.model_name_or_path with these flags: " in message(failed)
+    assert "max_model_len" in message(failed) and "ray::Engine.__init__" in message(failed)
+    assert failed.code == SETTINGS and failed.seconds < IN_RAY
+
+
 REWARDS = {
     "raises": ("def reward_func(queries, prompts, labels):\n    return 1 / 0\n",
                "reward.py: the reward function failed: ZeroDivisionError: division by zero",

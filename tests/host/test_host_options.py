@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
-from common import ROWS, SDPO, motion, same
+from common import ROWS, SDPO, motion, same, vision_model
 
+from sdpo_plugin.samples import read_samples
 from sdpo_plugin.testing import RunFailed
 
 REINFORCE = ("--algo.advantage.estimator", "reinforce")  # needs no group
@@ -164,6 +165,25 @@ def test_the_chat_template_s_arguments_reach_student_and_teacher(openrlhf, model
         assert any(text.startswith(f"<|user|>{content} ") for text in students)
     assert all("<|assistant|>in short: " in text for text in students)
     assert teachers and all(text.endswith("original question.<|assistant|>in short: ") for text in teachers)
+
+
+def test_a_vision_language_checkpoint_is_trained_on_text(openrlhf, reward, recorded, replay, tmp_path):
+    """OpenRLHF hands over a processor where a tokenizer is expected; it is of the same text model's tokens.
+
+    On recorded samples: vLLM has no model of LLaVA's without torchvision, which CPU installations are without.
+    """
+    parts = [row | {"prompt": [{"role": "user", "content": [{"type": "text", "text": f"say {i}"}]}]}
+             for i, row in enumerate(ROWS)]  # fmt: skip
+    run = openrlhf(
+        vision_model(tmp_path / "model"), parts, reward, *SDPO, "--diagnostics.samples", "4", replay=recorded
+    )
+    for name in ("success_sample", "feedback_used", "reprompt_sample", "truncated", "token"):
+        tag = f"self_distillation/{name}_fraction"
+        assert values(run, tag) == values(replay(*SDPO), tag), tag
+    assert all(0 < loss < 1 for loss in values(run, "self_distillation/loss"))
+    taught = [line["teacher_prompt"] for line in read_samples(run.directory) if line["active"]]
+    assert taught and all(text.startswith("<|user|>say ") for text in taught)
+    assert all(text.endswith("original question.<|assistant|>") for text in taught)
 
 
 AGENT = """

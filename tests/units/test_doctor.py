@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from common import REWARD, ROWS
-from transformers import LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sdpo_plugin import ConfigError, memory
 from sdpo_plugin.host import doctor
@@ -94,6 +94,29 @@ def test_a_broken_run_is_told_all_at_once(tmp_path, flags, model):
     assert "has no such column; it has prompt, label" in shown
 
 
+def test_rows_that_the_chat_template_refuses_are_a_failed_check(tmp_path, flags, model):
+    """In this process: a doctor of its own would take ten seconds."""
+    import shutil
+
+    from rich.console import Console
+
+    from sdpo_plugin.host import cpu
+
+    cpu.enable()
+    from sdpo_plugin.host import install  # noqa: F401
+
+    shutil.copytree(model, tmp_path / "model")
+    refusing = "{{ raise_exception('no system turns') if messages[0].role == 'system' }}{{ messages[-1].content }}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(refusing)
+    row = {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "say 1"}], "label": "1"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*ROWS, row]))
+    changed = [f"--actor.model_name_or_path={tmp_path}/model", f"--data.prompt_dataset={tmp_path}/rows.jsonl"]
+    checks = list(doctor.run([*flags, *changed, f"--ckpt.path={tmp_path}/c"], None, True, Console(), {}))
+    (found,) = [check for check in checks if check.about == "prompts"]
+    assert found.status == doctor.FAIL and f"{tmp_path}/rows.jsonl, row {len(ROWS)}: " in found.found
+    assert f"the chat template of {tmp_path}/model refuses" in found.found and "no system turns" in found.found
+
+
 def test_another_version_and_a_seam_that_moved(tmp_path):
     other = tmp_path / "openrlhf-0.9.0.dist-info"
     other.mkdir()
@@ -158,3 +181,17 @@ def test_the_shape_is_read_off_a_configuration():
     shape = memory.shape_of(config, lora_rank=4, lora_targets=["q_proj", "down_proj"])
     assert shape.parameters == 2 * 100 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
     assert shape.adapters == 2 * 4 * (64 + 64 + 128 + 64)
+
+
+def test_the_shape_of_a_vision_language_model_is_that_of_all_its_weights():
+    config = LlavaConfig(
+        text_config=LlamaConfig(
+            vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28
+        ),
+    )
+    shape = memory.shape_of(config)
+    assert (shape.hidden, shape.layers, shape.intermediate, shape.vocab) == (64, 2, 128, 100)
+    assert shape.parameters == sum(p.numel() for p in LlavaForConditionalGeneration(config).parameters())

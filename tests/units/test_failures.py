@@ -32,7 +32,11 @@ class FromActor(Exception):
 
 
 class ActorDiedError(Exception):
-    pass
+    """As Ray's; of an actor whose constructor raised, the error is its argument."""
+
+    def __init__(self, died_of):
+        super().__init__(died_of)
+        self._actor_init_failed = isinstance(died_of, Exception)
 
 
 DIED = "The actor died unexpectedly.\n\tclass_name: PolicyWorker\nThe actor died because it was OOM"
@@ -63,6 +67,9 @@ DIED = "The actor died unexpectedly.\n\tclass_name: PolicyWorker\nThe actor died
         (FromActor(MetricsDiffer("metrics differ: x")), SOFTWARE, "metrics differ: x"),
         (ActorDiedError(DIED), MACHINE, "PolicyWorker died: it was OOM"),
         (FromActor(KeyError("prompt")), SOFTWARE, "KeyError: 'prompt'"),
+        (ActorDiedError(FromActor(ConfigError("--x 1: no"))), SETTINGS, "--x 1: no"),
+        (FromActor(ActorDiedError(FromActor(ConfigError("--x 1: no")))), SETTINGS, "--x 1: no"),
+        (ActorDiedError(FromActor(KeyError("prompt"))), SOFTWARE, "KeyError: 'prompt'"),
         (FromActor(RuntimeError("[gloo] Connection closed by peer [10.0.0.2]"), "fit()"), MACHINE,
          "a process died that fit() was talking to: [gloo] Connection closed by peer [10.0.0.2]"),
     ],
@@ -70,6 +77,31 @@ DIED = "The actor died unexpectedly.\n\tclass_name: PolicyWorker\nThe actor died
 def test_whose_fault_it_is(error, code, what):
     failure = failures.explain(error)
     assert (failure.code, failure.what) == (code, what)
+
+
+def test_what_ray_itself_says_of_a_constructor_that_raised():
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    inner = RayTaskError("__init__", "Traceback ...", ConfigError("--x 1: no"), proctitle="ray::Controller.__init__")
+    failure = failures.explain(ActorDiedError(inner))
+    assert (failure.code, failure.what, failure.where) == (SETTINGS, "--x 1: no", "ray::Controller.__init__")
+
+
+def test_an_engine_that_cannot_start_is_explained():
+    """By what vLLM raised, even if Ray could not bring the exception itself."""
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    class Refused(Exception):
+        def __reduce__(self):
+            raise TypeError("cannot be pickled")
+
+    trace = 'Traceback ...\n  File "config.py", line 3, in check\n'
+    for cause in (ValueError("max_model_len (128)\n  is too long"), Refused("max_model_len (128)\n  is too long")):
+        name = f"{type(cause).__module__}.{type(cause).__name__}".removeprefix("builtins.")
+        inner = RayTaskError("__init__", f"{trace}{name}: {cause}\n", cause, proctitle="ray::Engine.__init__")
+        failure = failures.explain(ActorDiedError(inner))
+        assert failure.code == SETTINGS and failure.what.startswith("vLLM cannot serve --actor.model_name_or_path")
+        assert failure.what.endswith(f"{type(cause).__name__}: max_model_len (128) is too long")
 
 
 def test_the_message_names_the_file_with_everything(tmp_path, monkeypatch):
