@@ -198,9 +198,6 @@ def _launch(arguments: list[str], plain_samples: str | None, environment: dict[s
 
     open_nursery(str(output.parent))
     fork_ray()
-    sys.path.insert(0, "/tmp/prof")
-    import modlog
-    modlog.start("launcher")
     if plain_samples is None:
         from sdpo_plugin.host import cli
 

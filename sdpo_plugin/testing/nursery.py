@@ -114,9 +114,6 @@ def _become(client: socket.socket) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     multiprocessing.spawn.set_executable(os.environ[EXECUTABLE])
     code, sys.argv = 0, asked["arguments"]
-    sys.path.insert(0, "/tmp/prof")
-    import modlog
-    modlog.start(os.path.basename(sys.argv[0]))
     try:
         if sys.argv[0] == "-c":
             exec(sys.argv.pop(1), {"__name__": "__main__"})
