@@ -136,6 +136,17 @@ class OpenRLHF:
         plugins = ["--plugins", *(early(list(flags))[0].plugins or []), "sdpo_plugin.testing"]  # a recipe's, too
         return self._run(directory, [*flags, *plugins, *own], None, False, timeout)
 
+    def command(self, *arguments: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """`openrlhf-sdpo` with these arguments, in `directory`: code, stdout, stderr. In a second, as a fork, too."""
+        own = self._new_directory()
+        files = own / "stdout.txt", own / "stderr.txt"
+        environment = {**os.environ, **self.environment, **environment}
+        process = self.launchers.Process(target=_command, args=(list(arguments), directory, environment, files))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in files))
+
     def _new_directory(self) -> Path:
         self.runs += 1
         directory = self.directory / f"run{self.runs}"
@@ -186,14 +197,26 @@ def with_plugin(flags: tuple[str, ...]) -> tuple[str, ...]:
     return flags if "sdpo_plugin.testing" in flags[at:] else (*flags[:at], "sdpo_plugin.testing", *flags[at:])
 
 
-def _launch(arguments: list[str], plain_samples: str | None, environment: dict[str, str], output: Path) -> None:
-    """The body of a run's process, forked from one that has imported OpenRLHF (`testing/warm.py`)."""
+def _enter(environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """Let this fork be a process of its own, with these variables and files."""
     os.setsid()
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for file, descriptor in ((stdout, 1), (stderr, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(environment)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+
+
+def _command(arguments: list[str], directory: Path, environment: dict[str, str], files: tuple[Path, Path]) -> None:
+    _enter(environment, *files)
+    os.chdir(directory)
+    from sdpo_plugin.host import cli
+
+    cli.main(arguments)
+
+
+def _launch(arguments: list[str], plain_samples: str | None, environment: dict[str, str], output: Path) -> None:
+    """The body of a run's process, forked from one that has imported OpenRLHF (`testing/warm.py`)."""
+    _enter(environment, output, output)
     from sdpo_plugin.testing.nursery import fork_ray, open_nursery
 
     open_nursery(str(output.parent))

@@ -34,11 +34,15 @@ def flags(model, tmp_path_factory) -> list[str]:
     ]  # fmt: skip
 
 
-def examine(directory, *flags, **environment) -> tuple[int, str, dict]:
-    command = [sys.executable, "-m", "sdpo_plugin.host.cli", "doctor", *flags]
-    env = {**os.environ, "COLUMNS": "200", **environment}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=directory, env=env)
-    return done.returncode, done.stdout, json.loads((directory / "doctor.json").read_text())
+@pytest.fixture
+def examine(openrlhf):
+    """`examine(directory, *flags)`: exit code, what is shown, doctor.json."""
+
+    def call(directory, *flags) -> tuple[int, str, dict]:
+        done = openrlhf.command("doctor", *flags, directory=directory, COLUMNS="200")
+        return done.returncode, done.stdout, json.loads((directory / "doctor.json").read_text())
+
+    return call
 
 
 def statuses(report) -> dict[str, str]:
@@ -52,7 +56,7 @@ WITH_SECRETS = (
 )  # fmt: skip
 
 
-def test_a_run_that_would_work(tmp_path, flags):
+def test_a_run_that_would_work(examine, tmp_path, flags):
     (tmp_path / "doctor.json").touch(0o644)
     code, shown, report = examine(tmp_path, *flags, *WITH_SECRETS, "--rows")
     written = (tmp_path / "doctor.json").read_text()
@@ -79,7 +83,7 @@ def test_the_users_rows_are_written_on_request_only(tmp_path):
         doctor.write(report, "/proc/x.json", False)
 
 
-def test_a_broken_run_is_told_all_at_once(tmp_path, flags, model):
+def test_a_broken_run_is_told_all_at_once(examine, tmp_path, flags, model):
     import shutil
 
     plain = tmp_path / "plain"
@@ -117,7 +121,9 @@ def test_rows_that_the_chat_template_refuses_are_a_failed_check(tmp_path, flags,
     assert f"the chat template of {tmp_path}/model refuses" in found.found and "no system turns" in found.found
 
 
+@pytest.mark.check
 def test_another_version_and_a_seam_that_moved(tmp_path):
+    """In an interpreter of its own, which finds them as it starts."""
     other = tmp_path / "openrlhf-0.9.0.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: openrlhf\nVersion: 0.9.0\n")
@@ -125,7 +131,10 @@ def test_another_version_and_a_seam_that_moved(tmp_path):
         "from wrapt import when_imported\n@when_imported('openrlhf.trainer.ppo_utils.replay_buffer')\n"
         "def moved(module):\n    del module.NaiveReplayBuffer.setup_dynamic_batch\n"
     )
-    code, shown, report = examine(tmp_path, PYTHONPATH=str(tmp_path))
+    command = [sys.executable, "-m", "sdpo_plugin.host.cli", "doctor"]
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    code, shown, report = done.returncode, done.stdout, json.loads((tmp_path / "doctor.json").read_text())
     assert code == 2 and statuses(report)["openrlhf"] == "warn" and "0.9.0; tested with 0.11.2" in shown
     assert statuses(report)["seams"] == "fail" and "NaiveReplayBuffer.setup_dynamic_batch: not found" in shown
 

@@ -45,6 +45,7 @@ def test_the_page_s_package_is_found_and_can_be_left_out(installed):
     assert "toy (openrlhf-toy 1.0), not active: OPENRLHF_PLUGINS=sdpo leaves it out" in narrowed
 
 
+@pytest.mark.check
 def test_an_installed_plugin_acts_in_openrlhf_s_plain_command(installed, tmp_path):
     """Without `--algo`: the start-up file finds it. Its own check ends the command, seconds before Ray would start."""
     check = "@hookimpl\ndef openrlhf_configure(args):\n    raise sdpo_plugin.ConfigError('no toys')"

@@ -5,7 +5,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -47,12 +46,10 @@ def test_the_command_works_verbatim_and_shows_one_help():
         assert flag in shown, flag
 
 
-def test_bad_configuration_is_one_line_on_the_command_line():
-    command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", "--algo", "sdpo", "--teacher.update_rate", "1"]
-    began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and time.monotonic() - began < 120
+def test_bad_configuration_is_one_line_on_the_command_line(openrlhf, tmp_path):
+    done = openrlhf.command("train", "--algo", "sdpo", "--teacher.update_rate", "1", directory=tmp_path)
     error = "--teacher.update_rate 1.0: this teacher would be the student; give --teacher.kind live, or --teacher.sync"
+    assert done.returncode == 2
     assert done.stderr.rstrip().splitlines()[-1].startswith(f"openrlhf-sdpo: error: {error}")
 
 
@@ -78,9 +75,8 @@ def test_the_launcher_shows_its_arguments_without_secrets(capsys):
     )
 
 
-def test_a_cpu_is_not_asked_for_what_needs_a_gpu():
-    command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--algo", "sdpo"]
-    done = subprocess.run([*command, "--ds.use_liger_kernel"], capture_output=True, text=True)
+def test_a_cpu_is_not_asked_for_what_needs_a_gpu(openrlhf, tmp_path):
+    done = openrlhf.command("train", "--algo", "sdpo", "--ds.use_liger_kernel", directory=tmp_path)
     assert "--ds.use_liger_kernel as given needs a CUDA GPU, and this run is on CPU; leave it out" in done.stderr
 
 
