@@ -110,7 +110,7 @@ def test_a_process_ends_with_its_parent(state):
     assert alive(worker)
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
-    assert gone(worker, 10.0)
+    assert gone(worker, 60.0)  # of wall time; on a busy machine its 1.5 s take longer
 
 
 def test_a_fork_has_workers_of_its_own():
@@ -155,7 +155,7 @@ def test_what_a_judge_raises_over_a_label_names_it():
     assert judge_pool._judged(raising(ValueError("no label"), True), "7", "7") == {"label": "no label"}
     named = {"label": "StopIteration for the label '[{}]': "}
     assert judge_pool._judged(raising(StopIteration(), True), "7", "[{}]") == named
-    with pytest.raises(ValueError, match=r"StopIteration for the label '\[\{\}\]'"):
+    with pytest.raises(ValueError, match=r"a label must be a JSON list of calls.*not '\[\{\}\]'"):
         Pool(1).judge("tools", {}, "[f()]", "[{}]")
 
 
