@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sdpo_plugin import by_row
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.loss import Objective, Tokens, entropy_of, objective_of
 
@@ -296,16 +297,10 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
                 _products(teacher.hidden[rows], teacher.head, buffer)
                 for teacher, buffer in zip(teachers, teacher_buffers, strict=True)
             ]  # fmt: skip
-            for start in range(0, len(rows), tile_rows):
-                tile = slice(start, start + tile_rows)
-                scores, gradient = _score(
-                    student[tile], [products[tile] for products in taught_by], rows[tile], student_head, part, arriving
-                )
+            for tile, scores in _scored(student, taught_by, rows, student_head, part, arriving, tile_rows):
                 for output, values in zip((token_loss, log_probs, entropy), scores, strict=True):
                     if output is not None and values is not None:
-                        output[rows[tile]] = values
-                if differentiate:
-                    student[tile] = gradient  # the products are not needed any more
+                        output[tile] = values
             if differentiate:
                 _accumulate(student, states, student_head.weight, rows, grad_hidden, grad_weight, grad_bias)
 
@@ -315,37 +310,79 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     return (loss, token_loss, log_probs, entropy), (grad_hidden, grad_weight, grad_bias)
 
 
+def _scored(
+    student: Tensor, taught_by: Sequence[Tensor], rows: Tensor, head: Head, job: _Job, upstream: _Upstream,
+    tile_rows: int,
+) -> Iterator[tuple[Tensor, Any]]:
+    """A chunk in tiles: which rows, and their (token_loss, log_probs, entropy) `[r]`.
+
+    Where an upstream gradient arrives, that of the student's products is written over them.
+    """
+    heads = [head, *(teacher.head for teacher in (job.distilled.teachers if job.distilled else ()))]
+    if (kernels := by_row.kernels(student, heads)) is not None:
+        try:
+            yield rows, _score_by_row(kernels, student, taught_by, rows, heads, job, upstream)
+            return
+        except by_row.WholeDistribution:
+            pass
+    for start in range(0, len(rows), tile_rows):
+        tile = slice(start, start + tile_rows)
+        yield rows[tile], _score(student[tile], [x[tile] for x in taught_by], rows[tile], heads, job, upstream)
+
+
 def _score(
-    student_products: Tensor, teacher_products: Sequence[Tensor], rows: Tensor, head: Head, job: _Job,
+    products: Tensor, teacher_products: Sequence[Tensor], rows: Tensor, heads: Sequence[Head], job: _Job,
     upstream: _Upstream,
-):
-    """A tile of rows: (token_loss, log_probs, entropy) `[r]`, and the gradient of its student products `[r, V]`."""
+) -> Any:
+    """(token_loss, log_probs, entropy) `[r]` from log-probabilities `[r, V]`, which are differentiated by autograd."""
     distilled, differentiate = job.distilled, any(x is not None for x in upstream)
     with torch.set_grad_enabled(differentiate):
-        products = student_products.detach().requires_grad_(differentiate)
+        leaf = products.detach().requires_grad_(differentiate)
         # Unlike `loss.log_probs` without a floor under log 0: logits of finite products are finite.
-        student = torch.log_softmax(head.logits(products), dim=-1)
-        teachers = [
-            torch.log_softmax(teacher.head.logits(x), dim=-1)
-            for teacher, x in zip(distilled.teachers if distilled else (), teacher_products, strict=True)
-        ]
-        tokens = Tokens(student, teachers, job.token_ids[rows], rows, distilled.data if distilled else {})
-        student_entropy = entropy_of(student) if job.with_entropy else None
-        loss = None if distilled is None else distilled.objective(tokens)
-        token = tokens.log_probs
-    gradient = None
-    if differentiate:
-        arriving = (
-            None if upstream.loss is None or distilled is None or loss is None
-            else upstream.loss * distilled.weights[rows].to(loss.dtype),
-            None if upstream.log_probs is None else upstream.log_probs[rows],
-            None if upstream.entropy is None else upstream.entropy[rows],
+        student, *teachers = (
+            torch.log_softmax(head.logits(x), dim=-1) for x, head in zip((leaf, *teacher_products), heads, strict=True)
         )
-        outputs = (loss, token, student_entropy)
-        both = zip(outputs, arriving, strict=True)
-        pairs = [(output, g) for output, g in both if output is not None and g is not None]
-        (gradient,) = torch.autograd.grad([x for x, _ in pairs], products, [g for _, g in pairs])
-    return (loss, token, student_entropy), gradient
+        tokens = Tokens(student, teachers, job.token_ids[rows], rows, distilled.data if distilled else {})
+        entropy = entropy_of(student) if job.with_entropy else None
+        loss = None if distilled is None else distilled.objective(tokens)
+        outputs = (loss, tokens.log_probs, entropy)
+    if differentiate:
+        reached, gradients = _reached(outputs, rows, job, upstream)
+        (gradient,) = torch.autograd.grad(reached, leaf, gradients)
+        products.copy_(gradient)  # they are not needed any more
+    return outputs
+
+
+def _score_by_row(
+    kernels: Any, products: Tensor, teacher_products: Sequence[Tensor], rows: Tensor, heads: Sequence[Head],
+    job: _Job, upstream: _Upstream,
+) -> Any:
+    """`_score` without a tensor `[r, V]`. Raises WholeDistribution where the objective reads one."""
+    distilled, differentiate = job.distilled, any(x is not None for x in upstream)
+    with torch.set_grad_enabled(differentiate):
+        taught_by = list(zip(teacher_products, heads[1:], strict=True))
+        data = distilled.data if distilled else {}
+        tokens = by_row.RowTokens(
+            kernels, products, heads[0], taught_by, job.token_ids[rows], rows, data, differentiate
+        )
+        loss = None if distilled is None else distilled.objective(tokens)
+        outputs = (loss, tokens.log_probs, tokens.entropy if job.with_entropy else None)
+    if differentiate:
+        tokens.write_gradient(*_reached(outputs, rows, job, upstream))
+    return outputs
+
+
+def _reached(outputs: Sequence[Tensor | None], rows: Tensor, job: _Job, upstream: _Upstream) -> Any:
+    """Of a tile's outputs those that a gradient arrives at, and these gradients, `[r]` each."""
+    loss = outputs[0]
+    arriving = (
+        None if upstream.loss is None or job.distilled is None or loss is None
+        else upstream.loss * job.distilled.weights[rows].to(loss.dtype),
+        None if upstream.log_probs is None else upstream.log_probs[rows],
+        None if upstream.entropy is None else upstream.entropy[rows],
+    )  # fmt: skip
+    pairs = [(x, g) for x, g in zip(outputs, arriving, strict=True) if x is not None and g is not None]
+    return [x for x, _ in pairs], [g for _, g in pairs]
 
 
 def _products(states: Tensor, head: Head, buffer: Tensor) -> Tensor:
@@ -364,6 +401,8 @@ def _multiply(states: Tensor, weight: Tensor, buffer: Tensor, add: bool = False)
             _add_product(out[:, columns], states, block.t())
         elif dtype == out.dtype:
             torch.mm(states, block.t(), out=out[:, columns])
+        elif out.device.type == "cuda":  # float32 sums as they are, without rounding to 16 bits
+            torch.mm(states, block.t(), out_dtype=out.dtype, out=out[:, columns])
         else:
             out[:, columns] = states @ block.t()
     return out
@@ -390,6 +429,8 @@ def _accumulate(
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
 
@@ -417,18 +458,32 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 
 
 def _rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
-    """Rows of a chunk, whose products exist at a time, and of a tile of it, for the elementwise work.
+    """Rows of a chunk, whose products exist at a time, and of a tile of it, for elementwise work in general.
 
     A chunk of c rows reads and writes the sum of the head's gradient once, 8 V H bytes, for 2 c V H operations: c/4 of
-    them per byte. A CPU does some 10 in the time a byte takes, so 256 rows are plenty; a GPU does some 300. Each of the
-    two `[c, V]` tensors stays under 320 MiB besides.
+    them per byte. A CPU does some 10 in the time a byte takes, so 256 rows are plenty; a GPU does some 300. Two and a
+    half float32 tensors `[c, V]` exist at a time, more with more teachers.
 
     Some fifteen temporaries of a tile are alive at once, which is what bounds it. Besides, glibc takes fresh pages for
     every tensor from 32 MiB on, and the elementwise work then takes twice the time; far below that, threads spend it
     waiting for each other. A GPU's tile need only be large enough to hide the launches.
     """
-    chunk, tile_bytes = (256, 8 * MIB) if device.type == "cpu" else (1024, 64 * MIB)
-    return max(16, min(chunk, 320 * MIB // row_bytes)), max(1, tile_bytes // row_bytes)
+    if device.type == "cpu":
+        return max(16, min(256, 320 * MIB // row_bytes)), max(1, 8 * MIB // row_bytes)
+    return gpu_rows(device_bytes(device), row_bytes), max(1, 128 * MIB // row_bytes)
+
+
+def gpu_rows(device_bytes: int, row_bytes: int) -> int:
+    """Rows of a chunk on a GPU: 2048, or as many as fill a 24th of its memory.
+
+    Of all its memory, not of what is free: a run is to compute the same when it is done again.
+    """
+    return max(16, min(2048, device_bytes // 60 // row_bytes))
+
+
+def device_bytes(device: torch.device) -> int:
+    """The memory of an accelerator; of one that torch knows nothing about, 16 GiB."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 16 * 1024 * MIB
 
 
 def _split(rows: Tensor, size: int) -> Sequence[Tensor]:
