@@ -29,6 +29,7 @@ REFERENCE_LOOKS = 3  # whose median context gain later ones are compared with: o
 COLLAPSED = 0.85
 STANDSTILL = 0.9
 RECOVERY = 1.1  # of the rate, a step
+ROUNDING = 1e-6  # nats a token: a gain up to here is none
 
 FULL_KL = objective_of(DistillConfig(mode="full", alpha=0.0, is_clip=None))
 
@@ -144,26 +145,36 @@ class Watch:
         ]
 
     def drift(self, length: float) -> float:
-        """A mean response length, relative to the first ones'."""
-        self.lengths = [*self.lengths, length][:REFERENCE_LOOKS]
-        return length * len(self.lengths) / sum(self.lengths)
+        """A mean response length, relative to the first ones' that are not 0; 1 where there is none yet."""
+        self.lengths = [known for known in (*self.lengths, length) if known > 0][:REFERENCE_LOOKS]
+        return length / statistics.mean(self.lengths) if self.lengths else 1.0
 
     def at_gain(self, gain: float, teacher: str) -> list[str]:
         """The warnings due about a context gain."""
-        self.first = [*self.first, gain][:REFERENCE_LOOKS]
+        self.first = [known for known in (*self.first, gain) if known > ROUNDING][:REFERENCE_LOOKS]
         self.last = [*self.last, gain][-REFERENCE_LOOKS:]
         share = self.share(self.last)
-        return self._counted(
-            "collapse", share < COLLAPSED,
-            f"the teacher reads its context less and less: on failed samples it changes the prediction by {gain:.3g} "
-            f"nats a token, over the last looks {share:.0%} of what it was at the start, so the student is taught what "
-            "it does already; lower --teacher.update_rate or --actor.adam.lr, or give --teacher.kind base (now "
-            f"{teacher})",
-        )
+        return [
+            *self._counted(
+                "collapse", share < COLLAPSED,
+                f"the teacher reads its context less and less: on failed samples it changes the prediction by "
+                f"{gain:.3g} nats a token, over the last looks {share:.0%} of what it was at the start, so the student "
+                "is taught what it does already; lower --teacher.update_rate or --actor.adam.lr, or give "
+                f"--teacher.kind base (now {teacher})",
+            ),
+            *self._counted(
+                "no gain", not self.first,
+                f"the teacher's context changes nothing: on failed samples it changes the prediction by {gain:.3g} nats "
+                "a token, so the student is taught what it does already; look at what the teacher reads "
+                "(--diagnostics.samples 1): --reprompt.max_len may leave no room for the context, or a section of "
+                "--reprompt.template may be empty",
+            ),
+        ]
 
     def share(self, gains: list[float]) -> float:
-        """The median of some context gains, relative to the first ones'."""
-        return statistics.median(gains) / statistics.median(self.first) if self.first else 1.0
+        """The median of some context gains, relative to the first ones'; 1 where there was no gain yet."""
+        reference = statistics.median(self.first) if self.first else 0.0
+        return statistics.median(gains) / reference if reference > ROUNDING else 1.0
 
     def slowed(self, rate: float) -> float:
         """The EMA rate for the next step: less the more context gain is gone, hardly any below `STANDSTILL`.

@@ -22,9 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from sdpo_plugin import by_row
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.loss import Objective, Tokens, entropy_of, objective_of
-
-MIB = 2**20
+from sdpo_plugin.loss import Objective, Tokens, entropy_of, log_probs, objective_of
+from sdpo_plugin.products import accumulate, head_products, product_dtype, rows_at_a_time, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,12 @@ class Head:
         if self.softcap is not None:
             products = torch.tanh(products / self.softcap) * self.softcap
         return products
+
+    def log_probs(self, products: Tensor) -> Tensor:
+        """`hidden @ weight.T` `[n, V]` -> log-probabilities `[n, V]`, as `loss.log_probs` defines them."""
+        logits = self.logits(products)
+        # The floor under log 0 is one more pass over [n, V]. Logits of finite products are finite, but for a bias.
+        return torch.log_softmax(logits, dim=-1) if self.bias is None else log_probs(logits)
 
 
 def of_one_size(a: Head, b: Head) -> tuple[Head, Head]:
@@ -141,7 +146,7 @@ def linear_distillation_loss(
 
     The same value and gradients, never a `[N, V]` tensor. Rows of mask 0 are not read.
     """
-    sums = _sum_dtype(student_head)
+    sums = sum_dtype(student_head)
     weights = loss_mask.to(sums) / loss_mask.sum(dtype=sums).clamp(min=1)
     teacher = TeacherStates(teacher_hidden.detach(), Head(teacher_head).effective(temperature))
     data = {} if old_log_probs is None else {"old_log_probs": old_log_probs}
@@ -262,7 +267,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     Returns the outputs (loss, token_loss, log_probs, entropy) and, where `needed`, the gradients of hidden states,
     weight and bias for the `upstream` gradients of the outputs.
     """
-    student_head, sums, n = head.effective(job.temperature), _sum_dtype(head.weight), len(hidden)
+    student_head, sums, n = head.effective(job.temperature), sum_dtype(head.weight), len(hidden)
     vocab = len(student_head.weight)
     teachers = () if job.distilled is None else job.distilled.teachers
     for teacher in teachers:
@@ -278,36 +283,45 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     grad_weight = torch.zeros_like(head.weight, dtype=sums) if needed[1] else None
     grad_bias = torch.zeros_like(head.bias, dtype=sums) if needed[2] and head.bias is not None else None
 
-    chunk_rows, tile_rows = _rows_at_a_time(hidden.device, vocab * sums.itemsize)
-    chunk_rows = min(job.chunk_size or chunk_rows, max(n, 1))
-    student_buffer = hidden.new_empty(chunk_rows, vocab, dtype=sums)
+    outputs, gradients = (token_loss, log_probs, entropy), (grad_hidden, grad_weight, grad_bias)
+    _visit(hidden, student_head, job, upstream, outputs, gradients)
+    loss = (token_loss * job.distilled.weights.to(sums)).sum() if job.distilled is not None else None
+    grad_weight = None if grad_weight is None else grad_weight.to(head.weight.dtype)
+    grad_bias = None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype)
+    return (loss, token_loss, log_probs, entropy), (grad_hidden, grad_weight, grad_bias)
+
+
+def _visit(
+    hidden: Tensor, student_head: Head, job: _Job, upstream: _Upstream, outputs: Sequence[Tensor | None],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """The loop of `_sweep`, which fills in `outputs` (token_loss, log_probs, entropy) and adds to `gradients`."""
+    dtype, teachers = sum_dtype(student_head.weight), () if job.distilled is None else job.distilled.teachers
+    vocab = len(student_head.weight)
+    chunk_rows, tile_rows = rows_at_a_time(hidden.device, vocab * dtype.itemsize)
+    chunk_rows = min(job.chunk_size or chunk_rows, max(len(hidden), 1))
+    student_buffer = hidden.new_empty(chunk_rows, vocab, dtype=dtype)
     teacher_buffers = [torch.empty_like(student_buffer) for _ in teachers]
 
-    visited = torch.ones_like(token_loss, dtype=torch.bool) if job.rows is None else job.rows
+    visited = hidden.new_ones(len(hidden), dtype=torch.bool) if job.rows is None else job.rows
     taught = torch.zeros_like(visited) if job.distilled is None else visited & (job.distilled.weights != 0)
     if job.distilled is not None and job.distilled.read is not None:
         taught |= visited & job.distilled.read
     untaught = (visited & ~taught, job._replace(distilled=None), upstream._replace(loss=None))
     for mask, part, arriving in ((taught, job, upstream), untaught):
-        distilled, differentiate = part.distilled, any(x is not None for x in arriving)
         for rows in _split(mask.nonzero().squeeze(-1), chunk_rows):
-            states = hidden[rows].to(_product_dtype(student_head.weight))
-            student = _products(states, student_head, student_buffer)
-            taught_by = [] if distilled is None else [
-                _products(teacher.hidden[rows], teacher.head, buffer)
+            states = hidden[rows].to(product_dtype(student_head.weight))
+            student = head_products(states, student_head, student_buffer)
+            taught_by = [] if part.distilled is None else [
+                head_products(teacher.hidden[rows], teacher.head, buffer)
                 for teacher, buffer in zip(teachers, teacher_buffers, strict=True)
             ]  # fmt: skip
             for tile, scores in _scored(student, taught_by, rows, student_head, part, arriving, tile_rows):
-                for output, values in zip((token_loss, log_probs, entropy), scores, strict=True):
+                for output, values in zip(outputs, scores, strict=True):
                     if output is not None and values is not None:
                         output[tile] = values
-            if differentiate:
-                _accumulate(student, states, student_head.weight, rows, grad_hidden, grad_weight, grad_bias)
-
-    loss = (token_loss * job.distilled.weights.to(sums)).sum() if job.distilled is not None else None
-    grad_weight = None if grad_weight is None else grad_weight.to(head.weight.dtype)
-    grad_bias = None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype)
-    return (loss, token_loss, log_probs, entropy), (grad_hidden, grad_weight, grad_bias)
+            if any(x is not None for x in arriving):
+                accumulate(student, states, student_head.weight, rows, *gradients)
 
 
 def _scored(
@@ -338,10 +352,7 @@ def _score(
     distilled, differentiate = job.distilled, any(x is not None for x in upstream)
     with torch.set_grad_enabled(differentiate):
         leaf = products.detach().requires_grad_(differentiate)
-        # Unlike `loss.log_probs` without a floor under log 0: logits of finite products are finite.
-        student, *teachers = (
-            torch.log_softmax(head.logits(x), dim=-1) for x, head in zip((leaf, *teacher_products), heads, strict=True)
-        )
+        student, *teachers = (head.log_probs(x) for x, head in zip((leaf, *teacher_products), heads, strict=True))
         tokens = Tokens(student, teachers, job.token_ids[rows], rows, distilled.data if distilled else {})
         entropy = entropy_of(student) if job.with_entropy else None
         loss = None if distilled is None else distilled.objective(tokens)
@@ -383,107 +394,6 @@ def _reached(outputs: Sequence[Tensor | None], rows: Tensor, job: _Job, upstream
     )  # fmt: skip
     pairs = [(x, g) for x, g in zip(outputs, arriving, strict=True) if x is not None and g is not None]
     return [x for x, _ in pairs], [g for _, g in pairs]
-
-
-def _products(states: Tensor, head: Head, buffer: Tensor) -> Tensor:
-    """What `head.logits` takes `[r, V]`, in the first rows of `buffer`."""
-    width = head.weight.shape[1]
-    out = _multiply(states[:, :width], head.weight, buffer)
-    return out if head.beside is None else _multiply(states[:, width:], head.beside, buffer, add=True)
-
-
-def _multiply(states: Tensor, weight: Tensor, buffer: Tensor, add: bool = False) -> Tensor:
-    """`states @ weight.T` `[r, V]`, in the first rows of `buffer`, or added to what is there."""
-    out, dtype = buffer[: len(states)], _product_dtype(weight)
-    states = states.to(dtype)
-    for columns, block in _blocks(weight, dtype):
-        if add:
-            _add_product(out[:, columns], states, block.t())
-        elif dtype == out.dtype:
-            torch.mm(states, block.t(), out=out[:, columns])
-        elif out.device.type == "cuda":  # float32 sums as they are, without rounding to 16 bits
-            torch.mm(states, block.t(), out_dtype=out.dtype, out=out[:, columns])
-        else:
-            out[:, columns] = states @ block.t()
-    return out
-
-
-def _accumulate(
-    gradient: Tensor, states: Tensor, weight: Tensor, rows: Tensor,
-    grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
-) -> None:
-    """Adds what the gradient `[r, V]` of a chunk's products says about its hidden states, the weight and the bias."""
-    vocab, dtype = len(weight), states.dtype
-    if grad_bias is not None:
-        grad_bias[:vocab] += gradient.sum(dim=0)
-    gradient = gradient.to(dtype)
-    if grad_weight is not None:
-        _add_product(grad_weight[:vocab], gradient.t(), states)
-    if grad_hidden is not None:
-        total = torch.zeros_like(states, dtype=_sum_dtype(weight))
-        for columns, block in _blocks(weight, dtype):
-            _add_product(total, gradient[:, columns], block)
-        grad_hidden[rows] = total.to(grad_hidden.dtype)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
-
-
-def _sum_dtype(weight: Tensor) -> torch.dtype:
-    """Of logits, losses and sums of gradients."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    """Of the factors of a product. bf16 is for GPUs: products of bf16 took this CPU 6 to 400 times as long as float32.
-
-    float16 is never a factor, it cannot hold the gradient of a mean over many tokens.
-    """
-    native = weight.dtype == torch.bfloat16 and weight.device.type != "cpu"
-    return torch.bfloat16 if native else _sum_dtype(weight)
-
-
-def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in the dtype of the product: as it is, or cast 16 MiB at a time rather than whole."""
-    step = len(weight) if weight.dtype == dtype else max(1, 16 * MIB // (weight.shape[1] * dtype.itemsize))
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        yield rows, weight[rows].to(dtype)
-
-
-def _rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
-    """Rows of a chunk, whose products exist at a time, and of a tile of it, for elementwise work in general.
-
-    A chunk of c rows reads and writes the sum of the head's gradient once, 8 V H bytes, for 2 c V H operations: c/4 of
-    them per byte. A CPU does some 10 in the time a byte takes, so 256 rows are plenty; a GPU does some 300. Two and a
-    half float32 tensors `[c, V]` exist at a time, more with more teachers.
-
-    Some fifteen temporaries of a tile are alive at once, which is what bounds it. Besides, glibc takes fresh pages for
-    every tensor from 32 MiB on, and the elementwise work then takes twice the time; far below that, threads spend it
-    waiting for each other. A GPU's tile need only be large enough to hide the launches.
-    """
-    if device.type == "cpu":
-        return max(16, min(256, 320 * MIB // row_bytes)), max(1, 8 * MIB // row_bytes)
-    return gpu_rows(device_bytes(device), row_bytes), max(1, 128 * MIB // row_bytes)
-
-
-def gpu_rows(device_bytes: int, row_bytes: int) -> int:
-    """Rows of a chunk on a GPU: 2048, or as many as fill a 24th of its memory.
-
-    Of all its memory, not of what is free: a run is to compute the same when it is done again.
-    """
-    return max(16, min(2048, device_bytes // 60 // row_bytes))
-
-
-def device_bytes(device: torch.device) -> int:
-    """The memory of an accelerator; of one that torch knows nothing about, 16 GiB."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 16 * 1024 * MIB
 
 
 def _split(rows: Tensor, size: int) -> Sequence[Tensor]:

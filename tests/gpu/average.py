@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from machine import CUDA, DEVICE, milliseconds, peak_mib, row, used_mib
+from machine import CUDA, DEVICE, milliseconds, milliseconds_of, peak_mib, row, used_mib
 
 from sdpo_plugin.config import TeacherConfig
 from sdpo_plugin.interface import Fragment
@@ -38,10 +38,16 @@ class Student:
 def teacher_of(student: Student, dtype: torch.dtype, offload: bool) -> EmaTeacher:
     where = "cpu" if offload else DEVICE
     weights = {name: values.to(where, dtype, copy=True) for name, values in student.values.items()}
+    if offload and CUDA:  # as `host.offload` keeps them
+        weights = {name: values.pin_memory() for name, values in weights.items()}
     model = SimpleNamespace(images=lambda: weights, publish=lambda: None, device_tensors=lambda: list(weights.values()))
     worker = SimpleNamespace(masters=student, rank=0, ranks=1)
     averaging: Any = (model, worker, TeacherConfig(update_rate=RATE, offload=offload))
     return EmaTeacher(*averaging)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return sum((a[n].to(DEVICE).double() - b[n].double()).square().sum().item() for n in b) ** 0.5
 
 
 def against_float64(parameters: int, fragments: int, dtype: torch.dtype, offload: bool, steps: int) -> None:
@@ -59,19 +65,15 @@ def against_float64(parameters: int, fragments: int, dtype: torch.dtype, offload
                 true[name].lerp_(values.double(), RATE)
                 for kind, average in plain.items():
                     average[name].lerp_(values.to(kind), RATE)
-
-        def off(average: dict[str, torch.Tensor]) -> float:
-            return sum((average[n].to(DEVICE).double() - true[n]).square().sum().item() for n in true) ** 0.5
-
-        motion = sum((true[n] - start[n]).square().sum().item() for n in true) ** 0.5
+        motion = distance(start, true)
         parts: dict[str, list[torch.Tensor]] = {}
         for name, values in teacher.average():
             parts.setdefault(name, []).append(values)
-        found["off"] = {"ours": off({n: torch.cat(p) for n, p in parts.items()}) / motion} | {
-            f"plain {str(kind).removeprefix('torch.')}": off(average) / motion for kind, average in plain.items()
-        }
+        averages = {"ours": {n: torch.cat(p) for n, p in parts.items()}}
+        averages |= {f"plain {str(kind).removeprefix('torch.')}": average for kind, average in plain.items()}
+        found["off"] = {name: distance(average, true) / motion for name, average in averages.items()}
         found["ok"] = found["off"]["ours"] < 1e-5
-        del true, start, plain, parts
+        true.clear(), start.clear(), plain.clear(), parts.clear(), averages.clear()
         found["ms"] = milliseconds(teacher.after_optimizer_step)
         # Read and written once: weights and remainder; read: the student's.
         found["gb_per_s"] = parameters * (2 * dtype.itemsize + 8 + 4) / found["ms"] / 1e6
@@ -97,19 +99,6 @@ def sleeps(parameters: int, fragments: int) -> None:
         found |= {"first_sleep_ms": first, "sleep_ms": second, "wake_ms": woken, "ok": same}
         if awake is not None and asleep is not None:
             found |= {"freed_mib": awake - asleep, "mib": sum(t.nbytes for t in before) / 2**20}
-
-
-def milliseconds_of(run: Any) -> float:
-    """Of a single run, the first one."""
-    import time
-
-    from machine import synchronize
-
-    synchronize()
-    began = time.perf_counter()
-    run()
-    synchronize()
-    return 1e3 * (time.perf_counter() - began)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ class Problem:
 
     @classmethod
     def of(cls, n: int, v: int, h: int, dtype: torch.dtype) -> Problem:
-        """Logits of standard deviation 2, the sampled token's higher by 8 to 20: some bits of entropy, as in a model."""
+        """Logits of standard deviation 2, the sampled token's higher by 8 to 20: as unsure as a model is."""
         g = torch.Generator(DEVICE).manual_seed(0)
         head = torch.randn(v, h, generator=g, device=DEVICE).mul_(2 * h**-0.5)
         ids = torch.randint(v, (n,), generator=g, device=DEVICE)
@@ -103,6 +103,10 @@ def values(n: int, v: int, h: int) -> None:
                     got = graded(lambda: loss(config), problem.leaves)  # noqa: B023
                     found[who] = [relative(a, b) for a, b in zip(got, expected, strict=True)]
                 found["ok"] = max(found["ours"]) < TOLERANCE[dtype]
+        for who, name, loss in others(problem, with_liger=True) if dtype == torch.bfloat16 else ():
+            with row("value of others", who=who, mode=name, dtype=str(dtype), n=n, v=v, h=h) as found:
+                expected = graded(lambda: exact.dense(MODES[name]), exact.leaves)  # noqa: B023
+                found["theirs"] = [relative(a, b) for a, b in zip(graded(loss, problem.leaves), expected, strict=True)]
         with row("value", mode="top-100 beside policy loss", dtype=str(dtype), n=n, v=v, h=h) as found:
             expected = graded(lambda: exact.dense_policy(DistillConfig()), exact.leaves)  # noqa: B023
             got = graded(lambda: problem.policy(DistillConfig()), problem.leaves)  # noqa: B023
@@ -199,11 +203,11 @@ def times(tokens: list[int], v: int, widths: list[int], dtype: torch.dtype, comp
     """`compared`: others take part; Liger, which compiles for every shape, at the most tokens only."""
     for n, h in itertools.product(tokens, widths):
         problem = Problem.of(n, v, h, dtype)
-        alone = products(problem)
-        bound = milliseconds(alone)
-        without_head = milliseconds(lambda: alone(head_backward=0))  # noqa: B023
-        policy = milliseconds(lambda: alone(forward=4))  # noqa: B023
-        del alone
+        alone = [products(problem)]
+        bound = milliseconds(alone[0])
+        without_head = milliseconds(lambda: alone[0](head_backward=0))  # noqa: B023
+        policy = milliseconds(lambda: alone[0](forward=4))  # noqa: B023
+        alone.clear()
         if CUDA:
             torch.cuda.empty_cache()
         for name, config in MODES.items():

@@ -67,6 +67,15 @@ def peak_mib(run: Callable[[], Any]) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
+def milliseconds_of(run: Callable[[], Any]) -> float:
+    """Of a single run, the first one."""
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return 1e3 * (time.perf_counter() - began)
+
+
 def used_mib() -> float | None:
     """Of the device's memory, what is taken by anyone, by the driver; None without CUDA."""
     if not CUDA:
@@ -88,8 +97,8 @@ def facts() -> dict[str, Any]:
     if CUDA:
         free, total = torch.cuda.mem_get_info()
         found |= {
-            "device": torch.cuda.get_device_name(), "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-            "cuda": torch.version.cuda, "memory_gib": round(total / 2**30, 1), "free_gib": round(free / 2**30, 1),
+            "device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "memory_gib": round(total / 2**30, 1),
+            "free_gib": round(free / 2**30, 1),
         }  # fmt: skip
         source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
         target = torch.empty_like(source)

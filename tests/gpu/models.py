@@ -31,7 +31,8 @@ QWEN3_600M = {
 }  # fmt: skip
 ARCHITECTURES = {
     "llama": {}, "qwen2": {}, "qwen3": {"tie_word_embeddings": True}, "gemma2": {}, "gemma3_text": {}, "granite": {},
-    "cohere": {"logit_scale": 0.25}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "cohere": {"logit_scale": 0.25},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }  # fmt: skip
 
 

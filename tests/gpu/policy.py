@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import CUDA, MIB, milliseconds, row, tell, used_mib
-from stand_ins import stand_in
+from stand_ins import FLASH_ATTENTION, stand_in
 
 stand_in()
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
@@ -48,6 +48,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "ZeRO-2, ema, LoRA": ("--ds.zero_stage=2", "--ds.lora.rank=16", "--ds.lora.target_modules", "q_proj", "down_proj"),
     "ZeRO-3, ema, LoRA": ("--ds.zero_stage=3", "--ds.lora.rank=16", "--ds.lora.target_modules", "q_proj", "down_proj"),
 }  # fmt: skip
+LARGER = {
+    "vocab_size": 32_768, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "intermediate_size": 2048, "num_hidden_layers": 8, "max_position_embeddings": 2 * LENGTH,
+}  # fmt: skip
 FEW = ("ZeRO-2, ema", "ZeRO-3, ema")
 
 
@@ -67,8 +71,8 @@ def arguments(directory: Path, model: Path, *flags: str) -> Any:
         f"--actor.model_name_or_path={model}", "--actor.num_gpus_per_node=1", "--ref.num_gpus_per_node=1",
         "--vllm.num_engines=1", "--vllm.sync_backend=gloo", "--ds.attn_implementation=sdpa",
         f"--reward.remote_url={directory}/reward.py", f"--data.prompt_dataset={directory}/rows.jsonl",
-        "--data.input_key=prompt", "--data.label_key=label", "--data.apply_chat_template", f"--data.max_len={2 * LENGTH}",
-        f"--rollout.max_new_tokens={LENGTH}", f"--rollout.batch_size={PROMPTS}",
+        "--data.input_key=prompt", "--data.label_key=label", "--data.apply_chat_template",
+        f"--data.max_len={2 * LENGTH}", f"--rollout.max_new_tokens={LENGTH}", f"--rollout.batch_size={PROMPTS}",
         f"--rollout.n_samples_per_prompt={SAMPLES}", f"--train.batch_size={batch}",
         f"--train.micro_batch_size={batch // 2}", "--algo.advantage.estimator=group_norm", "--algo.kl.init_coef=0",
         "--actor.adam.lr=1e-4", "--actor.lr_scheduler=constant", "--actor.lr_warmup_ratio=0", "--algo=sdpo",
@@ -87,7 +91,7 @@ def arguments(directory: Path, model: Path, *flags: str) -> Any:
     finally:
         openrlhf.utils.get_strategy = get_strategy
     args.local_rank = 0
-    if importlib.util.find_spec("flash_attn") is None or not CUDA:
+    if not (CUDA and FLASH_ATTENTION):
         args.ds.attn_implementation = "sdpa"  # packed samples are told apart by their position ids
     return args
 
@@ -191,7 +195,8 @@ def case(name: str, directory: Path, model: Path, expected: dict[str, Any]) -> N
         found["norm"] = [s["actor_grad_norm"] for s in status]
         if CUDA:
             found["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / MIB
-            shape = memory.shape_of(AutoConfig.from_pretrained(model), run.args.ds.lora.rank, run.args.ds.lora.target_modules)
+            tuned = run.args.ds.lora
+            shape = memory.shape_of(AutoConfig.from_pretrained(model), tuned.rank, tuned.target_modules)
             found["estimated_mib"] = memory.total(memory.policy_worker(run.args, shape))[0] / MIB
         if run.args.ds.enable_sleep:
             asleep = used_mib()
@@ -205,8 +210,7 @@ def case(name: str, directory: Path, model: Path, expected: dict[str, Any]) -> N
         alike = all(abs(a / b - 1) < 0.02 for a, b in zip(found["loss"], losses, strict=True))  # and not NaN
         found["ok"] = alike and (error is None or error < 1e-5)
         plugins.active().unregister(truth)  # which works in host memory
-        found["step_ms"] = milliseconds(lambda: run.step(3), least=2, most=2)
-        del run
+        found["step_ms"] = milliseconds(partial(run.step, 3), least=2, most=2)
 
 
 def built_adam() -> str:
@@ -221,8 +225,13 @@ def built_adam() -> str:
         return "DeepSpeed's"
     except Exception as error:
         import deepspeed.ops.adam
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
         cpu._plain_adam(deepspeed.ops.adam)
+        import deepspeed.runtime.engine as engine
+
+        engine.FusedAdam = engine.DeepSpeedCPUAdam = deepspeed.ops.adam.FusedAdam
+        ZERO_SUPPORTED_OPTIMIZERS.append(engine.FusedAdam)
         return f"torch's ({type(error).__name__}: {error})".splitlines()[0][:300]
 
 
@@ -236,8 +245,7 @@ def main() -> None:
         model = tiny_model(directory / "model")
         if not given.tiny:
             config = AutoConfig.from_pretrained(model)
-            config.update({"vocab_size": 32_768, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
-                           "intermediate_size": 2048, "num_hidden_layers": 8, "max_position_embeddings": 2 * LENGTH})  # fmt: skip
+            config.update(LARGER)
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(model)
         expected: dict[str, Any] = {}
         for known in FEW if given.tiny else CASES:

@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 TIMED = ("losses", "average")  # have the machine for themselves
 SECTIONS = (*TIMED, "models", "policy", "units")
 TIMEOUT = 240.0
+ROWS: list[dict[str, Any]] = []
+LOCK = threading.Lock()
 
 
 class Section(threading.Thread):
@@ -30,7 +32,7 @@ class Section(threading.Thread):
 
     def __init__(self, name: str, out: Path, tiny: bool) -> None:
         super().__init__()
-        self.section, self.rows = name, []
+        self.section, self.out = name, out / "gpu.json"
         self.log, self.began = open(out / f"{name}.log", "w"), time.monotonic()
         paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
@@ -57,8 +59,11 @@ class Section(threading.Thread):
         self.log.close()
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append({"section": self.section, **row})
-        print(" ".join(f"{key}={shown(value)}" for key, value in self.rows[-1].items()), flush=True)
+        row = {"section": self.section, **row}
+        with LOCK:
+            ROWS.append(row)
+            self.out.write_text(json.dumps(ROWS, indent=1))  # as far as it goes, should this process be stopped
+        print(" ".join(f"{key}={shown(value)}" for key, value in row.items()), flush=True)
 
 
 def shown(value: Any) -> str:
@@ -97,11 +102,9 @@ def main() -> None:
             done[-1].join()
     for section in done:
         section.join()
-    rows = [row for section in done for row in section.rows]
-    (given.out / "gpu.json").write_text(json.dumps(rows, indent=1))
-    (given.out / "gpu.md").write_text(tables(rows))
-    wrong = [row for row in rows if row.get("error") or row.get("ok") is False]
-    print(f"wrote {given.out / 'gpu.json'} and {given.out / 'gpu.md'}; {len(rows)} rows, {len(wrong)} of them wrong")
+    (given.out / "gpu.md").write_text(tables(ROWS))
+    wrong = [row for row in ROWS if row.get("error") or row.get("ok") is False]
+    print(f"wrote {given.out / 'gpu.json'} and {given.out / 'gpu.md'}; {len(ROWS)} rows, {len(wrong)} of them wrong")
     sys.exit(bool(wrong))
 
 

@@ -50,6 +50,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.__version__ = "0"
 
 
+FLASH_ATTENTION = importlib.util.find_spec("flash_attn") is not None
+
+
 def stand_in() -> None:
     """Call before anything of OpenRLHF is imported."""
     names = {"ray"} | {name for name in ("vllm",) if importlib.util.find_spec(name) is None}
@@ -60,5 +63,5 @@ def stand_in() -> None:
 
     if not torch.cuda.is_available():
         cpu.enable()
-    elif importlib.util.find_spec("flash_attn") is None:
+    elif not FLASH_ATTENTION:
         cpu._stand_in_for_flash_attn()

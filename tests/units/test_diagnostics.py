@@ -96,6 +96,31 @@ def test_a_sinking_gain_is_a_collapse_and_slows_the_average():
     assert w.slowed(0.05) < 1e-4 * 1.2  # it comes back, but slowly
 
 
+def test_a_context_that_never_changes_anything_is_named():
+    """Rounding leaves a gain of about 1e-8 where the teacher reads what the student reads."""
+    w = watch(guard="slow")
+    assert [w.at_gain(gain, "ema") for gain in (0.0, 1e-8)] == [[], []]
+    (warning,) = w.at_gain(-1e-8, "ema")
+    assert "the teacher's context changes nothing" in warning and "--reprompt.max_len may leave no room" in warning
+    assert "3 looks in a row" in warning and w.handed_over() == {"alarm/collapse": 0.0, "alarm/no_gain": 1.0}
+    assert w.slowed(0.05) == 0.05  # there is nothing that it could have forgotten
+
+
+def test_looks_without_a_gain_are_no_reference():
+    """The first batches may have no failed sample with a context of its own; later ones are compared with each other."""
+    w = watch(tolerance=2)
+    for gain in (0.0, 2.0, 2.0, 2.0):
+        assert not w.at_gain(gain, "ema")
+    assert w.first == [2.0, 2.0, 2.0] and w.share([1.0]) == 0.5
+    assert not [*w.at_gain(0.0, "ema"), *w.at_gain(0.0, "ema")]  # the median of three is 0 now
+    (warning,) = w.at_gain(0.0, "ema")
+    assert "less and less" in warning and "0% of what it was" in warning
+    old = watch()  # of a checkpoint that was written when they were a reference
+    old.restore({"first": [0.0, 0.0, 0.0], "last": [0.0], "lengths": [0.0, 0.0, 0.0]})
+    assert old.slowed(0.05) == 0.05 and not old.at_gain(2.0, "ema") and old.first == [2.0]
+    assert old.drift(4.0) == 1.0 and old.drift(8.0) == 8 / 6
+
+
 def test_alarms_are_metrics_where_it_looked():
     w = watch(tolerance=2)
     rung = []
@@ -122,6 +147,11 @@ def test_a_found_rate_is_kept_as_long_as_the_flag_is_the_same():
 def test_the_drift_is_relative_to_the_first_looks():
     w = watch()
     assert [w.drift(length) for length in (8.0, 10.0, 12.0, 20.0, 5.0)] == [1.0, 10 / 9, 1.2, 2.0, 0.5]
+
+
+def test_batches_without_a_response_token_are_no_reference():
+    w = watch()
+    assert [w.drift(length) for length in (0.0, 0.0, 8.0, 0.0, 4.0)] == [1.0, 1.0, 1.0, 0.0, 4 / 6]
 
 
 def test_the_gain_is_the_divergence_between_the_teacher_with_and_without_context():

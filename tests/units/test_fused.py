@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdpo_plugin import fused
+from sdpo_plugin import fused, products
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.fused import Head, TeacherStates, linear_distillation_loss, linear_log_probs
-from sdpo_plugin.loss import Tokens, distillation_loss, objective_of, per_token_loss
+from sdpo_plugin.loss import LOG_ZERO, Tokens, distillation_loss, objective_of, per_token_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "self_distillation_loss.json").read_text())
 quick = settings(deadline=None, max_examples=25, derandomize=True)
@@ -234,8 +234,8 @@ def test_gradcheck(cfg, differentiable):
 def test_chunk_size_changes_nothing(cfg, dtype, monkeypatch):
     case = Case(n=40, dtype=dtype)
     results = []
-    for chunk_size, unit in ((None, fused.MIB), (1, 1), (7, 1), (16, 8), (39, 64), (1000, 1)):
-        monkeypatch.setattr(fused, "MIB", unit)  # tiles of all sizes, too
+    for chunk_size, unit in ((None, products.MIB), (1, 1), (7, 1), (16, 8), (39, 64), (1000, 1)):
+        monkeypatch.setattr(products, "MIB", unit)  # tiles of all sizes, too
         loss = linear_distillation(*case.arguments, case.weights, cfg, case.old, chunk_size=chunk_size).loss
         results.append([loss, *torch.autograd.grad(loss, case.leaves)])
     for result in results[1:]:
@@ -280,8 +280,9 @@ def test_weights_may_depend_on_the_student_s_own_log_probabilities(cfg, differen
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_is_close_to_float32(cfg, dtype, differentiable, native, monkeypatch):
     if native:  # products as on a GPU
-        monkeypatch.setattr(fused, "_product_dtype", lambda weight: weight.dtype)
-    monkeypatch.setattr(fused, "MIB", 16)  # several blocks of the head
+        for module in (fused, products):
+            monkeypatch.setattr(module, "product_dtype", lambda weight: weight.dtype)
+    monkeypatch.setattr(products, "MIB", 16)  # several blocks of the head
     case, exact = (Case(n=30, bias=True, dtype=dtype) for _ in range(2))
     exact.widen()
     results = []
@@ -396,6 +397,25 @@ def test_extreme_logits_stay_finite(cfg, dtype):
         ids, mask = torch.full((len(student),), token), torch.ones(len(student))
         loss = linear_distillation_loss(student.requires_grad_(), head, teacher, head, ids, mask, cfg)
         assert all(x.isfinite().all() for x in (loss, *torch.autograd.grad(loss, (student, head))))
+
+
+@pytest.mark.parametrize("head", ["bias", "everything"])
+@quick
+@given(seeds, some_config, st.floats(0.3, 3.0), st.booleans(), st.data())
+def test_tokens_that_a_bias_forbids_count_as_in_the_definition(head, seed, cfg, temperature, differentiable, data):
+    """A bias of -inf on either side, or on both: log 0 is `loss.LOG_ZERO`, and 0 * log 0 is 0."""
+    case = Case(seed, **HEADS[head])
+    some_tokens = st.sets(st.integers(0, 16), max_size=11)  # the rest are more than top-k
+    with torch.no_grad():
+        for bias in (case.head.bias, case.teacher_head.bias):
+            bias[list(data.draw(some_tokens))] = -math.inf
+    scores = linear_distillation(*case.arguments, case.weights, cfg, case.old, temperature, chunk_size=4,
+                                 differentiable_log_probs=differentiable, with_entropy=True)
+    loss, log_probs, entropy = case.dense(cfg, temperature)
+    assert_same([scores.loss, scores.log_probs, scores.entropy], [loss, log_probs.clamp(min=LOG_ZERO), entropy])
+    for got, expected in zip(*(torch.autograd.grad(x, case.leaves) for x in (scores.loss, loss)), strict=True):
+        # Entries cancel from some 1e14 where one side forbids what the other expects.
+        assert (got - expected).abs().max() <= 1e-9 * max(expected.abs().max(), 1.0)
 
 
 # Gradients and nothing more
