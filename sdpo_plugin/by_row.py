@@ -72,11 +72,12 @@ class RowTokens(Tokens):
         raise WholeDistribution
 
     @cached_property
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        return tuple(map(self._leaf, self._kernels.statistics(self._logits)))  # type: ignore[return-value]
+    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        lse, entropy, maxima = self._kernels.statistics(self._logits)
+        return self._leaf(lse), self._leaf(entropy), maxima
 
     @cached_property
-    def _teacher_statistics(self) -> list[tuple[Tensor, Tensor]]:
+    def _teacher_statistics(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [self._kernels.statistics(logits) for _, logits in self._taught_by]
 
     def _leaf(self, values: Tensor) -> Tensor:
@@ -125,10 +126,15 @@ class RowTokens(Tokens):
             loss = self._over_all(config)
         else:
             # Logits are in the order of their products.
-            ids = support_ids(student, teacher.products, config, largest)
+            ids = support_ids(student, teacher.products, config, self._largest)
             pair = on_shared_support(self._at(ids), self._teacher_at(ids), ids, config)
             loss = token_divergence(*pair, config.alpha, config.kl_clip)
         return loss * importance_ratio(self.log_probs, self.get("old_log_probs"), config.is_clip)
+
+    def _largest(self, products: Tensor, k: int) -> Tensor:
+        own = products is self._logits.products
+        maxima = (self._statistics if own else self._teacher_statistics[0])[2]
+        return largest(products, k, maxima, self._kernels.PART)
 
     def _over_all(self, config: DistillConfig) -> Tensor:
         if self._divergence is not None:  # one is all that the kernel can differentiate
@@ -143,9 +149,9 @@ class RowTokens(Tokens):
         """Over the student's products, their gradient for the gradients that arrive at `outputs`, `[r]` each."""
         which, loss, total = self._divergence or (None, None, None)
         gathered = [products for _, products in self._gathered]
-        leaves = [*self._statistics, *gathered, *([] if loss is None else [loss])]
+        leaves = [*self._statistics[:2], *gathered, *([] if loss is None else [loss])]
         by_lse, by_entropy, *by_rest = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
-        lse, entropy = (x.detach() for x in self._statistics)
+        lse, entropy = (x.detach() for x in self._statistics[:2])
         by_lse = torch.zeros_like(lse) if by_lse is None else by_lse
         by_loss = None if loss is None else by_rest[-1]
         self._kernels.write_gradient(self._logits, lse, entropy, by_lse, by_entropy, by_loss, total, which)
@@ -154,17 +160,16 @@ class RowTokens(Tokens):
                 self._logits.products.scatter_add_(1, ids, gradient)
 
 
-def largest(x: Tensor, k: int, block: int = 128) -> Tensor:
-    """Where the k largest of each row are, `[r, k]`, as `topk` finds them.
+def largest(x: Tensor, k: int, maxima: Tensor, size: int) -> Tensor:
+    """Where the k largest of each row are, `[r, k]`, as `topk` finds them in three times the time.
 
-    They are in the k blocks with the largest maxima. Reading `[r, V]` once for these takes a third of `topk`'s time.
+    `maxima` `[r, P]`: of the row's parts of `size` entries, but for a rest; the k are in the k parts with the largest.
     """
-    rows, vocab = x.shape
-    whole = vocab // block
-    if whole < 4 * k:
+    (rows, vocab), parts = x.shape, maxima.shape[1]
+    if parts < 4 * k:
         return x.topk(k, dim=-1).indices
-    best = x[:, : whole * block].unflatten(1, (whole, block)).amax(dim=-1).topk(k, dim=-1, sorted=False).indices
-    ids = (best[:, :, None] * block + torch.arange(block, device=x.device)).flatten(1)
-    rest = torch.arange(whole * block, vocab, device=x.device).expand(rows, -1)
-    ids = torch.cat([ids, rest], dim=1)
+    best = maxima.topk(k, dim=-1, sorted=False).indices
+    within = torch.arange(size, device=x.device)
+    rest = torch.arange(parts * size, vocab, device=x.device).expand(rows, -1)
+    ids = torch.cat([(best[:, :, None] * size + within).flatten(1), rest], dim=1)
     return ids.gather(1, x.gather(1, ids).topk(k, dim=-1).indices)

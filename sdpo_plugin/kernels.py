@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 2048, 8
+PART = 128  # entries whose maximum `statistics` finds
 
 
 class Logits(NamedTuple):
@@ -47,14 +48,16 @@ class Divergence(NamedTuple):
         }  # fmt: skip
 
 
-def statistics(logits: Logits) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and entropy in nats, `[r]` each."""
+def statistics(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp and entropy in nats, `[r]` each, and the largest logit of every whole `PART` of a row."""
     rows, vocab = logits.products.shape
     lse, entropy = logits.products.new_empty(2, rows)
+    maxima = logits.products.new_empty(rows, vocab // PART)
     _statistics[(rows,)](
-        *logits.arguments, lse, entropy, vocab, CAPPED=logits.cap is not None, BLOCK=BLOCK, num_warps=WARPS
-    )
-    return lse, entropy
+        *logits.arguments, lse, entropy, maxima, vocab, CAPPED=logits.cap is not None, BLOCK=BLOCK, PART=PART,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return lse, entropy, maxima
 
 
 def divergence(student: Logits, lse: Tensor, of: Divergence) -> tuple[Tensor, Tensor]:
@@ -123,9 +126,12 @@ def _shares(
 
 
 @triton.jit
-def _statistics(x, stride, scale, cap, lse, entropy, vocab, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+def _statistics(
+    x, stride, scale, cap, lse, entropy, maxima, vocab, CAPPED: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
+    maxima += row * (vocab // PART)
     top = tl.full([BLOCK], -1e30, tl.float32)  # of each lane, so that lanes are reduced once, at the end
     mass, weighted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
@@ -135,6 +141,8 @@ def _statistics(x, stride, scale, cap, lse, entropy, vocab, CAPPED: tl.constexpr
         higher = tl.where(inside, tl.maximum(top, z), top)
         kept, e = tl.exp(top - higher), tl.where(inside, tl.exp(z - higher), 0.0)
         mass, weighted, top = mass * kept + e, weighted * kept + e * z, higher
+        part = start // PART + tl.arange(0, BLOCK // PART)
+        tl.store(maxima + part, tl.max(tl.reshape(z, (BLOCK // PART, PART)), axis=1), mask=part < vocab // PART)
     highest = tl.max(top, 0)
     factor = tl.exp(top - highest)
     total = tl.sum(mass * factor, 0)

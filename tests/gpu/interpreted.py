@@ -14,12 +14,12 @@ from sdpo_plugin.fused import Head, TeacherStates, linear_distillation, linear_l
 from sdpo_plugin.loss import objective_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROWS, VOCAB, WIDTH = 7, kernels.BLOCK + 301, 8
+ROWS, VOCAB, WIDTH = 3, kernels.BLOCK + 301, 8
 FULL = [DistillConfig(mode="full", alpha=a, kl_clip=c) for a in (0.0, 0.3, 1.0) for c in (None, 1e-3)]
 TOPK = [
     DistillConfig(topk=20, alpha=0.5), DistillConfig(topk=5, alpha=1.0, add_tail=False),
     DistillConfig(topk=5, alpha=0.0, support="union", kl_clip=0.02), DistillConfig(topk=9, support="teacher"),
-    DistillConfig(topk=2 * VOCAB),
+    DistillConfig(topk=2 * VOCAB), DistillConfig(topk=4), DistillConfig(topk=3, support="union", add_tail=False),
 ]  # fmt: skip
 CONFIGS = [*FULL, *TOPK, *(DistillConfig(mode="sampled", alpha=1.0, is_clip=c) for c in (2.0, 0.5))]
 
@@ -35,7 +35,7 @@ class Case:
         self.head = Head(self.weight, **head)
         self.teachers = [TeacherStates(normal(ROWS, WIDTH + 1), Head(normal(VOCAB, WIDTH + 1), **head)) for _ in "ab"]
         self.ids = torch.randint(head.get("vocab_size", VOCAB), (ROWS,), generator=g).to(DEVICE)
-        self.weights = torch.tensor([1.0, 0.0, 0.5, 0.2, 1.0, 0.0, 0.3], device=DEVICE)
+        self.weights = torch.tensor([1.0, 0.0, 0.5], device=DEVICE)
         self.data = {"old_log_probs": -9.0 + normal(ROWS)}
 
     def found(self, objective, differentiable, known, monkeypatch):
@@ -43,7 +43,7 @@ class Case:
         monkeypatch.setattr(by_row, "_kernels", lambda device: known)
         scores = linear_distillation(
             self.hidden, self.head, self.teachers, self.ids, self.weights, objective, data=self.data, temperature=1.3,
-            differentiable_log_probs=differentiable, with_entropy=True, chunk_size=4,
+            differentiable_log_probs=differentiable, with_entropy=True, chunk_size=2,
         )
         total = 2 * scores.loss
         if differentiable:
@@ -97,6 +97,18 @@ def test_log_probabilities_alone(monkeypatch):
         found.append([log_probs, entropy, *torch.autograd.grad(log_probs.sum(), (case.hidden, case.weight))])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [4 * kernels.PART, 2 * kernels.BLOCK + 77, 5 * kernels.PART - 1])
+def test_the_largest_logits(vocab):
+    x = torch.randn(ROWS, vocab, device=DEVICE)
+    lse, entropy, maxima = kernels.statistics(kernels.Logits(x, 1.0, None))
+    whole = vocab // kernels.PART * kernels.PART
+    assert torch.equal(maxima, x[:, :whole].unflatten(1, (-1, kernels.PART)).amax(-1))
+    torch.testing.assert_close(lse, x.logsumexp(-1))
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=x).entropy())
+    k = max(1, maxima.shape[1] // 4)
+    assert torch.equal(by_row.largest(x, k, maxima, kernels.PART), x.topk(k).indices)
 
 
 def test_large_logits(monkeypatch):

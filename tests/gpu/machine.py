@@ -85,6 +85,12 @@ def used_mib() -> float | None:
     return (total - free) / MIB
 
 
+def reserved_mib() -> float | None:
+    """Of the device's memory, what this process has taken from the driver; None without CUDA."""
+    synchronize()
+    return torch.cuda.memory_reserved() / MIB if CUDA else None
+
+
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference, relative to the expected norm; inf where something is not finite."""
     error = (got.double() - expected.double()).norm() / expected.double().norm()

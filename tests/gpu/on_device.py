@@ -1,7 +1,9 @@
 """`pytest -p on_device`: every tensor of the tests that says nothing about its device is on the accelerator."""
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -12,6 +14,14 @@ class Generator(torch.Generator):
 
     def __new__(cls, device: Any = DEVICE) -> "Generator":
         return super().__new__(cls, device=device)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: Any) -> Path:
+    """As in tests/conftest.py, which keeps all tests on the CPU."""
+    from sdpo_plugin.testing.models import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("models"))
 
 
 torch.set_default_device(DEVICE)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import CUDA, MIB, milliseconds, row, tell, used_mib
+from machine import CUDA, MIB, milliseconds, reserved_mib, row, tell
 from stand_ins import FLASH_ATTENTION, stand_in
 
 stand_in()
@@ -49,8 +49,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "ZeRO-3, ema, LoRA": ("--ds.zero_stage=3", "--ds.lora.rank=16", "--ds.lora.target_modules", "q_proj", "down_proj"),
 }  # fmt: skip
 LARGER = {
-    "vocab_size": 32_768, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
-    "intermediate_size": 2048, "num_hidden_layers": 8, "max_position_embeddings": 2 * LENGTH,
+    "vocab_size": 32_768, "hidden_size": 512, "initializer_range": 0.1, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "intermediate_size": 2048, "num_hidden_layers": 6, "max_position_embeddings": 2 * LENGTH,
 }  # fmt: skip
 FEW = ("ZeRO-2, ema", "ZeRO-3, ema")
 
@@ -72,7 +72,7 @@ def arguments(directory: Path, model: Path, *flags: str) -> Any:
         "--vllm.num_engines=1", "--vllm.sync_backend=gloo", "--ds.attn_implementation=sdpa",
         f"--reward.remote_url={directory}/reward.py", f"--data.prompt_dataset={directory}/rows.jsonl",
         "--data.input_key=prompt", "--data.label_key=label", "--data.apply_chat_template",
-        f"--data.max_len={2 * LENGTH}", f"--rollout.max_new_tokens={LENGTH}", f"--rollout.batch_size={PROMPTS}",
+        f"--data.max_len={LENGTH}", f"--rollout.max_new_tokens={LENGTH - 16}", f"--rollout.batch_size={PROMPTS}",
         f"--rollout.n_samples_per_prompt={SAMPLES}", f"--train.batch_size={batch}",
         f"--train.micro_batch_size={batch // 2}", "--algo.advantage.estimator=group_norm", "--algo.kl.init_coef=0",
         "--actor.adam.lr=1e-4", "--actor.lr_scheduler=constant", "--actor.lr_warmup_ratio=0", "--algo=sdpo",
@@ -107,7 +107,7 @@ def rollouts(args: Any, tokenizer: Any, seed: int) -> Any:
         prompt = tokenizer(
             tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), add_special_tokens=False
         )["input_ids"]
-        length = int(torch.randint(8, LENGTH - len(prompt), (1,), generator=g))
+        length = LENGTH - len(prompt)
         ids = torch.cat([torch.tensor(prompt), torch.randint(10, 90, (length,), generator=g)])[None]
         action = torch.zeros(1, ids.shape[1] - 1, dtype=torch.bool)
         action[:, len(prompt) - 1 :] = True
@@ -199,10 +199,9 @@ def case(name: str, directory: Path, model: Path, expected: dict[str, Any]) -> N
             shape = memory.shape_of(AutoConfig.from_pretrained(model), tuned.rank, tuned.target_modules)
             found["estimated_mib"] = memory.total(memory.policy_worker(run.args, shape))[0] / MIB
         if run.args.ds.enable_sleep:
-            asleep = used_mib()
+            asleep = reserved_mib()
             run.worker.reload_states()
-            awake = used_mib()
-            found |= {"asleep_mib": asleep, "awake_mib": awake}
+            found |= {"asleep_mib": asleep, "awake_mib": reserved_mib()}
         weights, key = run.weights(), "LoRA" if "LoRA" in name else name.split(", ")[1]
         error, (losses, first) = run.average_error(), expected.setdefault(key, (found["loss"], weights))
         found["average_error"] = error
