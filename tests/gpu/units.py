@@ -13,9 +13,7 @@ from xml.etree import ElementTree
 from machine import row, tell
 
 HERE = Path(__file__).parent
-FILES = (
-    "units/test_loss.py", "units/test_fused.py", "units/test_algorithm.py", "units/test_teacher.py", "gpu/interpreted.py",
-)  # fmt: skip
+FILES = tuple(f"units/test_{name}.py" for name in ("loss", "fused", "algorithm", "teacher")) + ("gpu/interpreted.py",)
 # Chunks are of other sizes on a GPU, and the number of rows decides which product kernel, hence the last digits.
 OF_A_CPU = "not memory_does_not_grow and not chunk_size_changes_nothing"
 
