@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # The versions that were tested, for this Python.
 TESTED = .ci/tested/$$($(PY) -c 'import sys; print(*sys.version_info[:2], sep=".")').txt
 
-.PHONY: demo demo-lm test check docs bench matrix kills robustness soak variants study installs install tested clean
+.PHONY: demo demo-lm test check docs bench gpu matrix kills robustness soak variants study installs install tested clean
 
 demo: .venv/installed
 	$(PY) recipes/demo.py quickstart
@@ -34,6 +34,11 @@ bench: .venv/installed
 	$(PY) -m pip install -q -c .venv/tested.txt -e '.[bench]'
 	$(PY) tests/slow/bench/loss.py
 	$(PY) tests/slow/bench/step.py
+
+# Values, gradients, time and memory on a GPU, in some four minutes: writes runs/gpu/gpu.json and gpu.md. The Python is
+# one that has torch for CUDA and, for all sections, OpenRLHF: make gpu PYTHON=python3.12.
+gpu:
+	$(PYTHON) tests/gpu/run.py
 
 # Trains every teacher with and without LoRA at every ZeRO stage, and writes docs/matrix.md; sleep at all of them: half an hour.
 matrix: .venv/installed

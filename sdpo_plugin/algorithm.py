@@ -442,12 +442,15 @@ class SelfDistillation:
         correction = self._rollout_correction(micro_batch)
 
         def objective(tokens: Tokens) -> torch.Tensor:
-            loss = self.token_loss(tokens.student, tokens.teachers[0], tokens)
+            if type(self).token_loss is SelfDistillation.token_loss:  # which can do without whole distributions
+                loss = tokens.divergence(self.distill)
+            else:
+                loss = self.token_loss(tokens.student, tokens.teachers[0], tokens)
             if self.token_weights is not None:
                 token_weights[tokens.rows] = factor = self.token_weights(tokens).detach()
                 loss = loss * factor
             if self.token_advantages is not None:
-                sampled[:, tokens.rows] = torch.stack([tokens.of_sampled(t) for t in tokens.teachers])
+                sampled[:, tokens.rows] = tokens.sampled_by_teachers
             return loss if correction is None else loss * correction(tokens)
 
         def head(hidden: torch.Tensor, student: Head, token_ids: torch.Tensor) -> Scores:

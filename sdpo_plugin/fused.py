@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sdpo_plugin import by_row
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.loss import Objective, Tokens, entropy_of, log_probs, objective_of
-
-MIB = 2**20
+from sdpo_plugin.products import accumulate, head_products, product_dtype, rows_at_a_time, sum_dtype
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def linear_distillation_loss(
 
     The same value and gradients, never a `[N, V]` tensor. Rows of mask 0 are not read.
     """
-    sums = _sum_dtype(student_head)
+    sums = sum_dtype(student_head)
     weights = loss_mask.to(sums) / loss_mask.sum(dtype=sums).clamp(min=1)
     teacher = TeacherStates(teacher_hidden.detach(), Head(teacher_head).effective(temperature))
     data = {} if old_log_probs is None else {"old_log_probs": old_log_probs}
@@ -267,7 +267,7 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     Returns the outputs (loss, token_loss, log_probs, entropy) and, where `needed`, the gradients of hidden states,
     weight and bias for the `upstream` gradients of the outputs.
     """
-    student_head, sums, n = head.effective(job.temperature), _sum_dtype(head.weight), len(hidden)
+    student_head, sums, n = head.effective(job.temperature), sum_dtype(head.weight), len(hidden)
     vocab = len(student_head.weight)
     teachers = () if job.distilled is None else job.distilled.teachers
     for teacher in teachers:
@@ -283,157 +283,117 @@ def _sweep(hidden: Tensor, head: Head, job: _Job, upstream: _Upstream, needed: S
     grad_weight = torch.zeros_like(head.weight, dtype=sums) if needed[1] else None
     grad_bias = torch.zeros_like(head.bias, dtype=sums) if needed[2] and head.bias is not None else None
 
-    chunk_rows, tile_rows = _rows_at_a_time(hidden.device, vocab * sums.itemsize)
-    chunk_rows = min(job.chunk_size or chunk_rows, max(n, 1))
-    student_buffer = hidden.new_empty(chunk_rows, vocab, dtype=sums)
-    teacher_buffers = [torch.empty_like(student_buffer) for _ in teachers]
-
-    visited = torch.ones_like(token_loss, dtype=torch.bool) if job.rows is None else job.rows
-    taught = torch.zeros_like(visited) if job.distilled is None else visited & (job.distilled.weights != 0)
-    if job.distilled is not None and job.distilled.read is not None:
-        taught |= visited & job.distilled.read
-    untaught = (visited & ~taught, job._replace(distilled=None), upstream._replace(loss=None))
-    for mask, part, arriving in ((taught, job, upstream), untaught):
-        distilled, differentiate = part.distilled, any(x is not None for x in arriving)
-        for rows in _split(mask.nonzero().squeeze(-1), chunk_rows):
-            states = hidden[rows].to(_product_dtype(student_head.weight))
-            student = _products(states, student_head, student_buffer)
-            taught_by = [] if distilled is None else [
-                _products(teacher.hidden[rows], teacher.head, buffer)
-                for teacher, buffer in zip(teachers, teacher_buffers, strict=True)
-            ]  # fmt: skip
-            for start in range(0, len(rows), tile_rows):
-                tile = slice(start, start + tile_rows)
-                scores, gradient = _score(
-                    student[tile], [products[tile] for products in taught_by], rows[tile], student_head, part, arriving
-                )
-                for output, values in zip((token_loss, log_probs, entropy), scores, strict=True):
-                    if output is not None and values is not None:
-                        output[rows[tile]] = values
-                if differentiate:
-                    student[tile] = gradient  # the products are not needed any more
-            if differentiate:
-                _accumulate(student, states, student_head.weight, rows, grad_hidden, grad_weight, grad_bias)
-
+    outputs, gradients = (token_loss, log_probs, entropy), (grad_hidden, grad_weight, grad_bias)
+    _visit(hidden, student_head, job, upstream, outputs, gradients)
     loss = (token_loss * job.distilled.weights.to(sums)).sum() if job.distilled is not None else None
     grad_weight = None if grad_weight is None else grad_weight.to(head.weight.dtype)
     grad_bias = None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype)
     return (loss, token_loss, log_probs, entropy), (grad_hidden, grad_weight, grad_bias)
 
 
+def _visit(
+    hidden: Tensor, student_head: Head, job: _Job, upstream: _Upstream, outputs: Sequence[Tensor | None],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """The loop of `_sweep`, which fills in `outputs` (token_loss, log_probs, entropy) and adds to `gradients`."""
+    dtype, teachers = sum_dtype(student_head.weight), () if job.distilled is None else job.distilled.teachers
+    vocab = len(student_head.weight)
+    chunk_rows, tile_rows = rows_at_a_time(hidden.device, vocab * dtype.itemsize)
+    chunk_rows = min(job.chunk_size or chunk_rows, max(len(hidden), 1))
+    student_buffer = hidden.new_empty(chunk_rows, vocab, dtype=dtype)
+    teacher_buffers = [torch.empty_like(student_buffer) for _ in teachers]
+
+    visited = hidden.new_ones(len(hidden), dtype=torch.bool) if job.rows is None else job.rows
+    taught = torch.zeros_like(visited) if job.distilled is None else visited & (job.distilled.weights != 0)
+    if job.distilled is not None and job.distilled.read is not None:
+        taught |= visited & job.distilled.read
+    untaught = (visited & ~taught, job._replace(distilled=None), upstream._replace(loss=None))
+    for mask, part, arriving in ((taught, job, upstream), untaught):
+        for rows in _split(mask.nonzero().squeeze(-1), chunk_rows):
+            states = hidden[rows].to(product_dtype(student_head.weight))
+            student = head_products(states, student_head, student_buffer)
+            taught_by = [] if part.distilled is None else [
+                head_products(teacher.hidden[rows], teacher.head, buffer)
+                for teacher, buffer in zip(teachers, teacher_buffers, strict=True)
+            ]  # fmt: skip
+            for tile, scores in _scored(student, taught_by, rows, student_head, part, arriving, tile_rows):
+                for output, values in zip(outputs, scores, strict=True):
+                    if output is not None and values is not None:
+                        output[tile] = values
+            if any(x is not None for x in arriving):
+                accumulate(student, states, student_head.weight, rows, *gradients)
+
+
+def _scored(
+    student: Tensor, taught_by: Sequence[Tensor], rows: Tensor, head: Head, job: _Job, upstream: _Upstream,
+    tile_rows: int,
+) -> Iterator[tuple[Tensor, Any]]:
+    """A chunk in tiles: which rows, and their (token_loss, log_probs, entropy) `[r]`.
+
+    Where an upstream gradient arrives, that of the student's products is written over them.
+    """
+    heads = [head, *(teacher.head for teacher in (job.distilled.teachers if job.distilled else ()))]
+    if (kernels := by_row.kernels(student, heads)) is not None:
+        try:
+            yield rows, _score_by_row(kernels, student, taught_by, rows, heads, job, upstream)
+            return
+        except by_row.WholeDistribution:
+            pass
+    for start in range(0, len(rows), tile_rows):
+        tile = slice(start, start + tile_rows)
+        yield rows[tile], _score(student[tile], [x[tile] for x in taught_by], rows[tile], heads, job, upstream)
+
+
 def _score(
-    student_products: Tensor, teacher_products: Sequence[Tensor], rows: Tensor, head: Head, job: _Job,
+    products: Tensor, teacher_products: Sequence[Tensor], rows: Tensor, heads: Sequence[Head], job: _Job,
     upstream: _Upstream,
-):
-    """A tile of rows: (token_loss, log_probs, entropy) `[r]`, and the gradient of its student products `[r, V]`."""
+) -> Any:
+    """(token_loss, log_probs, entropy) `[r]` from log-probabilities `[r, V]`, which are differentiated by autograd."""
     distilled, differentiate = job.distilled, any(x is not None for x in upstream)
     with torch.set_grad_enabled(differentiate):
-        products = student_products.detach().requires_grad_(differentiate)
-        student = head.log_probs(products)
-        teachers = [
-            teacher.head.log_probs(x)
-            for teacher, x in zip(distilled.teachers if distilled else (), teacher_products, strict=True)
-        ]
+        leaf = products.detach().requires_grad_(differentiate)
+        student, *teachers = (head.log_probs(x) for x, head in zip((leaf, *teacher_products), heads, strict=True))
         tokens = Tokens(student, teachers, job.token_ids[rows], rows, distilled.data if distilled else {})
-        student_entropy = entropy_of(student) if job.with_entropy else None
+        entropy = entropy_of(student) if job.with_entropy else None
         loss = None if distilled is None else distilled.objective(tokens)
-        token = tokens.log_probs
-    gradient = None
+        outputs = (loss, tokens.log_probs, entropy)
     if differentiate:
-        arriving = (
-            None if upstream.loss is None or distilled is None or loss is None
-            else upstream.loss * distilled.weights[rows].to(loss.dtype),
-            None if upstream.log_probs is None else upstream.log_probs[rows],
-            None if upstream.entropy is None else upstream.entropy[rows],
+        reached, gradients = _reached(outputs, rows, job, upstream)
+        (gradient,) = torch.autograd.grad(reached, leaf, gradients)
+        products.copy_(gradient)  # they are not needed any more
+    return outputs
+
+
+def _score_by_row(
+    kernels: Any, products: Tensor, teacher_products: Sequence[Tensor], rows: Tensor, heads: Sequence[Head],
+    job: _Job, upstream: _Upstream,
+) -> Any:
+    """`_score` without a tensor `[r, V]`. Raises WholeDistribution where the objective reads one."""
+    distilled, differentiate = job.distilled, any(x is not None for x in upstream)
+    with torch.set_grad_enabled(differentiate):
+        taught_by = list(zip(teacher_products, heads[1:], strict=True))
+        data = distilled.data if distilled else {}
+        tokens = by_row.RowTokens(
+            kernels, products, heads[0], taught_by, job.token_ids[rows], rows, data, differentiate
         )
-        outputs = (loss, token, student_entropy)
-        both = zip(outputs, arriving, strict=True)
-        pairs = [(output, g) for output, g in both if output is not None and g is not None]
-        (gradient,) = torch.autograd.grad([x for x, _ in pairs], products, [g for _, g in pairs])
-    return (loss, token, student_entropy), gradient
+        loss = None if distilled is None else distilled.objective(tokens)
+        outputs = (loss, tokens.log_probs, tokens.entropy if job.with_entropy else None)
+    if differentiate:
+        tokens.write_gradient(*_reached(outputs, rows, job, upstream))
+    return outputs
 
 
-def _products(states: Tensor, head: Head, buffer: Tensor) -> Tensor:
-    """What `head.logits` takes `[r, V]`, in the first rows of `buffer`."""
-    width = head.weight.shape[1]
-    out = _multiply(states[:, :width], head.weight, buffer)
-    return out if head.beside is None else _multiply(states[:, width:], head.beside, buffer, add=True)
-
-
-def _multiply(states: Tensor, weight: Tensor, buffer: Tensor, add: bool = False) -> Tensor:
-    """`states @ weight.T` `[r, V]`, in the first rows of `buffer`, or added to what is there."""
-    out, dtype = buffer[: len(states)], _product_dtype(weight)
-    states = states.to(dtype)
-    for columns, block in _blocks(weight, dtype):
-        if add:
-            _add_product(out[:, columns], states, block.t())
-        elif dtype == out.dtype:
-            torch.mm(states, block.t(), out=out[:, columns])
-        else:
-            out[:, columns] = states @ block.t()
-    return out
-
-
-def _accumulate(
-    gradient: Tensor, states: Tensor, weight: Tensor, rows: Tensor,
-    grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
-) -> None:
-    """Adds what the gradient `[r, V]` of a chunk's products says about its hidden states, the weight and the bias."""
-    vocab, dtype = len(weight), states.dtype
-    if grad_bias is not None:
-        grad_bias[:vocab] += gradient.sum(dim=0)
-    gradient = gradient.to(dtype)
-    if grad_weight is not None:
-        _add_product(grad_weight[:vocab], gradient.t(), states)
-    if grad_hidden is not None:
-        total = torch.zeros_like(states, dtype=_sum_dtype(weight))
-        for columns, block in _blocks(weight, dtype):
-            _add_product(total, gradient[:, columns], block)
-        grad_hidden[rows] = total.to(grad_hidden.dtype)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
-
-
-def _sum_dtype(weight: Tensor) -> torch.dtype:
-    """Of logits, losses and sums of gradients."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    """Of the factors of a product. bf16 is for GPUs: products of bf16 took this CPU 6 to 400 times as long as float32.
-
-    float16 is never a factor, it cannot hold the gradient of a mean over many tokens.
-    """
-    native = weight.dtype == torch.bfloat16 and weight.device.type != "cpu"
-    return torch.bfloat16 if native else _sum_dtype(weight)
-
-
-def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in the dtype of the product: as it is, or cast 16 MiB at a time rather than whole."""
-    step = len(weight) if weight.dtype == dtype else max(1, 16 * MIB // (weight.shape[1] * dtype.itemsize))
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        yield rows, weight[rows].to(dtype)
-
-
-def _rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
-    """Rows of a chunk, whose products exist at a time, and of a tile of it, for the elementwise work.
-
-    A chunk of c rows reads and writes the sum of the head's gradient once, 8 V H bytes, for 2 c V H operations: c/4 of
-    them per byte. A CPU does some 10 in the time a byte takes, so 256 rows are plenty; a GPU does some 300. Each of the
-    two `[c, V]` tensors stays under 320 MiB besides.
-
-    Some fifteen temporaries of a tile are alive at once, which is what bounds it. Besides, glibc takes fresh pages for
-    every tensor from 32 MiB on, and the elementwise work then takes twice the time; far below that, threads spend it
-    waiting for each other. A GPU's tile need only be large enough to hide the launches.
-    """
-    chunk, tile_bytes = (256, 8 * MIB) if device.type == "cpu" else (1024, 64 * MIB)
-    return max(16, min(chunk, 320 * MIB // row_bytes)), max(1, tile_bytes // row_bytes)
+def _reached(outputs: Sequence[Tensor | None], rows: Tensor, job: _Job, upstream: _Upstream) -> Any:
+    """Of a tile's outputs those that a gradient arrives at, and these gradients, `[r]` each."""
+    loss = outputs[0]
+    arriving = (
+        None if upstream.loss is None or job.distilled is None or loss is None
+        else upstream.loss * job.distilled.weights[rows].to(loss.dtype),
+        None if upstream.log_probs is None else upstream.log_probs[rows],
+        None if upstream.entropy is None else upstream.entropy[rows],
+    )  # fmt: skip
+    pairs = [(x, g) for x, g in zip(outputs, arriving, strict=True) if x is not None and g is not None]
+    return [x for x, _ in pairs], [g for _, g in pairs]
 
 
 def _split(rows: Tensor, size: int) -> Sequence[Tensor]:

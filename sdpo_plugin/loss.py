@@ -67,6 +67,11 @@ class Tokens:
         return self.of_sampled(self.teachers[0])
 
     @cached_property
+    def sampled_by_teachers(self) -> Tensor:
+        """`[K, r]`, every teacher's of the sampled tokens."""
+        return torch.stack([self.of_sampled(teacher) for teacher in self.teachers])
+
+    @cached_property
     def student_entropy(self) -> Tensor:
         """`[r]`, in nats, without a gradient."""
         return entropy_of(self.student.detach())
@@ -76,15 +81,17 @@ class Tokens:
         """`[r]`, in nats, of the first teacher."""
         return entropy_of(self.teachers[0])
 
+    def divergence(self, config: DistillConfig) -> Tensor:
+        """`[r]`: `loss_from_log_probs` of the first teacher, with the tokens' `old_log_probs` if there are any."""
+        return loss_from_log_probs(self.student, self.teachers[0], self.ids, config, self.get("old_log_probs"))
+
 
 Objective = Callable[[Tokens], Tensor]  # -> the loss of each token, [r]
 
 
 def objective_of(config: DistillConfig) -> Objective:
-    """`loss_from_log_probs` of the first teacher, with the tokens' `old_log_probs` if there are any."""
-    return lambda tokens: loss_from_log_probs(
-        tokens.student, tokens.teachers[0], tokens.ids, config, tokens.get("old_log_probs")
-    )
+    """`Tokens.divergence` of `config`."""
+    return lambda tokens: tokens.divergence(config)
 
 
 def entropy_of(log_probs: Tensor) -> Tensor:
@@ -132,19 +139,40 @@ def on_support(student_log_probs: Tensor, teacher_log_probs: Tensor, config: Dis
     likeliest of `config.support`, the same ones for both, and the mass outside them in one more bucket (`add_tail`)
     or divided among them.
     """
-    pair: tuple[Tensor, ...] = (student_log_probs, teacher_log_probs)
-    if config.mode == "full" or config.topk is None or config.topk >= student_log_probs.shape[-1]:
+    if compares_all(config, student_log_probs.shape[-1]):
         return student_log_probs, teacher_log_probs
-    choosers = {"student": pair[:1], "teacher": pair[1:], "union": pair}[config.support]
-    ids = torch.cat([x.topk(config.topk, dim=-1).indices for x in choosers], dim=-1)
-    pair = tuple(x.gather(-1, ids) for x in pair)
+    ids = support_ids(student_log_probs, teacher_log_probs, config)
+    return on_shared_support(student_log_probs.gather(-1, ids), teacher_log_probs.gather(-1, ids), ids, config)
+
+
+def compares_all(config: DistillConfig, vocab: int) -> bool:
+    return config.mode == "full" or config.topk is None or config.topk >= vocab
+
+
+def _largest(x: Tensor, k: int) -> Tensor:
+    return x.topk(k, dim=-1).indices
+
+
+def support_ids(
+    student: Tensor, teacher: Tensor, config: DistillConfig, largest: Callable[[Tensor, int], Tensor] = _largest
+) -> Tensor:
+    """The entries that `mode=topk` compares, `[..., K]`: of anything that is in the order of the log-probabilities."""
+    choosers = {"student": (student,), "teacher": (teacher,), "union": (student, teacher)}[config.support]
+    assert config.topk is not None  # `DistillConfig.check`
+    ids = torch.cat([largest(x, config.topk) for x in choosers], dim=-1)
+    return ids.sort(dim=-1).values if config.support == "union" else ids
+
+
+def on_shared_support(
+    student: Tensor, teacher: Tensor, ids: Tensor, config: DistillConfig
+) -> tuple[Tensor, Tensor]:
+    """`on_support` of log-probabilities at `support_ids`, `[..., K]` each."""
     if config.support == "union":
         # A token that both choose is counted once: of two equal neighbours the second becomes an empty bucket.
-        ids, order = ids.sort(dim=-1)
         repeated = F.pad(ids[..., 1:] == ids[..., :-1], (1, 0))
-        pair = tuple(x.gather(-1, order).masked_fill(repeated, LOG_ZERO) for x in pair)
-    student, teacher = (_with_tail(x) if config.add_tail else torch.log_softmax(x, dim=-1) for x in pair)
-    return student, teacher
+        student, teacher = (x.masked_fill(repeated, LOG_ZERO) for x in (student, teacher))
+    first, second = (_with_tail(x) if config.add_tail else torch.log_softmax(x, dim=-1) for x in (student, teacher))
+    return first, second
 
 
 def _with_tail(log_probs: Tensor) -> Tensor:

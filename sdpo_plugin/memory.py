@@ -58,12 +58,14 @@ class Part:
     sleeps: bool = False
 
 
-def policy_worker(args: Any, shape: Shape, teacher: Shape | None = None, cpu: bool = False) -> list[Part]:
+def policy_worker(
+    args: Any, shape: Shape, teacher: Shape | None = None, cpu: bool = False, device_bytes: int = 80 * 2**30
+) -> list[Part]:
     """The parts of one rank's memory at the optimizer's step and in the loss, for samples of `--data.max_len` tokens.
 
     Args:
         args: OpenRLHF's nested arguments. teacher: of `--teacher.kind model`, else the student's.
-        cpu: as CPU mode has it, where a page counts when it is written to.
+        cpu: as CPU mode has it, where a page counts when it is written to. device_bytes: the memory of a GPU.
     """
     ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
     stage, offload = args.ds.zero_stage, args.ds.adam_offload
@@ -86,7 +88,7 @@ def policy_worker(args: Any, shape: Shape, teacher: Shape | None = None, cpu: bo
     if args.train.dynamic_batch_enable:
         tokens = args.train.max_tokens_per_gpu
     parts.append(Part("activations", _activations(shape, tokens, args.actor.gradient_checkpointing_enable, low)))
-    parts.append(Part("the loss", _loss(args, shape, teacher or shape, tokens, low, cpu)))
+    parts.append(Part("the loss", _loss(args, shape, teacher or shape, tokens, low, cpu, device_bytes)))
     if stage == 3:
         parts.append(Part("gathered weights", low * min(LIVE, whole)))
     if cpu:
@@ -120,14 +122,18 @@ def _activations(shape: Shape, tokens: int, checkpointing: bool, low: int) -> fl
     return tokens * shape.hidden * low * shape.layers + layer if checkpointing else layer * shape.layers
 
 
-def _loss(args: Any, shape: Shape, teacher: Shape, tokens: int, low: int, cpu: bool) -> float:
+def _loss(args: Any, shape: Shape, teacher: Shape, tokens: int, low: int, cpu: bool, device_bytes: int) -> float:
     """Hidden states of student and teacher at response positions, and logits of a chunk of them (`fused.py`)."""
+    from sdpo_plugin.products import gpu_rows
+
     responses = min(args.train.micro_batch_size * (args.rollout.max_new_tokens or args.data.max_len), tokens)
     states = responses * (shape.hidden + teacher.hidden) * low
-    rows, tile = (256, 8 * MIB) if cpu else (1024, 64 * MIB)
-    chunk = 4 * shape.vocab * min(responses, max(16, min(rows, 320 * MIB // (4 * shape.vocab))))
     head = 0 if shape.adapters else 4 * shape.vocab * shape.hidden  # its gradient, summed in fp32
-    return states + 2 * chunk + 15 * min(tile, chunk) + head
+    if not cpu:
+        chunk = 4 * shape.vocab * min(responses, gpu_rows(device_bytes, 4 * shape.vocab))
+        return states + head + max(2.5 * chunk, low / 4 * head)  # the gradient is then rounded to the head's dtype
+    chunk = 4 * shape.vocab * min(responses, max(16, min(256, 320 * MIB // (4 * shape.vocab))))
+    return states + 2 * chunk + 15 * min(8 * MIB, chunk) + head
 
 
 def total(parts: list[Part], asleep: bool = False) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from sdpo_plugin.config import ConfigError
 from sdpo_plugin.fused import Head, linear_log_probs
 from sdpo_plugin.host import lora
 from sdpo_plugin.host.seams import overrides, seam
-from sdpo_plugin.host.zero import gathered, is_partitioned
+from sdpo_plugin.host.zero import exact_frequencies, gathered, is_partitioned
 from sdpo_plugin.interface import MicroBatch, response_rows
 
 unpad_and_slice_tensor = seam(
@@ -113,6 +113,8 @@ class PolicyActor(_Actor):
             raise ConfigError(
                 "--ds.lora.target_modules: an adapter on the LM head is not supported; leave the head out"
             )
+        whole = self.model.module
+        exact_frequencies(whole.get_base_model() if isinstance(whole, lora.PeftModel) else whole)
         ids = torch.arange(8, device=self.model.device)[None]
         mask = torch.ones_like(ids)
         training = self.model.training

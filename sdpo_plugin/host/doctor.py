@@ -315,7 +315,10 @@ def memory_table(args: Any, config: Any, cpu: bool, console: Console, report: di
         from sdpo_plugin.host import preflight
 
         other = memory.shape_of(preflight.model("--teacher.model_name_or_path", args.teacher.model_name_or_path))
-    parts = memory.policy_worker(args, shape, other, cpu)
+    import torch
+
+    seen = {} if cpu or not torch.cuda.is_available() else {"device_bytes": torch.cuda.mem_get_info(0)[1]}
+    parts = memory.policy_worker(args, shape, other, cpu, **seen)
     unit, scale = ("MiB", 2**20) if memory.total(parts)[0] < 10 * GIB else ("GiB", GIB)
     title = f"Memory of a policy worker, {unit}"
     table = Table("", "GPU", "host", "", title=title, title_justify="left", box=None)

@@ -52,6 +52,7 @@ class Sleeper:
         torch.cuda.synchronize()
         for tensor, kept in zip(self.tensors, self.kept, strict=True):
             tensor.data = kept
+        torch.cuda.empty_cache()  # else the memory stays this process's own, and engines wake beside it
         self.asleep = True
 
     @torch.no_grad()

@@ -27,6 +27,23 @@ def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(away, enabled=bool(away))
 
 
+def exact_frequencies(model: Any) -> None:
+    """Make the frequencies of rotary position encodings float32 again, where they were rounded.
+
+    Where DeepSpeed partitions weights as they are made (ZeRO-3), it casts whatever a model's code makes meanwhile to
+    the weights' dtype. Frequencies in bf16 are off by up to a radian a thousand positions, and an engine's are not.
+    """
+    for module in model.modules():
+        rounded = {
+            name: buffer for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq") and buffer.dtype in (torch.bfloat16, torch.float16)
+        }  # fmt: skip
+        for name, buffer in rounded.items():
+            setattr(module, name, buffer.float())
+        if rounded:
+            model._init_weights(module)  # transformers computes them once more
+
+
 class MasterWeights:
     """The optimizer's fp32 weights on this rank, by parameter name; together the ranks hold every element.
 

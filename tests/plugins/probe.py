@@ -55,7 +55,7 @@ def openrlhf_model(actor, args):
 
 @hookimpl(trylast=True)
 def openrlhf_worker_setup(worker):
-    sdpo_plugin.fused._rows_at_a_time = lambda device, row_bytes: (CHUNK_ROWS, 4)
+    sdpo_plugin.fused.rows_at_a_time = lambda device, row_bytes: (CHUNK_ROWS, 4)
     engine, trainer = worker.actor.model, worker.trainer
     worker.logits, worker.gradients = LogitRows(engine.module.config), []
     worker.read = []  # samples per micro-batch of the student

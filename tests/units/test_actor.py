@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.host import cpu
@@ -70,6 +71,28 @@ def test_scale_and_bound_of_the_logits_are_read_from_the_text_part_of_a_configur
 def test_a_model_without_a_head_is_named():
     with pytest.raises(ConfigError, match=r"--actor.model_name_or_path model: a Model names no LM head"):
         tapped(head=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_frequencies_that_deepspeed_has_rounded_are_those_of_the_model_again(kind):
+    config = AutoConfig.for_model(
+        kind, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, vocab_size=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    ids = torch.arange(900)[None] % 32
+    logits = model(ids).logits
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq"):
+                setattr(module, name, buffer.bfloat16())
+    assert not torch.equal(model(ids).logits, logits)
+    actor = PolicyActor(Engine(model))
+    actor.packing_samples = False
+    actor.tap_head()
+    assert exact and all(torch.equal(buffer, exact[name]) for name, buffer in model.named_buffers() if name in exact)
+    assert torch.equal(model(ids).logits, logits)
 
 
 def test_what_the_head_computes_is_an_output_of_the_model():

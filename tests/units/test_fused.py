@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdpo_plugin import fused
+from sdpo_plugin import fused, products
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.fused import Head, TeacherStates, linear_distillation_loss, linear_log_probs
 from sdpo_plugin.loss import LOG_ZERO, Tokens, distillation_loss, objective_of, per_token_loss
@@ -234,8 +234,8 @@ def test_gradcheck(cfg, differentiable):
 def test_chunk_size_changes_nothing(cfg, dtype, monkeypatch):
     case = Case(n=40, dtype=dtype)
     results = []
-    for chunk_size, unit in ((None, fused.MIB), (1, 1), (7, 1), (16, 8), (39, 64), (1000, 1)):
-        monkeypatch.setattr(fused, "MIB", unit)  # tiles of all sizes, too
+    for chunk_size, unit in ((None, products.MIB), (1, 1), (7, 1), (16, 8), (39, 64), (1000, 1)):
+        monkeypatch.setattr(products, "MIB", unit)  # tiles of all sizes, too
         loss = linear_distillation(*case.arguments, case.weights, cfg, case.old, chunk_size=chunk_size).loss
         results.append([loss, *torch.autograd.grad(loss, case.leaves)])
     for result in results[1:]:
@@ -280,8 +280,9 @@ def test_weights_may_depend_on_the_student_s_own_log_probabilities(cfg, differen
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_is_close_to_float32(cfg, dtype, differentiable, native, monkeypatch):
     if native:  # products as on a GPU
-        monkeypatch.setattr(fused, "_product_dtype", lambda weight: weight.dtype)
-    monkeypatch.setattr(fused, "MIB", 16)  # several blocks of the head
+        for module in (fused, products):
+            monkeypatch.setattr(module, "product_dtype", lambda weight: weight.dtype)
+    monkeypatch.setattr(products, "MIB", 16)  # several blocks of the head
     case, exact = (Case(n=30, bias=True, dtype=dtype) for _ in range(2))
     exact.widen()
     results = []

@@ -2,9 +2,10 @@
 
     python tests/slow/bench/loss.py [--tokens 512 2048 16384] [--vocab 32000 151936] [--dtypes float32] [--repeat 3]
 
-One forward and backward pass from hidden states of width 1024 and one head for student and teacher. Times alternate
-between the two in one process; memory is the peak above what the inputs take, each in a process of its own. A case that
-would not fit is left out. On CUDA, Liger's fused JSD takes part where it is installed.
+One forward and backward pass from hidden states of width 1024 and one head for student and teacher, beside the four
+matrix products that it cannot do without. Times alternate in one process; memory is the peak above what the inputs
+take, each in a process of its own. A case that would not fit is left out. On CUDA, Liger's fused JSD takes part where
+it is installed; tests/gpu/losses.py measures more there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ OUT = Path(__file__).parents[3] / "runs" / "bench"
 def contestants(case: dict[str, Any]) -> tuple[dict[str, Callable[[], torch.Tensor]], list[torch.Tensor]]:
     """A function per implementation that returns the loss, and the tensors that get gradients."""
     from trl.experimental.sdpo import loss_utils as trl
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     torch.manual_seed(0)
     n, v, dtype = case["tokens"], case["vocab"], getattr(torch, case["dtype"])
@@ -60,12 +62,31 @@ def contestants(case: dict[str, Any]) -> tuple[dict[str, Callable[[], torch.Tens
         "ours": lambda: linear_distillation_loss(student, head, teacher, head.detach(), ids, mask, config),
         "trl": by_trl,
     }
+    if case["mode"] == "full":
+        found["trl_distillation"] = lambda: ChunkedDivergenceFunction.apply(
+            student, head, None, teacher, head.detach(), None, 0.5
+        )[0].mean()
     if DEVICE == "cuda" and case["mode"] == "full":
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         liger = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
         found["liger"] = lambda: liger(student, head, teacher, head.detach(), ids)
     return found, [head, student]
+
+
+def products(leaves: list[torch.Tensor]) -> Callable[[], None]:
+    """Both heads' logits and two gradients, over all tokens at once."""
+    head, states = (leaf.detach() for leaf in leaves)
+    logits = torch.empty(len(states), len(head), dtype=head.dtype, device=DEVICE)
+    gradient = torch.randn_like(logits)
+
+    def run() -> None:
+        for _ in ("student", "teacher"):
+            torch.mm(states, head.T, out=logits)
+        torch.mm(gradient, head)
+        torch.mm(gradient.T, states)
+
+    return run
 
 
 def synchronised_seconds() -> float:
@@ -76,17 +97,21 @@ def synchronised_seconds() -> float:
 
 def time_case(case: dict[str, Any]) -> dict[str, Any]:
     found, leaves = contestants(case)
-    seconds: dict[str, list[float]] = {name: [] for name in found}
+    runs: dict[str, Callable[[], Any]] = {name: lambda loss=loss: loss().backward() for name, loss in found.items()}
+    runs["products"] = products(leaves)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(case["repeat"] + 1):
-        for name, loss in found.items():
+        for name, run in runs.items():
             for leaf in leaves:
                 leaf.grad = None
             began = synchronised_seconds()
-            loss().backward()
+            run()
             seconds[name].append(synchronised_seconds() - began)
     counted = {name: times[1:] for name, times in seconds.items()}  # the first of each warms up
     ratios = [a / b for a, b in zip(counted["ours"], counted["trl"], strict=True)]
+    over_products = [a / b for a, b in zip(counted["ours"], counted["products"], strict=True)]
     return {
+        "over_products": statistics.median(over_products),
         "seconds": {name: statistics.median(times) for name, times in counted.items()},
         "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
     }  # fmt: skip
