@@ -14,14 +14,21 @@ KNOWN_TAGS: Tags = (
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),  # EXAONE Deep
     ("[THINK]", "[/THINK]"),  # Magistral
+    ("◁think▷", "◁/think▷"),  # Kimi-VL
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
     ("<mm:think>", "</mm:think>"),  # MiniMax M3
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker, Sky-T1
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<|channel>", "<channel|>"),  # Gemma 4
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
 )
-SPACE = re.compile(r"\s*")
+# Those of responses that are judged: their special tokens are all there, and prompts ask for a form of their own.
+JUDGED_TAGS: Tags = (
+    *KNOWN_TAGS,
+    ("<reasoning>", "</reasoning>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),  # gpt-oss, before a call
+)
 
 
 def tags_with(more: str | None) -> Tags:
@@ -30,30 +37,50 @@ def tags_with(more: str | None) -> Tags:
     return (*KNOWN_TAGS, *zip(words[0::2], words[1::2], strict=True))
 
 
+@lru_cache(maxsize=8)
+def tag_pattern(tags: Tags) -> re.Pattern[str]:
+    """Of a tag that opens a `thought`, and of a `thought_end` with the white space behind it."""
+    opening, closing = ("|".join(map(re.escape, side)) for side in zip(*tags, strict=True))
+    return re.compile(rf"(?P<thought>{opening})|(?P<thought_end>{closing})\s*")
+
+
+def end_of_thought(text: str, tag: re.Match[str], tags: Tags) -> int | None:
+    """Where the thought ends that begins, or ends, with this match of `tag_pattern`; None if it never ends."""
+    if tag["thought_end"]:
+        return tag.end()
+    closing = "|".join(re.escape(closing) for opening, closing in tags if opening == tag["thought"])
+    end = re.compile(rf"(?:{closing})\s*").search(text, tag.end())
+    return end.end() if end else None
+
+
 def without_thoughts(text: str, tags: Tags = KNOWN_TAGS) -> str:
     """`text` without closed thoughts, and without everything before a closing tag that is left.
 
     Its opening tag is in the prompt (DeepSeek-R1, Qwen3's thinking models), or was that of a thought with another in
     it. These models' chat templates, too, keep what follows the last closing tag of an answer. In linear time.
     """
-    for opening, closing in tags:
-        kept, at = [], 0
-        while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start + len(opening))) >= 0:
-            kept.append(text[at:start])
-            at = _after_space(text, end + len(closing))
-        _, found, answer = "".join([*kept, text[at:]]).rpartition(closing)
-        text = answer.lstrip() if found else answer
-    return text
-
-
-def _after_space(text: str, at: int) -> int:
-    match = SPACE.match(text, at)
-    return match.end() if match else at
+    kept: list[str] = []
+    at = 0
+    while (tag := tag_pattern(tags).search(text, at)) and (end := end_of_thought(text, tag, tags)) is not None:
+        kept.append(text[at : tag.start()])
+        if tag["thought_end"]:
+            kept.clear()
+        at = end
+    return "".join([*kept, text[at:]])
 
 
 def is_unclosed(text: str, tags: Tags = KNOWN_TAGS) -> bool:
     """Whether `text` begins with a thought that never ends, so that it shows no answer."""
-    return without_thoughts(text, tags).lstrip().startswith(tuple(opening for opening, _ in tags))
+    tag = tag_pattern(tags).match(without_thoughts(text, tags).lstrip())
+    return tag is not None and tag["thought"] is not None
+
+
+def visible(response: str) -> str:
+    """What a judge reads of a response: no thoughts, and nothing from a line on that begins one without an end."""
+    left = without_thoughts(response, JUDGED_TAGS)
+    unclosed = tag_pattern(JUDGED_TAGS).search(left)
+    before = left[: unclosed.start()] if unclosed else left
+    return left if before.rpartition("\n")[2].strip() else before  # in a line it may be text: print("<think>")
 
 
 def response_text(ids: Sequence[int], tokenizer: Any, tags: Tags = KNOWN_TAGS) -> str:

@@ -37,16 +37,12 @@ from typing import Any, NamedTuple
 
 from sdpo_plugin.environments import sandbox
 from sdpo_plugin.environments.feedback import cut, one_of, reward_function
-from sdpo_plugin.environments.fences import blocks
+from sdpo_plugin.environments.fences import Block, blocks
+from sdpo_plugin.thoughts import visible
 
 PYTHON = re.compile(r"[ci]?py(?:thon|py)?[\d.]*|.*\.py")  # what a block's first word may be
 # What a program that is tested by its output has: it reads, and it prints.
 READS, PRINTS = re.compile(r"\binput\b|\bstdin\b|\bopen\("), re.compile(r"\bprint\s*\(|=\s*print\b|\bstdout\b|write")
-THOUGHT = re.compile(
-    r"</think(?:ing)?>|</thought>|\[/THINK\]|</(?:seed|mm):think>|<\|END_THINKING\|>|<\|end_of_thought\|>"
-    r"|<channel\|>|<\|channel\|>final<\|message\|>"
-)  # its end
-UNENDED = re.compile(r"\s*(?:<think(?:ing)?>|<thought>|\[THINK\]|<(?:seed|mm):think>)")
 INSTRUCTION = (
     "You are given a programming problem. Write a Python program that meets its specification and passes all tests. "
     "End with the whole program in a fenced block, ```python ... ```."
@@ -114,17 +110,15 @@ def extract(response: str, function: str | None = None) -> str | None:
     Blocks that are Python by their tag, or have none, come before others; among them those that define the function,
     or read and print, if there is none: not the output that is shown after the program, nor how to call it.
     """
-    answer = THOUGHT.split(response)[-1]
-    if UNENDED.match(answer):
-        return None
     signs = [re.compile(rf"\bdef\s+{function}\b|\b{function}\s*=")] if function else [READS, PRINTS]
 
-    def rank(numbered: tuple[int, Any]) -> tuple[bool, int, bool, int]:
-        i, (language, content) = numbered
-        seen, python = sum(bool(sign.search(content)) for sign in signs), bool(PYTHON.fullmatch(language))
-        return python or not language, seen, python, i
+    def rank(numbered: tuple[int, Block]) -> tuple[bool, int, bool, int]:
+        i, block = numbered
+        seen, python = sum(bool(sign.search(block.content)) for sign in signs), bool(PYTHON.fullmatch(block.language))
+        return python or not block.language, seen, python, i
 
-    found = max(enumerate(blocks(answer)), key=rank, default=None)
+    programs = [block for block in blocks(visible(response)) if block.content.strip()]
+    found = max(enumerate(programs), key=rank, default=None)
     return found[1].content if found else None
 
 

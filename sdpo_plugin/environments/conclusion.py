@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from sdpo_plugin.thoughts import visible
+
 TAIL = 20_000  # characters that are read; a final answer stands at the end
 TOKEN = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:\{|(?P<bare>[^\s{]))|\\.|[{}]", re.DOTALL)
 BETWEEN = re.compile(r"(?:[\s$,;.*()\[\]\\]|and|or|[A-Za-z]\s?=|[\u548c\u6216\u3001]){0,20}")  # of one answer's boxes
@@ -19,9 +21,8 @@ ANNOUNCED = re.compile(
 
 
 def end_of(response: str) -> str:
-    """The part that is read: after the thoughts, and no more than the last `TAIL` characters."""
-    thought, _, rest = response.rpartition("</think>")
-    return (rest if rest.strip() else thought)[-TAIL:]
+    """The part that is read: without thoughts, and no more than the last `TAIL` characters."""
+    return visible(response)[-TAIL:]
 
 
 def boxes(text: str) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# A run of backticks with the rest of its line, or up to the next run: in a line, that is an inline block.
+# A run of backticks with the rest of its line; or up to the next run, an inline block; or up to brackets, as of JSON.
 OPENING = re.compile(
-    r"(?<!`)(?P<ticks>`{3,})(?!`)(?P<info>[^`\n]*)(?P<end>`{3,}|\n|\Z)"
+    r"(?<!`)(?P<ticks>`{3,})(?!`)"
+    r"(?:(?P<word>(?:[ \t]*(?:\w+[ \t]|json))?[ \t]*)(?=[\[{])|(?P<info>[^`\n]*)(?P<end>`{3,}|\n|\Z))"
     r"|^[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?(?P<tildes>~{3,})(?P<words>[^\n]*)(?:\n|\Z)",
     re.MULTILINE,
 )
@@ -25,13 +26,19 @@ CONTENT = re.compile(
 )
 TRIPLE = {quotes: re.compile(rf"(?:\\.|[^\\])*?{quotes}", re.DOTALL) for quotes in ('"""', "'''")}
 INFO = re.compile(r"[\s{.]*([\w+#.-]*)(.*)", re.DOTALL)
+LINE_END = re.compile(r"[ \t]*(?:\n|\Z)")
 
 
 class Block(NamedTuple):
-    """A fenced block: the first word of its info string, in small letters, and its content without indentation."""
+    """A fenced block.
+
+    The first word of its info string, in small letters; its content without indentation; and, in brackets on the
+    fence's line, attributes or the beginning of the content.
+    """
 
     language: str
     content: str
+    begun: str = ""
 
 
 def blocks(text: str) -> list[Block]:
@@ -40,17 +47,30 @@ def blocks(text: str) -> list[Block]:
     found: list[Block] = []
     at, quotes = 0, True
     while opening := OPENING.search(text, at):
-        language, more = INFO.findall(opening["words"] or opening["info"] or "")[0]
+        info, begun = opening["words"] or opening["info"] or "", ""
         if (opening["end"] or "").startswith("`"):
             start, at = opening.span()
             alone = text[max(0, start - 1) : start] in ("", "\n") and text[at : at + 1] in ("", "\n")
+            more = INFO.findall(info)[0][1]
             content = more.strip() if alone and more[:1].isspace() else ""  # from one in a sentence nothing is taken
         else:
             end, at, quotes = _closing(text, opening.end(), opening["tildes"] or opening["ticks"], quotes)
-            content = _without_indentation(text[opening.end() : end])
-        if content.strip():
-            found.append(Block(language.lower(), content))
+            content = text[opening.end() : end]
+            if opening["word"] is not None:
+                begun, line_end, content = content.partition("\n")
+                info = opening["word"] + begun
+                if not line_end:
+                    content, begun = begun if LINE_END.match(text, at) else "", ""
+            content = _without_indentation(content)
+        if content.strip() or begun:
+            found.append(Block(INFO.findall(info)[0][0].lower(), content, begun))
     return found
+
+
+def texts(text: str) -> list[str]:
+    """What the blocks may have as JSON or calls, in order: the content, and what begins on the fence's line."""
+    both = ((block.content, block.begun and f"{block.begun}\n{block.content}") for block in blocks(text))
+    return [found for pair in both for found in pair if found.strip()]
 
 
 def _closing(text: str, start: int, fence: str, quotes: bool) -> tuple[int, int, bool]:

@@ -31,6 +31,7 @@ from typing import Any
 
 from sdpo_plugin.environments.feedback import one_of, reward_function
 from sdpo_plugin.environments.reading import printable
+from sdpo_plugin.thoughts import visible
 
 DETAILS = ("outcome", "error", "expected")
 MOST = 10_000  # characters of an answer, beyond the length of the right one
@@ -44,7 +45,7 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
 
     def judge(response: str, label: str) -> tuple[float, str | None]:
         name, dataset, entry = read_label(label)
-        answer, right = answer_of(response), entry["answer"]
+        answer, right = answer_of(visible(response)), entry["answer"]
         if not answer:
             return 0.0, "The response has no answer: end it with <answer>, the answer alone, and </answer>."
         if len(answer) > MOST + len(right or ""):

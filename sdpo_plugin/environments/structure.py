@@ -19,9 +19,10 @@ from collections.abc import Callable
 from itertools import islice, zip_longest
 from typing import Any
 
-from sdpo_plugin.environments import reading
+from sdpo_plugin.environments import fences, reading
 from sdpo_plugin.environments.feedback import one_of, reward_function
 from sdpo_plugin.environments.reading import JSON, printable
+from sdpo_plugin.thoughts import visible
 
 DETAILS = ("outcome", "error", "expected")
 MISSING = object()
@@ -54,14 +55,14 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
 
 def parse(response: str) -> Any:
     """The JSON of a response. Raises ValueError, or RecursionError for what is nested deeply."""
-    visible = reading.without_thoughts(response)
-    blocks = reading.fenced_blocks(visible)
-    for text in dict.fromkeys((response, visible, *reversed(blocks))):
+    seen = visible(response)
+    blocks = fences.texts(seen)
+    for text in dict.fromkeys((response, seen, *reversed(blocks))):
         try:
             return JSON.decode(text.strip())
         except (ValueError, RecursionError):
             pass
-    return JSON.decode(blocks[-1] if blocks else visible)
+    return JSON.decode(blocks[-1] if blocks else seen)
 
 
 def wrong(found: Any, validator: Any, expected: Any, detail: str) -> str | None:

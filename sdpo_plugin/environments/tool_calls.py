@@ -11,9 +11,10 @@ import json
 import re
 from typing import Any
 
-from sdpo_plugin.environments import reading
+from sdpo_plugin.environments import fences
 from sdpo_plugin.environments.python_calls import Call, python_calls, python_value
 from sdpo_plugin.environments.reading import JSON, after
+from sdpo_plugin.thoughts import JUDGED_TAGS, end_of_thought, tag_pattern, visible
 
 
 class Text(str):
@@ -84,7 +85,8 @@ FORMS = [
     ("gemma", "|".join(map(re.escape, GEMMA))), *((f"head{i}", mark) for i, mark in enumerate(HEADS)),
 ]  # fmt: skip
 MARK = re.compile("|".join(f"(?P<{name}>{mark})" for name, mark in FORMS), re.MULTILINE)
-MARK_OR_THOUGHT = re.compile(f"{reading.THOUGHT.pattern}|{MARK.pattern}", re.MULTILINE)
+THOUGHT = tag_pattern(JUDGED_TAGS)
+MARK_OR_THOUGHT = re.compile(f"{THOUGHT.pattern}|{MARK.pattern}", re.MULTILINE)
 BEHIND = {f"head{i}": re.compile(head) for i, head in enumerate(HEADS.values())} | {"mistral": re.compile(MISTRAL)}
 START = re.compile(r"\s*(?:```\w*\s*)?")  # of JSON or Python: models put fences there
 LIKE_JSON = re.compile(r"\s*(?:\[\s*)?[{\"\]]")
@@ -102,14 +104,14 @@ def parse(response: str) -> list[Call]:
     calls = _marked(response)
     if calls is not None:
         return calls
-    visible = reading.without_thoughts(response)
-    blocks = [block for block in reading.fenced_blocks(visible) if block.strip()]
-    for text in [visible] * (visible != response) + blocks[::-1]:
+    seen = visible(response)
+    blocks = fences.texts(seen)
+    for text in [seen] * (seen != response) + blocks[::-1]:
         try:
             return _unmarked(text)
         except (ValueError, RecursionError):
             pass
-    return _unmarked(blocks[-1] if blocks else visible)
+    return _unmarked(blocks[-1] if blocks else seen)
 
 
 def _marked(text: str) -> list[Call] | None:
@@ -118,7 +120,7 @@ def _marked(text: str) -> list[Call] | None:
     marked, at = False, 0
     while mark := MARK_OR_THOUGHT.search(text, at):
         if mark["thought"]:
-            at = reading.end_of_thought(text, mark)
+            at = end_of_thought(text, mark, JUDGED_TAGS) or len(text)
         elif mark["thought_end"]:  # all that stands before it was a thought
             marked, at = False, mark.end()
             calls.clear()
@@ -128,9 +130,10 @@ def _marked(text: str) -> list[Call] | None:
                 found, at = _behind(text, mark)
                 calls += found
             except (ValueError, RecursionError):  # in a thought it would not matter
-                if (at := reading.last_end_of_thought(text, mark.end())) < 0:
+                ends = [tag.end() for tag in THOUGHT.finditer(text, mark.end()) if tag["thought_end"]]
+                if not ends:
                     raise
-                marked = False
+                marked, at = False, ends[-1]
                 calls.clear()
     return calls if marked else None
 

@@ -199,7 +199,7 @@ def usable(name: str) -> str:
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_as_openrlhf_alone_loads_and_asks_it(name):
-    """By its path, one query at a time, with special tokens; nothing else of the plugin is imported."""
+    """By its path, one query at a time, with special tokens; of the rest of the plugin only what reads thoughts."""
     response, label = RIGHT[usable(name)]
     path = Path(environments.__file__).with_name(f"{name}.py")
     program = f"""
@@ -214,7 +214,7 @@ for end in ("", *{ENDS!r}):
 print([m for m in sys.modules if m.startswith("sdpo_plugin.") and not m.startswith("sdpo_plugin.environments")])
 """
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
-    assert ran.stdout == "[]\n", ran.stdout + ran.stderr
+    assert ran.stdout == "['sdpo_plugin.thoughts']\n", ran.stdout + ran.stderr
 
 
 def test_the_response_of_a_query():

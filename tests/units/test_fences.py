@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_plugin.environments import code
-from sdpo_plugin.environments.fences import Block, blocks
+from sdpo_plugin.environments.fences import Block, blocks, texts
 
 PROGRAM = "a, b = map(int, input().split())\nprint(a + b)\n"
 
@@ -83,6 +83,8 @@ def test_blocks():
     text = 'a ```json {"x": 1}``` b\n```JSON\n{"x": "a ``` b"}\n```\n```json {"x": 2}```'
     assert blocks(text) == [Block("json", '{"x": "a ``` b"}\n'), Block("json", '{"x": 2}')]
     assert blocks("   ```\n   a\n     b\n  c\n   ```") == [Block("", "a\n  b\nc\n")]
+    assert blocks('```json {"x":\n"`"}\n```') == [Block("json", '"`"}\n', '{"x":')]
+    assert texts('It is ```json{"x": "a ``` b"}```\nnot ```[1]``` or\n```[2]\n```') == ['{"x": "a ``` b"}', "[2]\n"]
     assert blocks("~~~\na ~~~\n~~~~ \n~~~") == [Block("", "a ~~~\n")]
 
 
@@ -96,6 +98,7 @@ HOSTILE = {
     "triple quotes": '"""', "escaped quotes": '\\"', "strings with fences": '"""\n```\n"""\n', "blanks": " ",
     "blank lines": "   \n", "half a list item": "  1.  ~", "thoughts": "</think>", "assignments": "= ", "def": "def ",
     "comments": "#```\n", "apostrophes": "'\\", "digits": "1",
+    "JSON behind fences": "```json [", "attributes": "```{.a}\n",
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sdpo_plugin.config import ConfigError, RepromptConfig
 from sdpo_plugin.context import Rollout, build_teacher_contexts, context_metrics
-from sdpo_plugin.thoughts import KNOWN_TAGS, response_text, tags_with, without_thoughts
+from sdpo_plugin.environments import choice, code, maths, structure, tool_calls
+from sdpo_plugin.thoughts import JUDGED_TAGS, KNOWN_TAGS, response_text, tags_with, visible, without_thoughts
 
 HARMONY = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"]
 
@@ -33,6 +34,34 @@ def test_known_forms(opening, closing):
     endless = f"{opening}Hm, hm"
     assert demonstrated(endless) == (endless, True)
     assert demonstrated(f"{opening}a{closing}4", remove_thinking=False)[0] == f"{opening}a{closing}4"
+
+
+READERS = {
+    choice.choice: ("The answer is A", "B", "B"),
+    maths.answer: ("\\boxed{8}", "The answer is 7.", "7"),
+    code.extract: ("```python\nprint(8)\n```", "```python\nprint(7)\n```", "print(7)\n"),
+    structure.parse: ("[8]", "```json\n[7]\n```", [7]),
+    tool_calls.parse: ("<tool_call>[f(x=8)]</tool_call>", "[f(x=7)]", [("f", {"x": 7})]),
+}
+
+
+@pytest.mark.parametrize("opening, closing", JUDGED_TAGS)
+@pytest.mark.parametrize("reader", READERS)
+def test_what_a_judge_reads(reader, opening, closing):
+    thought, shown, found = READERS[reader]
+    for hidden in (f"{opening}{thought}{closing}", f"{thought}\n{closing}\n", f"{opening}{thought}\n{closing}\n\n"):
+        assert reader(f"{hidden}{shown}") == found
+    for nothing in (f"{opening}\n{thought}", f" {opening}{thought}\n{shown}", f"{opening}{thought}{closing}"):
+        try:
+            assert not reader(nothing)
+        except ValueError:  # of structure and tool_calls: it is no JSON, and no call
+            pass
+
+
+def test_an_opening_tag_in_a_line_is_text():
+    program = 's = input()\nprint("<think>" + s)\n'
+    assert code.extract(f"<think>Hm.</think>\n```python\n{program}```") == program
+    assert visible("It is 4.\n  <think>Or 5").strip() == "It is 4."
 
 
 def test_forms_of_one_s_own():
