@@ -30,6 +30,7 @@ from sdpo_plugin.host.calls import (
     within,
 )
 from sdpo_plugin.host.calls import reward_config as _reward
+from sdpo_plugin.host.failures import RewardError
 from sdpo_plugin.host.seams import overrides, seam
 from sdpo_plugin.prompts import text_tokenizer
 
@@ -90,7 +91,11 @@ class Engine(RolloutRayActor):
     """vllm_engine.py: `RolloutRayActor`."""
 
     async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray awaits it
-        await super().__init__(*args, **kwargs)
+        try:
+            await super().__init__(*args, **kwargs)
+        except SystemExit as error:  # of the user's file: Ray would take it for the engine's wish
+            file = kwargs.get("agent_func_path") or kwargs.get("remote_rm_url")
+            raise RewardError(f"{file}: {described(error)}") from error
         if isinstance(self.executor, SingleTurnAgentExecutor):
             _agent_logger.addFilter(_overheard)
             rewards_kept(self.executor)

@@ -21,6 +21,7 @@ from sdpo_plugin.host import cpu
 @pytest.fixture(scope="module", autouse=True)
 def on_cpu():
     cpu.enable()
+    import sdpo_plugin.host.rollout  # noqa: F401  # which takes its time
 
 
 def sample(reward):
@@ -116,6 +117,19 @@ def test_whatever_a_function_raises_is_named_at_once(error, said):
     first, _, trace = failure.partition("\n")
     assert first == said and time.monotonic() - began < 5
     assert "in raises" in trace and len(trace) < 21_000 and failure.encode()
+
+
+@pytest.mark.parametrize("given", ["remote_rm_url", "agent_func_path"])
+def test_a_file_that_exits_when_it_is_imported_is_named(tmp_path, monkeypatch, given):
+    from sdpo_plugin.host.engine import Engine
+    from sdpo_plugin.host.failures import RewardError
+
+    (tmp_path / "user.py").write_text("import sys\nsys.exit('usage: user.py FILE')\n")
+    monkeypatch.setattr(os, "environ", {**os.environ, "RAY_ADDRESS": "none"})  # which the constructor changes
+    engine = Engine.__new__(Engine)
+    with pytest.raises(RewardError, match=r"user.py: SystemExit: usage: user.py FILE\n(.|\n)*line 2, in <module>"):
+        options = {"num_gpus": 0, "distributed_executor_backend": "ray", given: f"{tmp_path}/user.py"}
+        asyncio.run(engine.__init__("model", **options))
 
 
 def test_functions_are_called_so_many_at_a_time_and_servers_all_at_once(tmp_path):
