@@ -109,6 +109,7 @@ def processor_of(tokenizer) -> Any:
 
 def vision_model(directory) -> Any:
     """The tiny model as the text part of a vision-language model."""
+    import torch
     from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from sdpo_plugin.testing import tiny_model

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.check
 def test_a_policy_worker_trains_without_ray_or_an_engine(tmp_path):
     """Some twenty seconds: two processes import OpenRLHF. Nothing else runs these sections where there is no GPU."""
     command = [sys.executable, str(Path(__file__).parents[1] / "gpu" / "run.py"), "--out", str(tmp_path)]

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import cases
 
 ROOT = Path(__file__).parents[2]
 # What the quickstart's model was warm-started to read: a solution in its context. An answer has four tokens, so none
@@ -45,7 +44,8 @@ def accuracy(model, rows) -> float:
     return right / len(rows)
 
 
-@pytest.mark.parametrize("prompt", cases(["student", "teacher"], "teacher"))
+@pytest.mark.check  # warm-starting the model is a minute
+@pytest.mark.parametrize("prompt", ["student", "teacher"])
 def test_a_demonstrated_skill_is_learned_without_a_reward_function(openrlhf, vault, prompt, tmp_path):
     model, rows = vault
     evaluation = tmp_path / "eval.jsonl"  # where nothing is demonstrated

@@ -78,7 +78,7 @@ def test_labels_of_both_data_sets_are_read_before_a_run(tmp_path, read, monkeypa
     args = SimpleNamespace(
         algo=SimpleNamespace(name=None), eval=SimpleNamespace(dataset=str(tmp_path / "eval.jsonl"), split="train"),
         data=SimpleNamespace(prompt_dataset=str(tmp_path / "train.jsonl"), prompt_split="train", input_key="q",
-                             label_key="a", apply_chat_template=False),
+                             label_key="a", apply_chat_template=False, input_template=None),
         reward=SimpleNamespace(remote_url=str(tmp_path / "mine.py")), train=SimpleNamespace(agent_func_path=None),
         use_ms=False, plugins=[],
     )  # fmt: skip
