@@ -107,15 +107,14 @@ def rollouts(args: Any, tokenizer: Any, seed: int) -> Any:
     samples: list[Any] = []
     for i in range(PROMPTS * SAMPLES):
         chat = [{"role": "user", "content": f"say {i // SAMPLES}"}]
-        prompt = tokenizer(
-            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), add_special_tokens=False
-        )["input_ids"]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
         length = LENGTH - len(prompt)
         ids = torch.cat([torch.tensor(prompt), torch.randint(10, 90, (length,), generator=g)])[None]
         action = torch.zeros(1, ids.shape[1] - 1, dtype=torch.bool)
         action[:, len(prompt) - 1 :] = True
         sample = Experience(
-            sequences=ids, attention_mask=torch.ones_like(ids), action_mask=action, index=[i],
+            sequences=ids, attention_mask=torch.ones_like(ids), action_mask=action, index=[i], prompts=[text],
             rollout_log_probs=-4.6 * action.float(), rewards=torch.tensor([float(i % SAMPLES == 0)]),
             truncated=torch.tensor([False]), info={},
         )  # fmt: skip
