@@ -373,9 +373,8 @@ def _score_by_row(
     with torch.set_grad_enabled(differentiate):
         taught_by = list(zip(teacher_products, heads[1:], strict=True))
         data = distilled.data if distilled else {}
-        tokens = by_row.RowTokens(
-            kernels, products, heads[0], taught_by, job.token_ids[rows], rows, data, differentiate
-        )
+        ids = job.token_ids[rows]
+        tokens = by_row.RowTokens(kernels, products, heads[0], taught_by, ids, rows, data, differentiate)
         loss = None if distilled is None else distilled.objective(tokens)
         outputs = (loss, tokens.log_probs, tokens.entropy if job.with_entropy else None)
     if differentiate:

@@ -30,6 +30,7 @@ def test_the_command_runs_where_there_is_no_gpu(tmp_path):
     command = [sys.executable, str(GPU / "run.py"), "--out", str(tmp_path), "--sections", "losses", "average"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     rows = json.loads((tmp_path / "gpu.json").read_text())
+    assert not [row for row in rows if row.get("error") or row.get("ok") is False]
     assert done.returncode == 0, done.stdout
     assert {row["what"] for row in rows} >= {"machine", "value", "time", "average"}
     assert all(row["ok"] for row in rows if row["what"] in ("value", "average"))
