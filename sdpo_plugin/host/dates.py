@@ -5,6 +5,7 @@ Where every value of a column, or of a key in its chats, looks like an ISO date,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ Loader = Callable[..., Any]
 def with_dates_as_text(load: Loader) -> Loader:
     """`datasets.load_dataset`, which reads JSON once more where it found dates."""
 
+    @functools.wraps(load)  # and with its signature, which is a seam's
     def load_dataset(*args: Any, **kwargs: Any) -> Any:
         found = load(*args, **kwargs)
         one = next(iter(found.values())) if isinstance(found, dict) else found

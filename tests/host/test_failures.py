@@ -16,6 +16,12 @@ BEFORE_RAY, IN_RAY = 20.0, 90.0  # seconds, on two cores that may be busy
 SOFTWARE, SETTINGS, REWARD, MACHINE = 1, 2, 3, 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(openrlhf, tmp_path_factory):
+    """The process that runs are forks of, so that its start counts in no run's seconds."""
+    assert openrlhf.command("plugins", directory=tmp_path_factory.mktemp("warm")).returncode == 0
+
+
 def chat(*roles) -> list[dict]:
     return [{"role": role, "content": "hello"} for role in roles]
 

@@ -18,6 +18,7 @@ def values(run, tag) -> list[float]:
     return [value for _, value in run.metrics[f"train/{tag}"]]
 
 
+@pytest.mark.check
 def test_epochs_and_minibatches_move_the_teacher_and_the_importance_ratio(replay, openrlhf, model, reward, recorded):
     """Two steps of two epochs of two minibatches; the ratio is 1 where there is one update per rollout."""
     more = ("--train.max_epochs", "2", "--train.batch_size", "8", "--actor.adam.lr", "1e-2")

