@@ -77,7 +77,7 @@ def _serve(server: socket.socket, parent: int) -> None:
 
 def _draw_other_ids(forks: int) -> None:
     """Ray draws the ids of objects from a generator that all forks inherit; two workers with one id end the run."""
-    import ray
+    from sdpo_plugin.host.install import ray
 
     for _ in range(IDS_PER_FORK * forks):
         ray.ObjectRef.from_random()
