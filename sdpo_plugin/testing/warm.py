@@ -23,7 +23,8 @@ MODULES = (
     # the launcher, the controller and the policy workers
     "sdpo_plugin.host.controller", "sdpo_plugin.host.engine", "sdpo_plugin.host.worker", "sdpo_plugin.plugin",
     "sdpo_plugin.host.cli", "sdpo_plugin.host.install", "sdpo_plugin.host.preflight",
-    "sdpo_plugin.loggers", "sdpo_plugin.compatibility", "tensorboard.summary", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama",
+    "sdpo_plugin.loggers", "sdpo_plugin.compatibility", "tensorboard.summary", "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
     # the engine's actor and its core
     "vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor",
     "vllm.v1.structured_output", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama",
