@@ -250,7 +250,8 @@ def test_a_killed_worker(openrlhf, model, reward, recorded, tmp_path, monkeypatc
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     flags = (*SDPO, *TWO_RANKS, "--plugins", "dying")
     failed = ends(openrlhf, model, ROWS, reward, *flags, replay=recorded, timeout=IN_RAY)
-    assert "PolicyWorker died" in message(failed)
+    told = message(failed)  # by Ray, or by the other rank, which hears of it through gloo: by whom it is heard first
+    assert "PolicyWorker died" in told or "a process died that the run was talking to" in told
     assert failed.code == MACHINE and failed.seconds < IN_RAY
 
 
