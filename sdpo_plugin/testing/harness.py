@@ -137,7 +137,7 @@ class OpenRLHF:
         return self._run(directory, [*flags, *plugins, *own], None, False, timeout)
 
     def command(self, *arguments: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        """`openrlhf-sdpo` with these arguments, in `directory`: code, stdout, stderr. In a second, as a fork, too."""
+        """Run `openrlhf-sdpo` with these arguments in `directory`, as a fork like the runs: code, stdout, stderr."""
         own = self._new_directory()
         files = own / "stdout.txt", own / "stderr.txt"
         environment = {**os.environ, **self.environment, **environment}
