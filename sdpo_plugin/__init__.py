@@ -11,31 +11,33 @@ __version__ = "0.1.0"
 _HOMES = {
     "hookimpl": "hookspecs",
     "ConfigError": "config", "Group": "config", "StopTraining": "config", "option": "config",
-    "Rollout": "context", "TeacherContext": "context", "build_teacher_contexts": "context",
-    "Tokens": "loss", "token_divergence": "loss",
-    "RolloutBatch": "interface", "MicroBatch": "interface", "Fragment": "interface", "Worker": "interface",
-    "Teacher": "teacher",
-    "SelfDistillation": "algorithm",
+    "Rollout": "distillation.context", "TeacherContext": "distillation.context",
+    "build_teacher_contexts": "distillation.context",
+    "Tokens": "distillation.loss", "token_divergence": "distillation.loss",
+    "RolloutBatch": "interface.micro_batch", "MicroBatch": "interface.micro_batch",
+    "Fragment": "interface.micro_batch", "Worker": "interface.micro_batch",
+    "Teacher": "algorithms.teacher",
+    "SelfDistillation": "algorithms.controller_side",
 }  # fmt: skip
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from sdpo_plugin.algorithm import SelfDistillation as SelfDistillation
+    from sdpo_plugin.algorithms.controller_side import SelfDistillation as SelfDistillation
+    from sdpo_plugin.algorithms.teacher import Teacher as Teacher
     from sdpo_plugin.config import ConfigError as ConfigError
     from sdpo_plugin.config import Group as Group
     from sdpo_plugin.config import StopTraining as StopTraining
     from sdpo_plugin.config import option as option
-    from sdpo_plugin.context import Rollout as Rollout
-    from sdpo_plugin.context import TeacherContext as TeacherContext
-    from sdpo_plugin.context import build_teacher_contexts as build_teacher_contexts
+    from sdpo_plugin.distillation.context import Rollout as Rollout
+    from sdpo_plugin.distillation.context import TeacherContext as TeacherContext
+    from sdpo_plugin.distillation.context import build_teacher_contexts as build_teacher_contexts
+    from sdpo_plugin.distillation.loss import Tokens as Tokens
+    from sdpo_plugin.distillation.loss import token_divergence as token_divergence
     from sdpo_plugin.hookspecs import hookimpl as hookimpl
-    from sdpo_plugin.interface import Fragment as Fragment
-    from sdpo_plugin.interface import MicroBatch as MicroBatch
-    from sdpo_plugin.interface import RolloutBatch as RolloutBatch
-    from sdpo_plugin.interface import Worker as Worker
-    from sdpo_plugin.loss import Tokens as Tokens
-    from sdpo_plugin.loss import token_divergence as token_divergence
-    from sdpo_plugin.teacher import Teacher as Teacher
+    from sdpo_plugin.interface.micro_batch import Fragment as Fragment
+    from sdpo_plugin.interface.micro_batch import MicroBatch as MicroBatch
+    from sdpo_plugin.interface.micro_batch import RolloutBatch as RolloutBatch
+    from sdpo_plugin.interface.micro_batch import Worker as Worker
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from sdpo_plugin.interface import MicroBatch, RolloutBatch, Worker
+    from sdpo_plugin.interface.micro_batch import MicroBatch, RolloutBatch, Worker
 
 PROJECT = "openrlhf"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -11,15 +11,15 @@ from sdpo_plugin.hookspecs import hookimpl
 
 @hookimpl
 def openrlhf_algorithms() -> list[type]:
-    from sdpo_plugin.fsd import FSD
-    from sdpo_plugin.opd import OPD
-    from sdpo_plugin.opsd import OPSD
-    from sdpo_plugin.rlcsd import RLCSD
-    from sdpo_plugin.rlsd import RLSD
-    from sdpo_plugin.sdft import SDFT
-    from sdpo_plugin.sdpg import SDPG
-    from sdpo_plugin.sdpo import SDPO
-    from sdpo_plugin.srpo import SRPO
+    from sdpo_plugin.algorithms.fsd import FSD
+    from sdpo_plugin.algorithms.opd import OPD
+    from sdpo_plugin.algorithms.opsd import OPSD
+    from sdpo_plugin.algorithms.rlcsd import RLCSD
+    from sdpo_plugin.algorithms.rlsd import RLSD
+    from sdpo_plugin.algorithms.sdft import SDFT
+    from sdpo_plugin.algorithms.sdpg import SDPG
+    from sdpo_plugin.algorithms.sdpo import SDPO
+    from sdpo_plugin.algorithms.srpo import SRPO
 
     return [SDPO, SDFT, OPSD, SRPO, RLSD, RLCSD, SDPG, OPD, FSD]
 

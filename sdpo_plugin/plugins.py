@@ -19,7 +19,7 @@ import pluggy
 
 from sdpo_plugin import hookspecs
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.interface import combined_needs
+from sdpo_plugin.interface.micro_batch import combined_needs
 
 ENTRY_POINTS = "openrlhf.plugins"
 ALLOWED = "OPENRLHF_PLUGINS"  # as in host/startup.py, which imports nothing

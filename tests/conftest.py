@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from common import REWARD, ROWS, SDPO, TWO_RANKS
 
-from sdpo_plugin.host.cluster import HIDDEN
+from sdpo_plugin.openrlhf_adapter.platform.cluster import HIDDEN
 from sdpo_plugin.testing import Run, tiny_model
 
 # Where the processes of a run find the plugins that tests name in `--plugins`.

@@ -35,10 +35,10 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
+from sdpo_plugin.distillation.thinking import visible
 from sdpo_plugin.environments import sandbox
 from sdpo_plugin.environments.feedback import cut, one_of, reward_function
 from sdpo_plugin.environments.fences import Block, blocks
-from sdpo_plugin.thoughts import visible
 
 PYTHON = re.compile(r"[ci]?py(?:thon|py)?[\d.]*|.*\.py")  # what a block's first word may be
 # What a program that is tested by its output has: it reads, and it prints.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from sdpo_plugin.thoughts import visible
+from sdpo_plugin.distillation.thinking import visible
 
 TAIL = 20_000  # characters that are read; a final answer stands at the end
 TOKEN = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?:\{|(?P<bare>[^\s{]))|\\.|[{}]", re.DOTALL)

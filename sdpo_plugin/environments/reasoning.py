@@ -29,9 +29,9 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from sdpo_plugin.distillation.thinking import visible
 from sdpo_plugin.environments.feedback import one_of, reward_function
 from sdpo_plugin.environments.reading import printable
-from sdpo_plugin.thoughts import visible
 
 DETAILS = ("outcome", "error", "expected")
 MOST = 10_000  # characters of an answer, beyond the length of the right one

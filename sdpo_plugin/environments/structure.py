@@ -19,10 +19,10 @@ from collections.abc import Callable
 from itertools import islice, zip_longest
 from typing import Any
 
+from sdpo_plugin.distillation.thinking import visible
 from sdpo_plugin.environments import fences, reading
 from sdpo_plugin.environments.feedback import one_of, reward_function
 from sdpo_plugin.environments.reading import JSON, printable
-from sdpo_plugin.thoughts import visible
 
 DETAILS = ("outcome", "error", "expected")
 MISSING = object()

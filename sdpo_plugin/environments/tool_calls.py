@@ -11,10 +11,10 @@ import json
 import re
 from typing import Any
 
+from sdpo_plugin.distillation.thinking import JUDGED_TAGS, end_of_thought, tag_pattern, visible
 from sdpo_plugin.environments import fences
 from sdpo_plugin.environments.python_calls import Call, python_calls, python_value
 from sdpo_plugin.environments.reading import JSON, after
-from sdpo_plugin.thoughts import JUDGED_TAGS, end_of_thought, tag_pattern, visible
 
 
 class Text(str):

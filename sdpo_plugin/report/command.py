@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_plugin.config import ConfigError
+from sdpo_plugin.monitoring.sample_file import NAME, read_samples
 from sdpo_plugin.report.events import read_run
-from sdpo_plugin.samples import NAME, read_samples
 
 
 def main(arguments: Sequence[str]) -> None:

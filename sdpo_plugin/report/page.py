@@ -23,10 +23,10 @@ from markupsafe import Markup
 
 import sdpo_plugin
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.diagnostics import ALARM, COLLAPSED, GAIN, REFERENCE_LOOKS
+from sdpo_plugin.monitoring.collapse import ALARM, COLLAPSED, GAIN, REFERENCE_LOOKS
+from sdpo_plugin.monitoring.sample_file import NAME
 from sdpo_plugin.report.events import STEP_TOTAL, Run, first_looks, running_median, thinned
 from sdpo_plugin.report.readable import LEVELS, disagreement, last_content, prompt_text, token_text, visible
-from sdpo_plugin.samples import NAME
 
 MOST_POINTS = 1_000  # of a curve
 MOST_TOKENS = 4_000  # of a response

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdpo_plugin.host.cluster import HIDDEN
+from sdpo_plugin.openrlhf_adapter.platform.cluster import HIDDEN
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class OpenRLHF:
     def __init__(self, directory: Path) -> None:
         self.directory, self.runs = directory, 0
         self.launchers = multiprocessing.get_context("forkserver")
-        self.launchers.set_forkserver_preload(["sdpo_plugin.testing.warm"])
+        self.launchers.set_forkserver_preload(["sdpo_plugin.testing.preload"])
         self.environment = {"CUDA_VISIBLE_DEVICES": HIDDEN}  # the harness stays on the CPU, whatever is there
 
     def __call__(
@@ -129,7 +129,7 @@ class OpenRLHF:
         Raises:
             RunFailed: the launcher ended with an error, or outlasted `timeout` seconds.
         """
-        from sdpo_plugin.host.launch import early
+        from sdpo_plugin.openrlhf_adapter.launcher.launch import early
 
         directory = self._new_directory()
         own = ["--platform=cpu", f"--testing.record={directory}/samples", *_outputs(directory)]
@@ -156,7 +156,7 @@ class OpenRLHF:
     def _run(self, directory: Path, arguments: list[str], plain: Run | None, fresh: bool, timeout: float) -> Run:
         began, output = time.monotonic(), directory / "output.txt"
         if fresh:
-            command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", *arguments]
+            command = [sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", *arguments]
             with open(output, "w") as log:
                 process = subprocess.Popen(
                     command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **self.environment}
@@ -209,7 +209,7 @@ def _enter(environment: dict[str, str], stdout: Path, stderr: Path) -> None:
 def _command(arguments: list[str], directory: Path, environment: dict[str, str], files: tuple[Path, Path]) -> None:
     _enter(environment, *files)
     os.chdir(directory)
-    from sdpo_plugin.host import cli
+    from sdpo_plugin.openrlhf_adapter.launcher import cli
 
     cli.main(arguments)
 
@@ -217,12 +217,12 @@ def _command(arguments: list[str], directory: Path, environment: dict[str, str],
 def _launch(arguments: list[str], plain_samples: str | None, environment: dict[str, str], output: Path) -> None:
     """The body of a run's process, forked from one that has imported OpenRLHF (`testing/warm.py`)."""
     _enter(environment, output, output)
-    from sdpo_plugin.testing.nursery import fork_ray, open_nursery
+    from sdpo_plugin.testing.fork_server import fork_ray, open_nursery
 
     open_nursery(str(output.parent))
     fork_ray()
     if plain_samples is None:
-        from sdpo_plugin.host import cli
+        from sdpo_plugin.openrlhf_adapter.launcher import cli
 
         cli.main(["train", *arguments])
     else:

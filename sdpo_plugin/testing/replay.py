@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from sdpo_plugin.host import cpu, launch, seams
-from sdpo_plugin.host.controller import ppo_trainer
-from sdpo_plugin.host.install import ray
+from sdpo_plugin.openrlhf_adapter import patch_points as seams
+from sdpo_plugin.openrlhf_adapter.controller.controller import ppo_trainer
+from sdpo_plugin.openrlhf_adapter.launcher import launch
+from sdpo_plugin.openrlhf_adapter.launcher.install import ray
+from sdpo_plugin.openrlhf_adapter.platform import cpu
 
 DIRECTORY = "SDPO_PLUGIN_REPLAY"  # where `PlainController` finds the samples
 

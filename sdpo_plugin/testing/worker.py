@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdpo_plugin.interface import MicroBatch
+    from sdpo_plugin.interface.micro_batch import MicroBatch
 
 
 def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> Any:
@@ -27,8 +27,8 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
     import torch
 
     from sdpo_plugin.config import GROUPS
-    from sdpo_plugin.fused import Head
-    from sdpo_plugin.interface import ATTACHED, Answers, Fragment, MicroBatch, combined_needs, response_rows
+    from sdpo_plugin.distillation.fused import Head
+    from sdpo_plugin.interface.micro_batch import ATTACHED, Answers, Fragment, MicroBatch, combined_needs, response_rows
 
     class Actor(torch.nn.Module):
         temperature = 1.0

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from machine import CUDA, DEVICE, milliseconds, milliseconds_of, peak_mib, row, used_mib
 
+from sdpo_plugin.algorithms.teacher import EmaTeacher
 from sdpo_plugin.config import TeacherConfig
-from sdpo_plugin.interface import Fragment
-from sdpo_plugin.teacher import EmaTeacher
+from sdpo_plugin.interface.micro_batch import Fragment
 
 RATE = 0.05
 LEARNING_RATE = 1e-6  # Adam moves a weight by about this much a step
@@ -82,7 +82,7 @@ def against_float64(parameters: int, fragments: int, dtype: torch.dtype, offload
 
 def sleeps(parameters: int, fragments: int) -> None:
     """Teacher's weights and remainder to host memory and back, through `host.sleep.Sleeper`."""
-    from sdpo_plugin.host.sleep import Sleeper
+    from sdpo_plugin.openrlhf_adapter.worker.sleep import Sleeper
 
     with row("sleep", parameters=parameters) as found:
         student = Student(parameters, fragments)

@@ -8,10 +8,10 @@ Without that variable, on a GPU, the same tests run the compiled kernels.
 import pytest
 import torch
 
-from sdpo_plugin import by_row, kernels
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.fused import Head, TeacherStates, linear_distillation, linear_log_probs
-from sdpo_plugin.loss import objective_of
+from sdpo_plugin.distillation import by_row, kernels
+from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation, linear_log_probs
+from sdpo_plugin.distillation.loss import objective_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, VOCAB, WIDTH = 3, kernels.BLOCK + 301, 8

@@ -14,8 +14,14 @@ import torch
 from machine import CUDA, DEVICE, facts, milliseconds, peak_mib, relative, row, tell
 
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.fused import Head, TeacherStates, linear_distillation, linear_distillation_loss, linear_log_probs
-from sdpo_plugin.loss import distillation_loss, objective_of
+from sdpo_plugin.distillation.fused import (
+    Head,
+    TeacherStates,
+    linear_distillation,
+    linear_distillation_loss,
+    linear_log_probs,
+)
+from sdpo_plugin.distillation.loss import distillation_loss, objective_of
 
 MODES = {
     "full JSD": DistillConfig(mode="full"),

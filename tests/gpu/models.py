@@ -17,7 +17,7 @@ from stand_ins import stand_in
 stand_in()
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from sdpo_plugin.host.actor import PolicyActor  # noqa: E402
+from sdpo_plugin.openrlhf_adapter.worker.actor import PolicyActor  # noqa: E402
 
 SMALL = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,

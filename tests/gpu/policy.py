@@ -23,10 +23,14 @@ from stand_ins import FLASH_ATTENTION, stand_in
 stand_in()
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from sdpo_plugin import memory, plugins  # noqa: E402
-from sdpo_plugin.host import cpu, launch  # noqa: E402
-from sdpo_plugin.interface import RolloutBatch  # noqa: E402
-from sdpo_plugin.testing import truth  # noqa: E402
+from sdpo_plugin import plugins  # noqa: E402
+from sdpo_plugin.interface.micro_batch import RolloutBatch  # noqa: E402
+from sdpo_plugin.openrlhf_adapter.launcher import (  # noqa: E402
+    launch,  # noqa: E402
+    memory,  # noqa: E402
+)
+from sdpo_plugin.openrlhf_adapter.platform import cpu  # noqa: E402
+from sdpo_plugin.testing import selfcheck as truth  # noqa: E402
 from sdpo_plugin.testing.models import tiny_model  # noqa: E402
 
 PROMPTS, SAMPLES = 4, 2  # of a prompt
@@ -80,7 +84,7 @@ def arguments(directory: Path, model: Path, *flags: str) -> Any:
         f"--train.micro_batch_size={batch // 2}", "--algo.advantage.estimator=group_norm", "--algo.kl.init_coef=0",
         "--actor.adam.lr=1e-4", "--actor.lr_scheduler=constant", "--actor.lr_warmup_ratio=0", "--algo=sdpo",
         f"--ckpt.output_dir={directory}/out", f"--ckpt.path={directory}/ckpt",
-        "--plugins", "sdpo_plugin.plugin", "sdpo_plugin.testing", "sdpo_plugin.testing.truth", *flags,
+        "--plugins", "sdpo_plugin.plugin", "sdpo_plugin.testing", "sdpo_plugin.testing.selfcheck", *flags,
     ]  # fmt: skip
 
     def end(args: Any) -> None:
@@ -144,7 +148,7 @@ class Run:
     def __init__(self, directory: Path, model: Path, *flags: str) -> None:
         from openrlhf.utils import get_strategy
 
-        from sdpo_plugin.host.worker import PolicyWorker
+        from sdpo_plugin.openrlhf_adapter.worker.worker import PolicyWorker
 
         directory.mkdir()
         self.args = args = arguments(directory, model, *flags)

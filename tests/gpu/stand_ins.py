@@ -59,7 +59,7 @@ def stand_in() -> None:
     sys.meta_path.insert(0, Finder(names))
     import torch
 
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     if not torch.cuda.is_available():
         cpu.enable()

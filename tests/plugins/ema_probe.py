@@ -3,7 +3,8 @@
 import torch
 from largest import LargestTensor
 
-from sdpo_plugin import hookimpl, interface, plugins
+from sdpo_plugin import hookimpl, plugins
+from sdpo_plugin.interface.micro_batch import micro_batch as interface
 
 
 @hookimpl

@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wrapt import when_imported
 
-import sdpo_plugin.algorithm
-import sdpo_plugin.fused
+import sdpo_plugin.algorithms.controller_side
+import sdpo_plugin.distillation.fused
 from sdpo_plugin import hookimpl, plugins
-from sdpo_plugin.fused import Scores
-from sdpo_plugin.loss import Tokens, log_probs
+from sdpo_plugin.distillation.fused import Scores
+from sdpo_plugin.distillation.loss import Tokens, log_probs
 
 CHUNK_ROWS = 16
 
@@ -55,7 +55,7 @@ def openrlhf_model(actor, args):
 
 @hookimpl(trylast=True)
 def openrlhf_worker_setup(worker):
-    sdpo_plugin.fused.rows_at_a_time = lambda device, row_bytes: (CHUNK_ROWS, 4)
+    sdpo_plugin.distillation.fused.rows_at_a_time = lambda device, row_bytes: (CHUNK_ROWS, 4)
     engine, trainer = worker.actor.model, worker.trainer
     worker.logits, worker.gradients = LogitRows(engine.module.config), []
     worker.read = []  # samples per micro-batch of the student
@@ -99,7 +99,7 @@ def openrlhf_worker_setup(worker):
 
 @hookimpl
 def openrlhf_optimizer_step(worker):
-    sdpo_plugin.algorithm.linear_distillation = dense
+    sdpo_plugin.algorithms.controller_side.linear_distillation = dense
     torch.save(worker.read, f"{worker.args.probe.out}.read{worker.rank}")
     torch.save(worker.teacher_read, f"{worker.args.probe.out}.teacher{worker.rank}")
     if worker.rank == 0:

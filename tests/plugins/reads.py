@@ -3,7 +3,7 @@
 import json
 
 from sdpo_plugin import hookimpl
-from sdpo_plugin.teacher import Teacher
+from sdpo_plugin.algorithms.teacher import Teacher
 
 out = None
 

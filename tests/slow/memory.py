@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from transformers import AutoConfig
 
-from sdpo_plugin import memory
+from sdpo_plugin.openrlhf_adapter.launcher import memory
 from sdpo_plugin.testing import OpenRLHF, tiny_model
 
 ROWS = [{"prompt": f"say {i}", "label": str(i)} for i in range(8)]

@@ -16,7 +16,7 @@ import pytest
 from common import LORA, ROWS, SDPO, TWO_RANKS, Service
 from safetensors.torch import load_file, save_file
 
-from sdpo_plugin.host.checkpoint import missing, named_latest
+from sdpo_plugin.openrlhf_adapter.worker.checkpoint import missing, named_latest
 from sdpo_plugin.testing import RunFailed
 
 PAGE = Path(__file__).parents[2] / "docs" / "robustness.md"
@@ -357,7 +357,7 @@ def test_a_checkpoint_without_the_average(openrlhf, model, reward, recorded, cas
 
 def test_two_runs_in_one_directory(openrlhf, model, reward, recorded, case, tmp_path, fault, training):
     """This process is the other run."""
-    from sdpo_plugin.host import preflight
+    from sdpo_plugin.openrlhf_adapter.launcher import preflight
 
     (tmp_path / "ckpt").mkdir()
     preflight.alone("--ckpt.path", str(tmp_path / "ckpt"))

@@ -48,7 +48,8 @@ STEPPED = re.compile(r"Global step (\d+):")
 KINDS = {
     "controller": "ray::Controller", "policy worker": "ray::PolicyWorker", "engine": "ray::Engine|VLLM::|EngineCore",
     "other Ray workers": "ray::|default_worker.py", "raylet": "raylet/raylet", "GCS": "gcs_server",
-    "Ray's agents": "ray/dashboard|log_monitor.py|runtime_env|ray_process_reaper", "launcher": "sdpo_plugin.host.cli",
+    "Ray's agents": "ray/dashboard|log_monitor.py|runtime_env|ray_process_reaper",
+    "launcher": "sdpo_plugin.openrlhf_adapter.launcher.cli",
 }  # fmt: skip
 FLAGS = (
     "--teacher.kind", "ema", "--teacher.update_rate", "0.005", "--train.num_episodes", "1000000",
@@ -136,7 +137,8 @@ def follow(log: Any, path: Path, at: dict[str, int]) -> None:
 
 def train(start: int, seconds: float) -> None:
     """One start of the run, killed after `seconds`; it ends by itself only if it fails."""
-    command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--platform", "cpu", "--config",
+    command = [sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", "--platform", "cpu",
+    "--config",
                str(ROOT / "recipes" / "quickstart" / "sdpo.yaml"), *FLAGS]  # fmt: skip
     environment = {**os.environ, "TMPDIR": str(TEMPORARY)}
     environment.pop("RAY_ADDRESS", None)

@@ -71,7 +71,8 @@ def trained(directory: Path, name: str, seed: int, recipe: Path, flags: Sequence
     own = ["--train.seed", str(seed), *(f"--{flag}={directory / at}" for flag, at in paths.items())]
     began = time.monotonic()
     with open(directory / "log.txt", "w") as log:
-        command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--platform", "cpu", "--config", str(recipe)]
+        command = [sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", "--platform", "cpu",
+        "--config", str(recipe)]
         subprocess.run([*command, *flags, *own], cwd=ROOT, stdout=log, stderr=log, check=True)
     scalars = read_scalars(str(directory / "tensorboard"))
     found = {

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.host import cpu
+from sdpo_plugin.openrlhf_adapter.platform import cpu
 
 cpu.enable()
-from sdpo_plugin.host.actor import PolicyActor, batches_within  # noqa: E402
+from sdpo_plugin.openrlhf_adapter.worker.actor import PolicyActor, batches_within  # noqa: E402
 
 
 class Model(torch.nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdpo_plugin.config import ConfigError, RewardConfig
-from sdpo_plugin.host import cpu
+from sdpo_plugin.openrlhf_adapter.platform import cpu
 
 PROMPT = "abcd"
 
@@ -16,7 +16,7 @@ PROMPT = "abcd"
 @pytest.fixture(scope="module", autouse=True)
 def on_cpu():
     cpu.enable()
-    import sdpo_plugin.host.rollout  # noqa: F401  # which takes its time
+    import sdpo_plugin.openrlhf_adapter.controller.rollout  # noqa: F401  # which takes its time
 
 
 class Letters:
@@ -48,7 +48,7 @@ def play(agent, number=1, **config):
     """The responses of `number` trajectories of a prompt, labels "0", "1", ..., and the engine's longest pause, s."""
     from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
 
-    from sdpo_plugin.host import agents, engine
+    from sdpo_plugin.openrlhf_adapter.engine import agents, engine
 
     agent = type(agent.__name__, (agent, AgentInstanceBase), {})
     pauses = []
@@ -138,7 +138,7 @@ async def computes():
 @pytest.mark.parametrize("block", [blocks, computes, lambda: asyncio.wait_for(blocks(), 0.1)])
 def test_a_step_that_blocks_the_event_loop_costs_its_sample(block, monkeypatch):
     """It is given up when it has held the loop for the time limit. The others are played again."""
-    from sdpo_plugin.host import agents
+    from sdpo_plugin.openrlhf_adapter.engine import agents
 
     monkeypatch.setattr(agents, "PROMPT_S", 0.2)
     made = []
@@ -165,7 +165,7 @@ def test_a_step_that_blocks_the_event_loop_costs_its_sample(block, monkeypatch):
 
 def test_an_agent_that_blocks_for_a_while_makes_others_wait_and_no_more(monkeypatch):
     """The loop does not answer for all of the time, but it is another one's each time."""
-    from sdpo_plugin.host import agents
+    from sdpo_plugin.openrlhf_adapter.engine import agents
 
     monkeypatch.setattr(agents, "PROMPT_S", 0.1)
 
@@ -294,7 +294,7 @@ def test_a_trajectory_that_its_agent_does_not_end_names_the_limit_at_which_it_en
 
 
 def test_limits_are_counted_and_named(caplog):
-    from sdpo_plugin.host.rollout import MAX_TOKENS, MAX_TURNS, ended_at
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import MAX_TOKENS, MAX_TURNS, ended_at
 
     limits = ["", "--reward.max_turns 3", "--reward.max_turns 3", "--data.max_len 40", None]
     samples = [SimpleNamespace(limit=limit) for limit in limits]

@@ -4,18 +4,18 @@ from types import SimpleNamespace
 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import RepromptConfig
-from sdpo_plugin.context import Rollout, build_teacher_contexts, prompt_as_read, teacher_prompt_ids
+from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, prompt_as_read, teacher_prompt_ids
 
 
 def test_the_context_of_a_plain_prompt_is_inside_the_input_template(model):
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from sdpo_plugin.host.rollout import PromptDataset
-    from sdpo_plugin.interface import prompt_messages
+    from sdpo_plugin.interface.micro_batch import prompt_messages
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import PromptDataset
 
     data = SimpleNamespace(
         input_key="question", label_key=None, apply_chat_template=False, input_template="User: {}\nAssistant:",

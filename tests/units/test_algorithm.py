@@ -8,10 +8,10 @@ import pytest
 import torch
 from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES, gradient
 
+from sdpo_plugin.algorithms.sdpo import SDPO
 from sdpo_plugin.config import ConfigError, DistillConfig
-from sdpo_plugin.interface import NEEDS, Read, RolloutBatch, combined_needs, teacher_inputs
-from sdpo_plugin.loss import per_token_loss
-from sdpo_plugin.sdpo import SDPO
+from sdpo_plugin.distillation.loss import per_token_loss
+from sdpo_plugin.interface.micro_batch import NEEDS, Read, RolloutBatch, combined_needs, teacher_inputs
 from sdpo_plugin.testing import fake_worker
 
 
@@ -209,10 +209,10 @@ def rollout_batch(model):
     """`rollout_batch(responses, rewards, truncated, **options)`: a batch on the controller, two samples a prompt."""
     from transformers import AutoTokenizer
 
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
-    from sdpo_plugin.host.rollout import max_positions
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import max_positions
 
     tokenizer = AutoTokenizer.from_pretrained(model)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.host import cluster
+from sdpo_plugin.openrlhf_adapter.platform import cluster
 
 CLUSTER = cluster.Cluster("10.0.0.1:6379", 2, 16)
 WITHOUT_GPUS = cluster.Cluster("10.0.0.1:6379", 2, 0)

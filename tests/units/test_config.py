@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import (
-    ConfigError,
-    DiagnosticsConfig,
-    DistillConfig,
-    RepromptConfig,
-    TeacherConfig,
-)
-from sdpo_plugin.host import launch, recipe
+from sdpo_plugin.config import ConfigError, DiagnosticsConfig, DistillConfig, RepromptConfig, TeacherConfig
+from sdpo_plugin.openrlhf_adapter.launcher import launch, recipe
 
 
 def host_parser() -> argparse.ArgumentParser:
@@ -242,7 +236,7 @@ def test_bad_recipes(tmp_path, text, message):
 
 def test_an_algorithm_s_defaults_are_below_recipe_and_command_line(monkeypatch, tmp_path):
     (tmp_path / "variant.py").write_text(
-        "from sdpo_plugin.sdpo import SDPO\n"
+        "from sdpo_plugin.algorithms.sdpo import SDPO\n"
         "from sdpo_plugin import hookimpl\n"
         "class Variant(SDPO):\n"
         "    name = 'variant'\n"
@@ -258,7 +252,8 @@ def test_an_algorithm_s_defaults_are_below_recipe_and_command_line(monkeypatch, 
 
 
 def test_the_options_page_is_current():
-    shown = subprocess.run([sys.executable, "-m", "sdpo_plugin.host.cli", "options"], capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "options"],
+    capture_output=True, text=True)
     assert (Path(__file__).parents[2] / "docs" / "options.md").read_text() == shown.stdout
 
 

@@ -29,7 +29,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sdpo_plugin.config import ConfigError, RepromptConfig
-from sdpo_plugin.context import (
+from sdpo_plugin.distillation.context import (
     FramedText,
     Rollout,
     TeacherContext,
@@ -170,7 +170,7 @@ def test_random_demonstration_depends_on_seed_and_content_only():
 
 def test_random_demonstration_does_not_depend_on_the_process():
     code = (
-        "from sdpo_plugin.config import RepromptConfig as C; from sdpo_plugin.context import *\n"
+        "from sdpo_plugin.config import RepromptConfig as C; from sdpo_plugin.distillation.context import *\n"
         "batch = [Rollout(group='g', messages='q', response=r, reward=1.0) for r in 'abcdefgh']\n"
         "print([c.sections['solution'] for c in build_teacher_contexts(batch, C(demonstration='random'))])"
     )
@@ -311,7 +311,7 @@ def test_content_parts_stay_parts():
 
 @pytest.mark.parametrize("template", ["User: {}\nAssistant:", "{{json}} {}", "A {} A", None])
 def test_the_context_goes_into_the_frame_of_the_input_template(template):
-    from sdpo_plugin.interface import prompt_messages
+    from sdpo_plugin.interface.micro_batch import prompt_messages
 
     for question in ("2 + 2?", "{x} {} A {prompt} {{", "\\1", ""):
         data = SimpleNamespace(apply_chat_template=False, input_key="q", input_template=template)

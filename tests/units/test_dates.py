@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sdpo_plugin.host import cpu
+from sdpo_plugin.openrlhf_adapter.platform import cpu
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def read(tmp_path, monkeypatch):
     cpu.enable()
     import datasets
 
-    from sdpo_plugin.host import preflight
+    from sdpo_plugin.openrlhf_adapter.launcher import preflight
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
@@ -68,7 +68,7 @@ def test_labels_reach_reward_functions_as_the_file_has_them(tmp_path, read, labe
 def test_labels_of_both_data_sets_are_read_before_a_run(tmp_path, read, monkeypatch, bad):
     from sdpo_plugin import ConfigError, plugins
     from sdpo_plugin.environments import label_check
-    from sdpo_plugin.host import preflight
+    from sdpo_plugin.openrlhf_adapter.launcher import preflight
 
     monkeypatch.setattr(label_check, "DIRECTORY", tmp_path)
     (tmp_path / "mine.py").write_text("def check_label(label):\n    if label < 5: raise ValueError('it is small')")

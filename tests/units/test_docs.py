@@ -21,9 +21,10 @@ from documented import DOCS, FENCE, PAGES, ROOT, commands, first_cells, inline, 
 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import GROUPS, RepromptConfig, RewardConfig
-from sdpo_plugin.context import context_metrics
-from sdpo_plugin.diagnostics import ALARM, length_metrics
-from sdpo_plugin.host import cli, failures
+from sdpo_plugin.distillation.context import context_metrics
+from sdpo_plugin.monitoring.collapse import ALARM, length_metrics
+from sdpo_plugin.openrlhf_adapter import failures
+from sdpo_plugin.openrlhf_adapter.launcher import cli
 
 SOURCES = [path for path in (ROOT / "sdpo_plugin").rglob("*.py") if "testing" not in path.parts]
 OPENRLHF = Path(importlib.util.find_spec("openrlhf").submodule_search_locations[0])
@@ -89,7 +90,8 @@ def test_links_and_anchors_lead_somewhere(site, built):
 
 def test_what_is_outside_docs_is_part_of_the_site(site, built):
     assert "recipes/gsm8k/index.html" in built[site / "recipes.html"].links
-    assert "class TrustRegionTeacher" in re.sub("<[^>]+>", "", (site / "sdpo_plugin/teacher.py.html").read_text())
+    shown = (site / "sdpo_plugin/algorithms/teacher.py.html").read_text()
+    assert "class TrustRegionTeacher" in re.sub("<[^>]+>", "", shown)
 
 
 def test_nothing_is_loaded_from_elsewhere(site, built):
@@ -206,7 +208,7 @@ def test_a_message_is_one_that_the_code_says(message):
 
 
 def test_every_warning_of_the_watch_is_on_the_page():
-    tree = ast.parse((ROOT / "sdpo_plugin/diagnostics.py").read_text())
+    tree = ast.parse((ROOT / "sdpo_plugin/monitoring/collapse.py").read_text())
     warnings = [
         " ".join((text_of(node.args[2]) or "").split())
         for node in ast.walk(tree)

@@ -11,8 +11,8 @@ import pytest
 from common import REWARD, ROWS
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from sdpo_plugin import ConfigError, memory
-from sdpo_plugin.host import doctor
+from sdpo_plugin import ConfigError
+from sdpo_plugin.openrlhf_adapter.launcher import doctor, memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,10 +104,10 @@ def test_rows_that_the_chat_template_refuses_are_a_failed_check(tmp_path, flags,
 
     from rich.console import Console
 
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
-    from sdpo_plugin.host import install  # noqa: F401
+    from sdpo_plugin.openrlhf_adapter.launcher import install  # noqa: F401
 
     shutil.copytree(model, tmp_path / "model")
     refusing = "{{ raise_exception('no system turns') if messages[0].role == 'system' }}{{ messages[-1].content }}"
@@ -131,7 +131,7 @@ def test_another_version_and_a_seam_that_moved(tmp_path):
         "from wrapt import when_imported\n@when_imported('openrlhf.trainer.ppo_utils.replay_buffer')\n"
         "def moved(module):\n    del module.NaiveReplayBuffer.setup_dynamic_batch\n"
     )
-    command = [sys.executable, "-m", "sdpo_plugin.host.cli", "doctor"]
+    command = [sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "doctor"]
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     code, shown, report = done.returncode, done.stdout, json.loads((tmp_path / "doctor.json").read_text())

@@ -214,7 +214,7 @@ for end in ("", *{ENDS!r}):
 print([m for m in sys.modules if m.startswith("sdpo_plugin.") and not m.startswith("sdpo_plugin.environments")])
 """
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
-    assert ran.stdout == "['sdpo_plugin.thoughts']\n", ran.stdout + ran.stderr
+    assert ran.stdout == "['sdpo_plugin.distillation', 'sdpo_plugin.distillation.thinking']\n", ran.stdout + ran.stderr
 
 
 def test_the_response_of_a_query():

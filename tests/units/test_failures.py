@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sdpo_plugin.config import ConfigError, StopTraining
-from sdpo_plugin.context import FeedbackError
-from sdpo_plugin.host import failures
-from sdpo_plugin.host.failures import (
+from sdpo_plugin.distillation.context import FeedbackError
+from sdpo_plugin.openrlhf_adapter import failures
+from sdpo_plugin.openrlhf_adapter.failures import (
     MACHINE,
     REWARD,
     SETTINGS,
@@ -20,7 +20,7 @@ from sdpo_plugin.host.failures import (
     NotFinite,
     RewardError,
 )
-from sdpo_plugin.host.seams import SeamError
+from sdpo_plugin.openrlhf_adapter.patch_points import SeamError
 
 
 class FromActor(Exception):

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdpo_plugin import fused, products
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.fused import Head, TeacherStates, linear_distillation_loss, linear_log_probs
-from sdpo_plugin.loss import LOG_ZERO, Tokens, distillation_loss, objective_of, per_token_loss
+from sdpo_plugin.distillation import fused, products
+from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation_loss, linear_log_probs
+from sdpo_plugin.distillation.loss import LOG_ZERO, Tokens, distillation_loss, objective_of, per_token_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "self_distillation_loss.json").read_text())
 quick = settings(deadline=None, max_examples=25, derandomize=True)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdpo_plugin.host.sleep import Sleeper
+from sdpo_plugin.openrlhf_adapter.worker.sleep import Sleeper
 
 GPU = Path(__file__).parents[1] / "gpu"
 
@@ -57,7 +57,7 @@ def test_what_sleeps_is_given_back_to_the_device(monkeypatch):
     (80 * 2**30, 151_936, 2048), (24 * 2**30, 151_936, 706), (80 * 2**30, 32_000, 2048), (2**30, 10**6, 16),
 ])  # fmt: skip
 def test_chunks_fill_a_24th_of_a_gpu(device_bytes, vocab, rows):
-    from sdpo_plugin.products import gpu_rows
+    from sdpo_plugin.distillation.products import gpu_rows
 
     assert gpu_rows(device_bytes, 4 * vocab) == rows
     assert rows == 16 or 2.5 * 4 * vocab * rows <= device_bytes / 24

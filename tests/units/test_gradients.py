@@ -10,13 +10,13 @@ import torch
 
 def test_each_micro_batch_has_its_share_of_one_mean():
     """Four micro-batches of two samples, two to an optimizer step; in the second none has a context."""
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
     from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
-    from sdpo_plugin.host.trainer import PolicyTrainer, windows_with_loss_mask
-    from sdpo_plugin.interface import MicroBatch
+    from sdpo_plugin.interface.micro_batch import MicroBatch
+    from sdpo_plugin.openrlhf_adapter.worker.trainer import PolicyTrainer, windows_with_loss_mask
 
     trainer = PolicyTrainer.__new__(PolicyTrainer)
     batches = [([3, 1], [True, True]), ([2, 4], [False, False]), ([4, 2], [True, False]), ([1, 3], [False, True])]
@@ -45,7 +45,7 @@ SETTINGS = [{}, {"dual_clip": 3.0}, {"token_level_loss": False}, {"policy_loss_t
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_openrlhf_s_policy_loss_is_proportional_to_a_sample_s_advantages(settings):
     """What makes a weight on the advantages a weight of the sample (`MicroBatch.policy_weights`)."""
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
     from openrlhf.models import PolicyLoss
@@ -75,8 +75,8 @@ def test_openrlhf_s_policy_loss_is_proportional_to_a_sample_s_advantages(setting
     ],
 )
 def test_an_update_that_is_not_finite_is_an_error(tmp_path, loss, norm, dtype, said):
-    from sdpo_plugin.host.failures import NotFinite
-    from sdpo_plugin.host.trainer import PolicyTrainer
+    from sdpo_plugin.openrlhf_adapter.failures import NotFinite
+    from sdpo_plugin.openrlhf_adapter.worker.trainer import PolicyTrainer
 
     args = SimpleNamespace(ckpt=SimpleNamespace(path=str(tmp_path)), ds=SimpleNamespace(param_dtype=dtype))
     trainer = SimpleNamespace(args=args, worker=SimpleNamespace(rank=1))

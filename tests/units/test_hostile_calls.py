@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo_plugin import thoughts
+from sdpo_plugin.distillation import thinking as thoughts
 from sdpo_plugin.environments import fences, python_calls, reading, reasoning, structure, tool_calls, tools
 from sdpo_plugin.environments.tool_calls import GEMMA, WRAPPERS
 

@@ -9,7 +9,7 @@ import pytest
 from sdpo_plugin import ConfigError
 from sdpo_plugin.environments import label_check
 from sdpo_plugin.environments.feedback import reward_function
-from sdpo_plugin.host import labels as host
+from sdpo_plugin.openrlhf_adapter.launcher import labels as host
 
 MINE = """
 import time

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdpo_plugin.host import seams
-from sdpo_plugin.host.startup import redirect
+from sdpo_plugin.openrlhf_adapter import patch_points as seams
+from sdpo_plugin.openrlhf_adapter.launcher.startup import redirect
 
 
 def test_only_the_hosts_launcher_with_our_flags_is_redirected():
     run = ["python", "-u", "-m", "openrlhf.cli.train_ppo_ray"]
-    ours = ["python", "-u", "-m", "sdpo_plugin.host.cli", "train"]
+    ours = ["python", "-u", "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train"]
     assert redirect([*run, "--algo", "sdpo", "--x", "1"], []) == [*ours, "--algo", "sdpo", "--x", "1"]
     assert redirect([*run, "--algo=sdpo"], []) == [*ours, "--algo=sdpo"]
     assert redirect([*run, "--config", "r.yaml"], []) == [*ours, "--config", "r.yaml"]
@@ -54,17 +54,18 @@ def test_bad_configuration_is_one_line_on_the_command_line(openrlhf, tmp_path):
 
 
 def test_the_command_without_torch_says_how_to_install_it():
-    code = "import sys; sys.modules['torch'] = None; from sdpo_plugin.host.cli import main; main(['plugins'])"
+    main = "from sdpo_plugin.openrlhf_adapter.launcher.cli import main; main(['plugins'])"
+    code = f"import sys; sys.modules['torch'] = None; {main}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith("openrlhf-sdpo: error: torch is not installed; pip install")
     assert len(run.stderr.splitlines()) == 1
 
 
 def test_the_launcher_shows_its_arguments_without_secrets(capsys):
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
-    from sdpo_plugin.host.install import _Strategy, without_secrets
+    from sdpo_plugin.openrlhf_adapter.launcher.install import _Strategy, without_secrets
 
     args = SimpleNamespace(logger=SimpleNamespace(wandb=SimpleNamespace(key="sesame", org="us")),
                            reward=SimpleNamespace(remote_url=["http://me:sesame@h/judge"]), n=1)  # fmt: skip
@@ -81,7 +82,7 @@ def test_a_cpu_is_not_asked_for_what_needs_a_gpu(openrlhf, tmp_path):
 
 
 def test_a_cluster_too_slow_to_start_is_started_once_more(monkeypatch):
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     monkeypatch.setenv(cpu.ENABLED, "1")
     errors, started = ["The current node timed out during startup.", "no space left"], []
@@ -117,11 +118,11 @@ def test_a_host_whose_seams_moved_is_refused_by_name():
 
 @pytest.fixture(scope="module")
 def fetched():
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
     cpu.enable()  # idempotent
-    from sdpo_plugin.host.engine import feedback_and_failures_kept
+    from sdpo_plugin.openrlhf_adapter.engine.engine import feedback_and_failures_kept
 
     def call(result):
         async def fetch(queries, prompts, labels):
@@ -150,12 +151,12 @@ def test_a_failure_is_kept_as_data(fetched):
 
 
 def test_reward_functions_and_agents_are_given_plain_text():
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
     from openrlhf.utils.agent import AgentExecutorBase
 
-    from sdpo_plugin.host.engine import REQUEST, Engine, Prompt, Request
+    from sdpo_plugin.openrlhf_adapter.engine.engine import REQUEST, Engine, Prompt, Request
 
     class Environment(AgentExecutorBase):
         async def execute(self, prompt, label, **kwargs):
@@ -185,14 +186,14 @@ def test_reward_functions_and_agents_are_given_plain_text():
 
 
 def test_an_agent_that_changes_the_prompt_is_told_that_nothing_can_stand_for_it(tmp_path):
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
     from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
     from transformers import AutoTokenizer
 
     from sdpo_plugin.config import ConfigError
-    from sdpo_plugin.host.engine import Engine, Prompt, Request
+    from sdpo_plugin.openrlhf_adapter.engine.engine import Engine, Prompt, Request
     from sdpo_plugin.testing import tiny_model
 
     class Room(AgentInstanceBase):

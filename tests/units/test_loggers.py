@@ -1,11 +1,13 @@
-"""What a logger is given and what not, and what happens without it. Runs are logged in tests/host/test_loggers.py."""
+"""What a logger is given and what not,
+and what happens without it. Runs are logged in tests/integration/test_loggers.py."""
 
 import argparse
 import sys
 
 import pytest
 
-from sdpo_plugin import ConfigError, loggers
+from sdpo_plugin import ConfigError
+from sdpo_plugin.monitoring import loggers
 
 NAMES = {"--logger.wandb.key": "secret", "--logger.wandb.run_name": "of OpenRLHF", "--actor.adam.lr": "0.001"}
 

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdpo_plugin.compatibility import refuse
+from sdpo_plugin.algorithms.compatibility import refuse
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.host import cpu
+from sdpo_plugin.openrlhf_adapter.platform import cpu
 from sdpo_plugin.testing import fake_worker
 
 
@@ -15,7 +15,7 @@ def test_only_the_policy_s_model_is_announced(model, monkeypatch):
     cpu.enable()
     from openrlhf.trainer.ray import ppo_actor
 
-    from sdpo_plugin.host import worker
+    from sdpo_plugin.openrlhf_adapter.worker import worker
 
     for name in ("Actor", "ActorPPOTrainer", "DataLoader", "iter_grad_accum_global_norm"):
         monkeypatch.setattr(ppo_actor, name, getattr(ppo_actor, name))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.loss import distillation_loss, per_token_loss, token_divergence
+from sdpo_plugin.distillation.loss import distillation_loss, per_token_loss, token_divergence
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "self_distillation_loss.json").read_text())
 ALPHAS = (0.0, 0.3, 0.5, 1.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo_plugin.masking import MASK, is_secret, masked
+from sdpo_plugin.monitoring.masking import MASK, is_secret, masked
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from sdpo_plugin.host import cpu
+from sdpo_plugin.openrlhf_adapter.platform import cpu
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -14,7 +14,7 @@ def on_cpu():
 
 
 def status(metrics, means=(), tokens=4.0):
-    from sdpo_plugin.host.metrics import report
+    from sdpo_plugin.openrlhf_adapter.worker.metrics import report
 
     own = {"metrics": {"policy_loss": 1.0, "actor_lr": 0.1}, "weights": {"policy_loss": "token", "actor_lr": None}}
     return report({**own, "num_action_tokens": tokens}, metrics, dict(means))
@@ -22,7 +22,7 @@ def status(metrics, means=(), tokens=4.0):
 
 def on_ranks(statuses):
     """What `require_same_names` raises on each rank, each a thread, and how often lists of names were gathered."""
-    from sdpo_plugin.host.metrics import require_same_names
+    from sdpo_plugin.openrlhf_adapter.worker.metrics import require_same_names
 
     together, given, lists, raised, gathered = threading.Barrier(len(statuses), timeout=10), {}, {}, {}, []
 
@@ -74,7 +74,7 @@ def test_metrics_that_differ_are_named_on_every_rank():
 
 def test_a_micro_batch_without_a_token_is_none_of_the_mean():
     """All of its samples may be skipped. OpenRLHF divides by the tokens of all ranks' micro-batches."""
-    from sdpo_plugin.host.metrics import means_of
+    from sdpo_plugin.openrlhf_adapter.worker.metrics import means_of
 
     found = status({"x": 3.0}, {"m": (0.0, 0.0)}, tokens=0.0)
     assert found["num_action_tokens"] > 0

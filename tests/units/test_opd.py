@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdpo_plugin.compatibility import require_same_tokenizer
+from sdpo_plugin.algorithms.compatibility import require_same_tokenizer
+from sdpo_plugin.algorithms.opd import OPD
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.context import Rollout
-from sdpo_plugin.fused import Head, of_one_size
-from sdpo_plugin.interface import RolloutBatch
-from sdpo_plugin.opd import OPD
+from sdpo_plugin.distillation.context import Rollout
+from sdpo_plugin.distillation.fused import Head, of_one_size
+from sdpo_plugin.interface.micro_batch import RolloutBatch
 from sdpo_plugin.testing import fake_worker, tiny_model
 
 TEMPLATE = {"template": "{prompt}"}

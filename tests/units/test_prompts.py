@@ -14,13 +14,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from sdpo_plugin import plugins
+from sdpo_plugin.algorithms.sdft import SDFT
+from sdpo_plugin.algorithms.sdpo import SDPO
 from sdpo_plugin.config import ConfigError, RepromptConfig
-from sdpo_plugin.context import Rollout, build_teacher_contexts, teacher_prompt_ids
-from sdpo_plugin.interface import RolloutBatch, prompt_messages
-from sdpo_plugin.prompts import FramedText, prompt_as_read, rendered, require_printed, text_tokenizer
-from sdpo_plugin.recorder import pieces
-from sdpo_plugin.sdft import SDFT
-from sdpo_plugin.sdpo import SDPO
+from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, teacher_prompt_ids
+from sdpo_plugin.distillation.prompts import FramedText, prompt_as_read, rendered, require_printed, text_tokenizer
+from sdpo_plugin.interface.micro_batch import RolloutBatch, prompt_messages
+from sdpo_plugin.monitoring.recorder import pieces
 from sdpo_plugin.testing import fake_worker
 
 CONFIG = RepromptConfig(template="{prompt} | {feedback}", feedback_template="{feedback_raw}")
@@ -34,10 +34,10 @@ def tokenizer(model):
 
 @pytest.fixture(scope="module")
 def preflight():
-    from sdpo_plugin.host import cpu
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
-    from sdpo_plugin.host import preflight
+    from sdpo_plugin.openrlhf_adapter.launcher import preflight
 
     return preflight
 
@@ -86,7 +86,7 @@ def test_the_processor_s_chat_template_is_the_one(tokenizer):
 def test_an_engine_reads_prompts_through_a_processor(preflight, tokenizer):
     import asyncio
 
-    from sdpo_plugin.host import engine
+    from sdpo_plugin.openrlhf_adapter.engine import engine
 
     async def execute(**given):
         raise KeyError("no test")
@@ -272,7 +272,7 @@ def arguments(**data):
 @pytest.mark.parametrize("template", ["prints", "both"])
 @pytest.mark.parametrize("wrap", [lambda tokenizer: tokenizer, processor_of], ids=["tokenizer", "processor"])
 def test_student_teacher_and_checks_read_one_prompt(preflight, tokenizer, content, template, wrap):
-    from sdpo_plugin.host.rollout import PromptDataset
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import PromptDataset
 
     tokenizer.chat_template = FRAME.format(content=TEMPLATES[template])
     given, args = wrap(tokenizer), arguments()

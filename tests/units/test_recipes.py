@@ -16,7 +16,7 @@ from documented import DOCS, PAGES, commands, inline, modules, where
 from ruamel.yaml import YAML
 
 from sdpo_plugin import StopTraining
-from sdpo_plugin.host import recipe
+from sdpo_plugin.openrlhf_adapter.launcher import recipe
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "recipes" / "test_time")]
@@ -26,7 +26,7 @@ NAMES = {str(path.relative_to(ROOT)): path for path in smoke.RECIPES}
 SMALL = {f"{name}, small": smoke.small(smoke.launch(path)) for name, path in NAMES.items()}
 PARSE_ALL = """
 import copy, json, sys
-from sdpo_plugin.host import launch
+from sdpo_plugin.openrlhf_adapter.launcher import launch
 
 def parse_launch_lines(parser, arguments, on_cpu):
     for name, line in json.load(open(arguments[0])).items():

@@ -9,13 +9,13 @@ import torch
 from largest import LargestTensor
 from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES
 
-from sdpo_plugin.context import FramedText, Rollout
-from sdpo_plugin.fused import Head
-from sdpo_plugin.interface import ATTACHED, RolloutBatch, Turn
-from sdpo_plugin.recorder import ASKED, chosen, likeliest, pieces
-from sdpo_plugin.samples import read_samples
-from sdpo_plugin.sdft import SDFT
-from sdpo_plugin.sdpo import SDPO
+from sdpo_plugin.algorithms.sdft import SDFT
+from sdpo_plugin.algorithms.sdpo import SDPO
+from sdpo_plugin.distillation.context import FramedText, Rollout
+from sdpo_plugin.distillation.fused import Head
+from sdpo_plugin.interface.micro_batch import ATTACHED, RolloutBatch, Turn
+from sdpo_plugin.monitoring.recorder import ASKED, chosen, likeliest, pieces
+from sdpo_plugin.monitoring.sample_file import read_samples
 from sdpo_plugin.testing import fake_worker
 
 # ── which samples ──
@@ -156,7 +156,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(lines, monkeypatch, caplog):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sdpo_plugin.samples.SampleFile.append", full)
+    monkeypatch.setattr("sdpo_plugin.monitoring.sample_file.SampleFile.append", full)
     with pytest.raises(AssertionError):  # there is nothing to read
         lines([("ab", 0.0, "no")])
     assert "the samples of step 3 are not recorded" in caplog.text and "No space left" in caplog.text
@@ -251,7 +251,7 @@ def test_turns_that_no_teacher_read_are_empty():
 
 
 def test_by_default_nothing_is_computed_or_sent(monkeypatch):
-    monkeypatch.setattr("sdpo_plugin.recorder.likeliest", None)
+    monkeypatch.setattr("sdpo_plugin.monitoring.recorder.likeliest", None)
     worker = fake_worker()
     plugin = algorithm(worker)
     assert plugin.recorder is None

@@ -7,7 +7,7 @@ import made_run
 import pytest
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.host import cli
+from sdpo_plugin.openrlhf_adapter.launcher import cli
 from sdpo_plugin.report import command, page, read_scalars, terminal
 from sdpo_plugin.report.events import read_run, thinned
 from sdpo_plugin.report.readable import LEVELS, disagreement, level, visible

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.host.checkpoint import flags_win, mark_whole, mend_latest, name_latest, prune, require_readable
+from sdpo_plugin.openrlhf_adapter.worker.checkpoint import (
+    flags_win,
+    mark_whole,
+    mend_latest,
+    name_latest,
+    prune,
+    require_readable,
+)
 
 FLAGS = {"--ds.zero_stage": 2, "--ds.lora.rank": 0}
 

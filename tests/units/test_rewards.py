@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from sdpo_plugin.config import RewardConfig
-from sdpo_plugin.host import cpu
+from sdpo_plugin.openrlhf_adapter.platform import cpu
 
 
 @pytest.fixture(scope="module", autouse=True)
 def on_cpu():
     cpu.enable()
-    import sdpo_plugin.host.rollout  # noqa: F401  # which takes its time
+    import sdpo_plugin.openrlhf_adapter.controller.rollout  # noqa: F401  # which takes its time
 
 
 def sample(reward):
@@ -41,7 +41,7 @@ def sample(reward):
     ],
 )
 def test_the_mean_of_the_others_stands_for_a_reward(rewards, expected):
-    from sdpo_plugin.host.rollout import rewarded
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import rewarded
 
     samples = [sample(reward) for reward in rewards]
     share = rewarded(samples, per_prompt=2, config=RewardConfig(on_error="skip", max_skipped=0.5))
@@ -51,8 +51,8 @@ def test_the_mean_of_the_others_stands_for_a_reward(rewards, expected):
 
 
 def test_a_batch_without_a_reward_is_an_error():
-    from sdpo_plugin.host.failures import RewardError
-    from sdpo_plugin.host.rollout import rewarded
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import rewarded
+    from sdpo_plugin.openrlhf_adapter.failures import RewardError
 
     with pytest.raises(RewardError, match="--reward.max_skipped 0.1: 2 of 2 samples have no reward, the last one"):
         rewarded([sample(None), sample(None)], per_prompt=2, config=RewardConfig(on_error="skip"))
@@ -61,7 +61,7 @@ def test_a_batch_without_a_reward_is_an_error():
 
 
 def fetched(reward_func, **config):
-    from sdpo_plugin.host import engine
+    from sdpo_plugin.openrlhf_adapter.engine import engine
 
     async def fetch(queries, prompts, labels):
         return [await asyncio.to_thread(reward_func)]
@@ -121,8 +121,8 @@ def test_whatever_a_function_raises_is_named_at_once(error, said):
 
 @pytest.mark.parametrize("given", ["remote_rm_url", "agent_func_path"])
 def test_a_file_that_exits_when_it_is_imported_is_named(tmp_path, monkeypatch, given):
-    from sdpo_plugin.host.engine import Engine
-    from sdpo_plugin.host.failures import RewardError
+    from sdpo_plugin.openrlhf_adapter.engine.engine import Engine
+    from sdpo_plugin.openrlhf_adapter.failures import RewardError
 
     (tmp_path / "user.py").write_text("import sys\nsys.exit('usage: user.py FILE')\n")
     monkeypatch.setattr(os, "environ", {**os.environ, "RAY_ADDRESS": "none"})  # which the constructor changes
@@ -136,7 +136,7 @@ def test_functions_are_called_so_many_at_a_time_and_servers_all_at_once(tmp_path
     """OpenRLHF bounds functions by asyncio's threads, and servers by nothing."""
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-    from sdpo_plugin.host import engine
+    from sdpo_plugin.openrlhf_adapter.engine import engine
 
     (tmp_path / "reward.py").write_text(
         "import threading, time\n"
@@ -228,7 +228,7 @@ def test_logs_of_some_samples_are_filled_with_their_mean():
     """OpenRLHF merges and splits what all samples of a batch have; what it logs is the mean."""
     from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch, split_experience_batch
 
-    from sdpo_plugin.host.rollout import fill_logs, rewarded
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import fill_logs, rewarded
 
     logs = [{"a": 1.0}, {"b": 5.0, "a": 3.0}, {}, {"c": 7.0}]
     samples = []
@@ -251,7 +251,7 @@ def test_logs_of_some_samples_are_filled_with_their_mean():
 
 def test_why_a_server_could_not_be_asked_is_in_the_message():
     """OpenRLHF's own error says that there were five errors, and logs which."""
-    from sdpo_plugin.host import engine
+    from sdpo_plugin.openrlhf_adapter.engine import engine
 
     def reward_func():
         logging.getLogger("openrlhf.utils.agent").info("Request error, please check: Cannot connect to host x:80")

@@ -3,8 +3,8 @@
 
 import pytest
 
+from sdpo_plugin.algorithms.sdft import SDFT
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.sdft import SDFT
 from sdpo_plugin.testing import fake_worker
 
 

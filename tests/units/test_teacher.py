@@ -5,11 +5,11 @@ import pytest
 import torch
 from largest import LargestTensor
 
-from sdpo_plugin import interface
+from sdpo_plugin.algorithms.sdpo import SDPO as Algorithm
+from sdpo_plugin.algorithms.teacher import EmaTeacher
 from sdpo_plugin.config import TeacherConfig
-from sdpo_plugin.interface import Fragment
-from sdpo_plugin.sdpo import SDPO as Algorithm
-from sdpo_plugin.teacher import EmaTeacher
+from sdpo_plugin.interface import micro_batch as interface
+from sdpo_plugin.interface.micro_batch import Fragment
 from sdpo_plugin.testing import fake_worker
 
 # ── units: on a fake worker ──

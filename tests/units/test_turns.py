@@ -11,14 +11,14 @@ import pytest
 import torch
 from three_samples import ACTION, ATTENTION, SEQUENCES
 
+from sdpo_plugin.algorithms.rlcsd import RLCSD, RlcsdConfig
+from sdpo_plugin.algorithms.sdpo import SDPO
+from sdpo_plugin.algorithms.srpo import SRPO, SrpoConfig
 from sdpo_plugin.config import DistillConfig, RepromptConfig, RewardConfig
-from sdpo_plugin.context import Rollout, build_teacher_contexts, context_metrics
-from sdpo_plugin.host import cpu
-from sdpo_plugin.interface import Read, RolloutBatch, Turn, teacher_inputs
-from sdpo_plugin.loss import per_token_loss
-from sdpo_plugin.rlcsd import RLCSD, RlcsdConfig
-from sdpo_plugin.sdpo import SDPO
-from sdpo_plugin.srpo import SRPO, SrpoConfig
+from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, context_metrics
+from sdpo_plugin.distillation.loss import per_token_loss
+from sdpo_plugin.interface.micro_batch import Read, RolloutBatch, Turn, teacher_inputs
+from sdpo_plugin.openrlhf_adapter.platform import cpu
 from sdpo_plugin.testing import fake_worker
 
 PLAIN = RepromptConfig(template="{prompt}{solution}{feedback}", solution_template="[{successful_previous_attempt}]",
@@ -55,8 +55,8 @@ class Agent:
 
 def trajectories(*agents):
     """`extra_logs` of trajectories that are played at once, by an executor that keeps the last step's, as OpenRLHF."""
-    from sdpo_plugin.host.agents import hosted, played
-    from sdpo_plugin.host.calls import reward_config
+    from sdpo_plugin.openrlhf_adapter.engine.agents import hosted, played
+    from sdpo_plugin.openrlhf_adapter.engine.calls import reward_config
 
     async def execute(agent, says, **given):
         one, done = agent(says), False
@@ -96,7 +96,7 @@ def test_what_is_no_text_is_left_for_the_message_that_names_it():
 
 
 def test_an_executor_s_own_extra_logs_win():
-    from sdpo_plugin.host.agents import Step, _trajectory, played
+    from sdpo_plugin.openrlhf_adapter.engine.agents import Step, _trajectory, played
 
     async def execute(**given):
         _trajectory.get().steps.append(Step("of a step", "of a turn", ""))
@@ -108,7 +108,7 @@ def test_an_executor_s_own_extra_logs_win():
 
 def test_a_turn_s_tokens_are_known_from_the_actions_that_the_engine_sampled():
     """Empty observations and empty actions between; what OpenRLHF cut off is of no turn."""
-    from sdpo_plugin.host.rollout import turns_of
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import turns_of
 
     ranges = [(3, 5), (5, 7), (9, 9), (10, 14), (20, 22)]  # the sequence was cut after 12 tokens
     turns = turns_of(ranges, 11, ["a", None, "c", "d", "e"])

@@ -7,15 +7,15 @@ import pytest
 import torch
 from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES, gradient
 
+from sdpo_plugin.algorithms.fsd import FSD, FsdConfig
+from sdpo_plugin.algorithms.rlcsd import RLCSD, RlcsdConfig
+from sdpo_plugin.algorithms.rlsd import RLSD, RlsdConfig
+from sdpo_plugin.algorithms.sdpg import SDPG, SdpgConfig
+from sdpo_plugin.algorithms.sdpo import SDPO
+from sdpo_plugin.algorithms.srpo import SRPO, SrpoConfig
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.context import Rollout
-from sdpo_plugin.fsd import FSD, FsdConfig
-from sdpo_plugin.loss import entropy_of, token_divergence
-from sdpo_plugin.rlcsd import RLCSD, RlcsdConfig
-from sdpo_plugin.rlsd import RLSD, RlsdConfig
-from sdpo_plugin.sdpg import SDPG, SdpgConfig
-from sdpo_plugin.sdpo import SDPO
-from sdpo_plugin.srpo import SRPO, SrpoConfig
+from sdpo_plugin.distillation.context import Rollout
+from sdpo_plugin.distillation.loss import entropy_of, token_divergence
 from sdpo_plugin.testing import fake_worker
 
 RESPONSE = [mask.bool() for mask in ACTION]  # 3, 3 and 2 tokens; the first two samples have a teacher context

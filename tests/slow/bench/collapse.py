@@ -23,7 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from sdpo_plugin.diagnostics import GAIN
+from sdpo_plugin.monitoring.collapse import GAIN
 from sdpo_plugin.report import read_scalars
 
 ROOT = Path(__file__).parents[3]
@@ -48,7 +48,8 @@ def train(kind: str, seed: int, *more: str) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     paths = {"logger.tensorboard_dir": "tensorboard", "ckpt.output_dir": "model", "ckpt.path": "checkpoints"}
     flags = [f"--{flag}={directory / name}" for flag, name in paths.items()]
-    command = [sys.executable, "-m", "sdpo_plugin.host.cli", "train", "--config", RECIPE / "sdpo.yaml", *KINDS[kind]]
+    command = [sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", "--config",
+    RECIPE / "sdpo.yaml", *KINDS[kind]]
     with open(directory / f"log{len(more)}.txt", "w+") as log:
         subprocess.run([*command, "--train.seed", str(seed), *flags, *more], cwd=ROOT, stdout=log, stderr=log)
         log.seek(0)

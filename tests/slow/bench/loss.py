@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.fused import linear_distillation_loss
+from sdpo_plugin.distillation.fused import linear_distillation_loss
 
 HIDDEN, TOPK, MIB = 1024, 100, 2**20
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo_plugin.config import DistillConfig, RepromptConfig
-from sdpo_plugin.context import Rollout, build_teacher_contexts, teacher_prompt_ids
-from sdpo_plugin.loss import per_token_loss
+from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, teacher_prompt_ids
+from sdpo_plugin.distillation.loss import per_token_loss
 
 ROOT = Path(__file__).parents[3]
 OUT = ROOT / "runs" / "quickstart"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from sdpo_plugin import memory
+from sdpo_plugin.openrlhf_adapter.launcher import memory
 
 GB, TERA = 1e9, 1e12
 SAMPLES, TOKENS, TEACHER_TOKENS = 256, 4096, 6144

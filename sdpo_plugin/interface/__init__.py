@@ -1,0 +1,1 @@
+"""What plugins and the OpenRLHF adapter hand each other."""

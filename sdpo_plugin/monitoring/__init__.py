@@ -1,0 +1,1 @@
+"""What one looks at: the collapse monitor, recorded samples, further loggers, and the masking of credentials."""

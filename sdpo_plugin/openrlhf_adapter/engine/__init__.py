@@ -1,0 +1,1 @@
+"""In the rollout engines: vLLM, reward functions and agents."""

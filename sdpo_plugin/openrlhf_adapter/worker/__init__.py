@@ -1,0 +1,1 @@
+"""On every policy worker, a rank of DeepSpeed: the student, its teacher, the loss, and checkpoints."""

@@ -1,0 +1,292 @@
+"""The policy model: one micro-batch in, hidden states at response positions, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.distillation.fused import Head, linear_log_probs
+from sdpo_plugin.interface.micro_batch import MicroBatch, response_rows
+from sdpo_plugin.openrlhf_adapter.patch_points import overrides, seam
+from sdpo_plugin.openrlhf_adapter.worker import lora
+from sdpo_plugin.openrlhf_adapter.worker.zero import exact_frequencies, gathered, is_partitioned
+
+unpad_and_slice_tensor = seam(
+    "openrlhf.models.ring_attn_utils:unpad_and_slice_tensor", "sequences", "attention_mask", "ring_attn_group"
+)
+
+
+class HeadTap:
+    """Puts a function in the place of a causal LM's head, inside the model's own forward pass.
+
+    There the head's weights are whole at every ZeRO stage, and DeepSpeed's hooks, which surround the module, hold
+    for whatever the function computes. What the model does with logits afterwards gets a dummy. The function's result
+    then takes the logits' place in the model's output: DeepSpeed learns from a gradient that arrives at an output that
+    a backward pass has begun, and with it whether this one ends an accumulation (`DeepSpeedEngine.forward`).
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Call after DeepSpeed wrapped the model: its hooks on the head are to run before ours."""
+        self.module = model.get_output_embeddings()
+        self._function: Callable[[torch.Tensor], Any] | None = None
+        self._result: Any = None
+        self._forward = self.module.forward
+        self.module.forward = self._call
+        self.module.register_forward_hook(self._keep)
+        # Before DeepSpeed's, and inside of PEFT's wrappers: all that look at the model's output see the result.
+        causal_lm = model.get_base_model() if isinstance(model, lora.PeftModel) else model
+        causal_lm.register_forward_hook(self._hand_over, prepend=True)
+
+    @contextmanager
+    def replaced_by(self, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+        """While active, `function(hidden [B, S, H])` (a tensor or a tuple of them) runs as the head: the `logits`."""
+        self._function = function
+        try:
+            yield
+        finally:
+            self._function = self._result = None
+
+    def _call(self, hidden: torch.Tensor) -> Any:
+        return self._forward(hidden) if self._function is None else self._function(hidden)
+
+    def _keep(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+        if self._function is None:
+            return None
+        self._result = output
+        return inputs[0].new_zeros(1, 1, 1)
+
+    def _hand_over(self, module: torch.nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+        if self._function is not None:
+            output["logits"] = self._result
+        return output
+
+
+_Actor: Any = seam("openrlhf.trainer.ray.ppo_actor:Actor")
+
+
+class PolicyActor(_Actor):
+    """models/actor.py: `Actor`, whose head can be restricted to response positions once `tap_head` was called."""
+
+    tap: Any = None  # a `HeadTap`, from `tap_head` on
+    micro_batch: MicroBatch | None = None
+
+    def __init__(self, pretrain: str, on_built: Callable[..., Any] | None = None, **built_with: Any) -> None:
+        super().__init__(pretrain, **built_with)
+        self.built_with = built_with
+        if on_built is not None:
+            on_built(actor=self)
+
+    @contextmanager
+    def reads(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """While active, `forward` does what `micro_batch` says, and leaves `scores` and `entropy` there."""
+        self.micro_batch = micro_batch
+        try:
+            yield
+        finally:
+            self.micro_batch = None
+
+    def add_teacher_adapter(self) -> None:
+        """Of a LoRA model, before DeepSpeed wraps it: a frozen second adapter (`PolicyWorker.teacher_model`)."""
+        lora.add_teacher(self.model)
+
+    @torch.no_grad()
+    def tap_head(self) -> None:
+        """Call after DeepSpeed wrapped the model, on every rank.
+
+        Raises:
+            ConfigError: the model's logits are not those of the head as we read it from its configuration.
+        """
+        head = self.model.module.get_output_embeddings()
+        if head is None:
+            raise ConfigError(
+                f"--actor.model_name_or_path {self.model.module.config.name_or_path}: a "
+                f"{type(self.model.module).__name__} names no LM head (get_output_embeddings() is None), which is "
+                "where the loss is computed; give a causal language model"
+            )
+        if isinstance(head, lora.LoraLayer):
+            raise ConfigError(
+                "--ds.lora.target_modules: an adapter on the LM head is not supported; leave the head out"
+            )
+        whole = self.model.module
+        exact_frequencies(whole.get_base_model() if isinstance(whole, lora.PeftModel) else whole)
+        ids = torch.arange(8, device=self.model.device)[None]
+        mask = torch.ones_like(ids)
+        training = self.model.training
+        self.model.eval()
+        logits = self.model(ids, attention_mask=mask, position_ids=ids).logits[0].float()
+        self.tap = HeadTap(self.model.module)
+
+        def read(hidden: torch.Tensor) -> torch.Tensor:
+            head = self.head()
+            return head.logits(hidden.float() @ head.weight.float().T)
+
+        ours, _ = self.at_rows(read, ids, mask, mask.bool())
+        self.model.train(training)
+        if (logits - ours).abs().max() > 0.05 * logits.abs().max():  # far above bf16's rounding
+            raise ConfigError(
+                f"--actor.model_name_or_path {self.model.module.config.name_or_path}: the logits of a "
+                f"{type(self.model.module).__name__} are not made of its LM head's weight, bias, scale and soft-cap "
+                "alone; such a head is not supported"
+            )
+
+    @overrides("sequences", "action_mask", "attention_mask", "return_output", "return_entropy")
+    def forward(
+        self,
+        sequences: torch.Tensor,
+        action_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_output: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As OpenRLHF's, but logits exist at response positions only, and a chunk at a time.
+
+        In a micro-batch with `samples` (bool [B]) the model reads those samples only; the others' results are zero.
+
+        Args:
+            sequences, attention_mask: int64 [B, S]. action_mask: [B, A].
+
+        Returns:
+            Log-probabilities float32 [B, A], zero where the mask is, and with `return_output` the model's output
+            with `entropy` [B, A] where asked.
+        """
+        micro_batch = self.micro_batch
+        if micro_batch is not None and micro_batch.needs["entropy"]:
+            kwargs["return_entropy"] = True
+        with_entropy = kwargs.get("return_entropy", False)
+        if self.tap is None or action_mask is None:
+            result = super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
+            if action_mask is not None and micro_batch is not None and micro_batch.needs["entropy"]:
+                micro_batch.entropy = result[1].entropy[:, -action_mask.shape[1] :]
+            return result
+        assert attention_mask is not None
+        mask = action_mask.bool()
+        if micro_batch is not None and micro_batch.samples is not None:
+            mask = mask & micro_batch.samples[:, None]
+            sequences, attention_mask, action_mask = only(micro_batch.samples, sequences, attention_mask, action_mask)
+        rows = response_rows(action_mask, sequences)
+        targets = torch.roll(sequences, -1, dims=1)[rows]
+
+        def run_head(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            scores: tuple[torch.Tensor | None, ...]
+            if micro_batch is None or micro_batch.head is None:
+                log_probs, entropy = linear_log_probs(
+                    hidden, self.head(), targets, self.temperature, with_entropy=with_entropy
+                )
+                scores = (log_probs, entropy)
+            else:
+                micro_batch.scores = micro_batch.head(hidden, self.head(), targets)
+                scores = (micro_batch.scores.log_probs, micro_batch.scores.entropy, micro_batch.scores.loss)
+            return tuple(s for s in scores if s is not None)
+
+        scores, output = self.at_rows(run_head, sequences, attention_mask, rows)
+        log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores[0].float())
+        if with_entropy:
+            output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, scores[1].float())
+        if micro_batch is not None:
+            micro_batch.entropy = output.entropy if micro_batch.needs["entropy"] else None
+            if micro_batch.head is not None and micro_batch.scores is not None:
+                # The results as they left the model, with the hooks of all around it.
+                entropy = scores[1] if with_entropy else None
+                micro_batch.scores = replace(micro_batch.scores, loss=scores[-1], log_probs=scores[0], entropy=entropy)
+        return (log_probs, output) if return_output else log_probs
+
+    def at_rows(
+        self,
+        function: Callable[[torch.Tensor], Any],
+        sequences: torch.Tensor,
+        attention_mask: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> tuple[Any, Any]:
+        """Run the model with `function(hidden [N, H])` for a head, on the N positions of `rows` (bool [B, S]).
+
+        Returns:
+            The function's result and the model's output.
+        """
+        attended: torch.Tensor | None = attention_mask
+        if self.packing_samples:
+            sequences, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, None)
+            rows, attended = rows.reshape(1, -1)[:, kept], None
+        else:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+        with self.tap.replaced_by(lambda hidden: function(hidden[rows])):
+            output = self.model(sequences, attention_mask=attended, position_ids=position_ids)
+        return output["logits"], output
+
+    @torch.no_grad()
+    def hidden_states(
+        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor, max_tokens: int
+    ) -> torch.Tensor:
+        """Final hidden states [N, H] at the N positions of `rows`, without dropout and without a graph.
+
+        In as many passes as it takes to read at most `max_tokens` (padding included) in one.
+
+        Args:
+            sequences, attention_mask: int64 [B, S], right-padded. rows: bool [B, S].
+        """
+        lengths = attention_mask.sum(dim=1).tolist()
+        batches = batches_within(lengths, max_tokens)
+        found: dict[int, torch.Tensor] = {}
+        training = self.model.training
+        self.model.eval()
+        try:
+            for batch in batches:
+                width = lengths[batch[0]]
+                read = (tensor[batch, :width] for tensor in (sequences, attention_mask, rows))
+                hidden, _ = self.at_rows(torch.clone, *read)
+                parts = hidden.split(rows[batch].sum(dim=1).tolist())
+                found.update(zip(batch, parts, strict=True))
+            for _ in range(self._most_of_any_rank(len(batches)) - len(batches)):
+                self.at_rows(torch.clone, sequences[:1, :2], attention_mask[:1, :2], rows[:1, :2])
+        finally:
+            self.model.train(training)
+        return torch.cat([found[i] for i in range(len(lengths))])
+
+    def _most_of_any_rank(self, passes: int) -> int:
+        """At ZeRO-3 the ranks gather weights together, so all of them must make as many passes."""
+        if not any(map(is_partitioned, self.model.module.parameters())):
+            return passes
+        most = torch.tensor(passes, device=self.model.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
+    def head(self) -> Head:
+        """The LM head with what the model's configuration adds to it. Under ZeRO-3 use inside `whole_head`."""
+        module, config = self.tap.module, self.model.module.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    @contextmanager
+    def whole_head(self) -> Iterator[Head]:
+        """The head with its weights gathered from all ranks where ZeRO-3 keeps them apart."""
+        with gathered(list(self.tap.module.parameters())):
+            yield self.head()
+
+
+def only(
+    samples: torch.Tensor, sequences: torch.Tensor, attention_mask: torch.Tensor, action_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of `samples` (bool [B]) without padding that none of them needs.
+
+    With no sample at all, two tokens of the first without a response: other ranks may wait for this one (ZeRO-3).
+    """
+    if not samples.any():
+        return sequences[:1, :2], torch.ones_like(attention_mask[:1, :2]), torch.zeros_like(action_mask[:1, :1])
+    width = int(attention_mask[samples].any(dim=0).nonzero()[-1]) + 1
+    return sequences[samples, :width], attention_mask[samples, :width], action_mask[samples, : width - 1]
+
+
+def batches_within(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of sequences, the longest first, in batches of at most `max_tokens` with their padding, or of one."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

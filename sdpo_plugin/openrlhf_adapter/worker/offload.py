@@ -1,0 +1,45 @@
+"""A teacher's weights in host memory, at the ZeRO stages where DeepSpeed keeps those of a model without an optimizer.
+
+At ZeRO-3 DeepSpeed fetches them itself, layer by layer (`offload_param`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sdpo_plugin.distillation.fused import Head
+from sdpo_plugin.openrlhf_adapter.worker.actor import PolicyActor
+
+
+class OffloadedActor(PolicyActor):
+    """A model for scoring only, whose weights are on the device while it is read and in host memory (pinned) else."""
+
+    def tap_head(self) -> None:
+        super().tap_head()
+        for parameter in self.model.parameters():
+            weights = parameter.data.cpu()
+            parameter.data = weights.pin_memory() if parameter.is_cuda else weights
+
+    def hidden_states(self, *inputs: Any) -> torch.Tensor:
+        with self._on_device(self.model.parameters()):
+            return super().hidden_states(*inputs)
+
+    @contextmanager
+    def whole_head(self) -> Iterator[Head]:
+        with self._on_device(self.tap.module.parameters()), super().whole_head() as head:
+            yield head
+
+    @contextmanager
+    def _on_device(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+        kept = [(parameter, parameter.data) for parameter in parameters]
+        for parameter, weights in kept:
+            parameter.data = weights.to(self.model.device, copy=True)
+        try:
+            yield
+        finally:
+            for parameter, weights in kept:
+                parameter.data = weights
