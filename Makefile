@@ -40,7 +40,7 @@ bench: .venv/installed
 gpu:
 	$(PYTHON) tests/gpu/run.py
 
-# Trains every teacher with and without LoRA at every ZeRO stage, and writes docs/matrix.md; sleep at all of them: half an hour.
+# Trains every teacher with and without LoRA at every ZeRO stage, and writes docs/validation/matrix.md; sleep at all of them: half an hour.
 matrix: .venv/installed
 	$(PY) -m pytest tests/slow/matrix.py
 	$(PY) -m pytest tests/slow/sleep.py
@@ -49,26 +49,26 @@ matrix: .venv/installed
 kills: .venv/installed
 	$(PY) -m pytest -s tests/slow/kills.py
 
-# What a run does when something around it fails: writes docs/robustness.md, a quarter of an hour.
+# What a run does when something around it fails: writes docs/validation/robustness.md, a quarter of an hour.
 robustness: .venv/installed
 	$(PY) -m pip install -q -e '.[robustness]'
 	$(PY) -m pytest tests/slow/robustness.py
 
-# Two hours of training with checkpoints, evaluations and kills: writes docs/soak.md and docs/soak.png.
+# Two hours of training with checkpoints, evaluations and kills: writes docs/validation/soak.md and docs/validation/soak.png.
 soak: .venv/installed
 	$(PY) tests/slow/soak.py
 
-# Every algorithm on the quickstart's task, three seeds: writes docs/variants.png and runs/variants/table.md, most of an hour.
+# Every algorithm on the quickstart's task, three seeds: writes docs/validation/variants.png and runs/variants/table.md, most of an hour.
 variants: .venv/installed
 	$(PY) tests/slow/variants.py
 
-# What self-distillation learns from: the quickstart's model with five seeds (docs/learning.png, runs/study/table.md) and
-# SmolLM2 with two (docs/language_model.png, runs/language_model/table.md). Some hours; run again, it goes on.
+# What self-distillation learns from: the quickstart's model with five seeds (docs/validation/learning.png, runs/study/table.md) and
+# SmolLM2 with two (docs/validation/language_model.png, runs/language_model/table.md). Some hours; run again, it goes on.
 study: .venv/lm
 	$(PY) tests/slow/study.py
 	$(PY) tests/slow/language_model.py
 
-# Wheel and sdist on every Python that is here, without OpenRLHF: writes docs/installs.md, some minutes.
+# Wheel and sdist on every Python that is here, without OpenRLHF: writes docs/validation/installs.md, some minutes.
 installs:
 	$(PYTHON) tests/slow/installs.py
 

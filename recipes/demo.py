@@ -45,8 +45,7 @@ def train(task: str, name: str, accuracy_at_start: float) -> dict[str, Any]:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     accuracy, began = [[0, accuracy_at_start]], time.monotonic()
-    command = [sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", "--platform", "cpu",
-    "--config", str(recipe)]
+    command = [sys.executable, "-m", "sdpo_plugin", "train", "--platform", "cpu", "--config", str(recipe)]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with open(directory / "log.txt", "w") as log, tqdm(total=steps(settings), desc=name) as bar:
         for line in process.stdout:

@@ -76,7 +76,7 @@ def run(recipe: Path) -> str:
     shutil.rmtree(tensorboard, ignore_errors=True)
     flags = [*small(launch(recipe)), "--logger.tensorboard_dir", str(tensorboard)]
     with open(log, "w") as output:
-        command = [sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", *flags]
+        command = [sys.executable, "-m", "sdpo_plugin", "train", *flags]
         if subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode:
             sys.exit(f"{name} failed; see {log}")
     metrics = report.read_scalars(str(tensorboard))

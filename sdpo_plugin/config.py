@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from types import SimpleNamespace
@@ -19,19 +18,19 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A configuration that must not start: names the flag, the value and the fix."""
+    """A configuration with which no run can start; the message names the flag, the value and the fix."""
 
 
 class StopTraining(RuntimeError):
-    """Raised by a plugin in `openrlhf_metrics`: the run saves a checkpoint and ends with this message."""
+    """Raised by a plugin in `openrlhf_metrics` to save a checkpoint and end the run with this message."""
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-class Group:
-    """Shared by the option groups: `prefix` is the flag prefix (`distill` -> `--distill.alpha`)."""
+class OptionGroup:
+    """Base of the option groups: `prefix` is the flag prefix (`distill` -> `--distill.alpha`)."""
 
     prefix: str
     __dataclass_fields__: typing.ClassVar[dict[str, Any]]  # every group is a dataclass
@@ -44,7 +43,7 @@ class Group:
         self.check()
 
     def check(self) -> None:
-        """Raise `ConfigError` for a value out of range or a combination without meaning."""
+        """Raise `ConfigError` for a value out of range or an invalid combination."""
 
     def fail(self, name: str, fix: str) -> None:
         raise ConfigError(f"--{self.prefix}.{name} {getattr(self, name)}: {fix}")
@@ -64,34 +63,53 @@ class Group:
 
 
 @dataclass(frozen=True)
-class DistillConfig(Group):
-    """What is distilled, and how much of it."""
+class DistillConfig(OptionGroup):
+    """The distillation loss."""
 
     prefix = "distill"
 
     mode: str = option(
-        "topk", "divergence over the whole vocabulary, over the top-k, or of the sampled token only",
-        ("full", "topk", "sampled"),
+        "topk", "tokens of the vocabulary that the divergence is computed over: full: all; topk: the k most likely "
+        "ones and a tail; sampled: only the sampled token", ("full", "topk", "sampled"),
     )
-    alpha: float = option(0.5, "0: KL(teacher||student); 1: KL(student||teacher); between: generalised Jensen-Shannon")
-    topk: int | None = option(100, "k of --distill.mode topk")
-    support: str = option("student", "whose top-k tokens carry the divergence", ("student", "teacher", "union"))
-    add_tail: bool = option(True, "collect the mass outside the top-k in one bucket instead of renormalising")
+    alpha: float = option(
+        0.5, "divergence: 0: forward KL(teacher||student); 1: reverse KL(student||teacher); in between: generalized "
+        "Jensen-Shannon divergence"
+    )
+    topk: int | None = option(100, "number of tokens k with --distill.mode topk")
+    support: str = option(
+        "student", "model whose top-k tokens the divergence is computed over", ("student", "teacher", "union"),
+    )
+    add_tail: bool = option(
+        True, "treat the probability outside the top-k as one more token (the tail); without it, the top-k is "
+        "renormalized"
+    )
     is_clip: float | None = option(
-        2.0, "upper bound of the ratio student/policy before the rollout's first update, both as the trainer sees "
-        "them: 1 with one update per rollout; none: no ratio. The ratio to what the engine sampled from is "
-        "--algo.advantage.is_correction_*, a factor of its own",
+        2.0, "upper bound of the importance ratio between the student and the policy before the rollout's first "
+        "update; none: no ratio. With one update per rollout the ratio is 1. The ratio between the policy and the vLLM "
+        "engine is a factor of its own, set by --algo.advantage.is_correction_*",
     )
-    kl_clip: float | None = option(None, "upper bound of each vocabulary entry's share of a token's divergence (OPSD)")
-    weight: float = option(1.0, "(1-w) x OpenRLHF's policy loss + w x distillation; 0 is OpenRLHF alone")
-    mean: str = option(
-        "samples", "samples: the mean over all samples of the optimizer step, 0 for those without a context, of each "
-        "one's mean over its tokens in the loss; tokens: over the tokens in the loss, as --actor.loss_agg_mode has it",
-        ("samples", "tokens"),
+    kl_clip: float | None = option(
+        None, "upper bound of the divergence that each vocabulary entry adds to a token (OPSD); none: no bound"
     )
-    skip_tokens: int = option(0, "leading response tokens without a distillation loss")
-    mask_truncated: bool = option(False, "leave responses that were cut at the length limit out of the distillation")
-    generate_from_teacher: bool = option(False, "sample from the teacher's prompt, train on the student's")
+    weight: float = option(
+        1.0, "weight w of the distillation loss: the loss is (1-w) x OpenRLHF's policy loss + w x distillation loss; "
+        "at 0 the run is OpenRLHF's own"
+    )
+    loss_agg_mode: str = option(
+        "seq-mean-token-mean", "loss aggregation: seq-mean-token-mean: mean over each response's distilled tokens (0 "
+        "without a teacher context), then over all responses of the optimizer step; token-mean: mean over all "
+        "distilled tokens", ("seq-mean-token-mean", "token-mean"),
+    )
+    skip_tokens: int = option(
+        0, "number of tokens at the start of each response that are left out of the distillation loss"
+    )
+    mask_truncated: bool = option(
+        False, "leave truncated responses (those that reached the length limit) out of the distillation loss"
+    )
+    generate_from_teacher: bool = option(
+        False, "generate responses from the teacher's prompt, and train the student on its own prompt"
+    )
 
     def check(self) -> None:
         self.in_unit_interval("alpha")
@@ -109,159 +127,190 @@ class DistillConfig(Group):
 
 
 @dataclass(frozen=True)
-class TeacherConfig(Group):
-    """Which weights read the teacher's context."""
+class TeacherConfig(OptionGroup):
+    """The teacher: which model scores the responses, and where its weights are kept."""
 
     prefix = "teacher"
 
     kind: str = option(
-        "ema", "live: the student itself; base: the initial weights; ema: their moving average; "
-        "trust_region: logits between base and student; model: another model, with the same tokenizer",
-        ("live", "base", "ema", "trust_region", "model"),
+        "ema", "teacher's weights: live: the student's current ones; base: the initial ones; ema: an exponential "
+        "moving average (EMA) of the student; trust_region: logits between those of base and student; model: another "
+        "model with the same tokenizer", ("live", "base", "ema", "trust_region", "model"),
     )
-    update_rate: float = option(0.05, "ema: teacher = (1-rate) x teacher + rate x student; trust_region: the share "
-                                "of the student's logits")
-    sync_steps: int = option(1, "optimizer steps between updates of the ema teacher")
-    model_name_or_path: str | None = option(None, "the model of --teacher.kind model")
+    update_rate: float = option(
+        0.05, "EMA rate r of the teacher: teacher = (1-r) x teacher + r x student; with --teacher.kind trust_region, "
+        "the weight of the student's logits",
+    )
+    sync_steps: int = option(1, "optimizer steps between two updates of the EMA teacher")
+    model_name_or_path: str | None = option(
+        None, "teacher with --teacher.kind model: a Hugging Face model name or directory"
+    )
     zero_stage: int | None = option(
-        None, "of --teacher.kind model: 0, whole on every GPU, or 3, partitioned over them; none: as the student is"
+        None, "ZeRO stage of the teacher with --teacher.kind model: 0: all weights on every GPU; 3: partitioned; "
+        "none: the student's stage"
     )
-    offload: bool = option(False, "keep the teacher's weights in host memory between its forward passes")
+    offload: bool = option(False, "keep the teacher's weights in CPU memory between its forward passes")
     max_tokens_per_gpu: int = option(
-        32768, "tokens of the teacher's forward pass, padding included; a micro-batch of the student with more is read "
-        "in several passes (a longer sample alone)"
+        32768, "most tokens of one teacher forward pass, padding included; a larger micro-batch is scored in several "
+        "passes, a longer sample in a pass of its own"
     )
-    save: bool = option(False, "also export the teacher as a Hugging Face model")
+    save: bool = option(False, "also save the EMA teacher as a Hugging Face model")
 
     def check(self) -> None:
         if self.kind == "model" and self.model_name_or_path is None:
-            self.fail("kind", "give --teacher.model_name_or_path, too")
+            self.fail("kind", "this teacher needs a model; give --teacher.model_name_or_path")
         for name in ("model_name_or_path", "zero_stage"):
             if self.kind != "model" and getattr(self, name) is not None:
-                self.fail(name, f"--teacher.kind {self.kind} does not read it; give --teacher.kind model")
+                self.fail(name, f"not used by --teacher.kind {self.kind}; give --teacher.kind model, or leave it out")
         if self.zero_stage not in (None, 0, 3):
-            self.fail("zero_stage", "a model that is only read is whole or partitioned; give 0 or 3")
+            self.fail("zero_stage", "the teacher is either whole on every GPU (0) or partitioned (3); give 0 or 3")
         self.positive("sync_steps", integer=True)
         self.positive("max_tokens_per_gpu", integer=True)
         if self.kind in ("ema", "trust_region"):
             self.in_unit_interval("update_rate")
             if self.update_rate == 0.0:
-                self.fail("update_rate", "this teacher would never move; give --teacher.kind base")
+                self.fail("update_rate", "the teacher would never change; give --teacher.kind base")
             if self.update_rate == 1.0 and (self.kind == "trust_region" or self.sync_steps == 1):
-                copies = ", or --teacher.sync_steps above 1 for a copy every so many steps" * (self.kind == "ema")
-                self.fail("update_rate", f"this teacher would be the student; give --teacher.kind live{copies}")
+                copies = ", or --teacher.sync_steps N to copy the student every N steps" * (self.kind == "ema")
+                self.fail("update_rate", f"the teacher would be equal to the student; give --teacher.kind live{copies}")
 
 
 @dataclass(frozen=True)
-class RepromptConfig(Group):
-    """What the teacher is shown. A section the template does not name is not used."""
+class RepromptConfig(OptionGroup):
+    """The teacher's prompt. Only the sections that `--reprompt.template` names are used."""
 
     prefix = "reprompt"
 
-    success_threshold: float = option(0.5, "a rollout with reward >= this is a success, and may teach its group")
-    exclude_self: bool = option(True, "a rollout's own success does not teach itself")
+    success_threshold: float = option(
+        0.5, "a response with at least this reward is a success and may be shown to the teacher of its group"
+    )
+    exclude_self: bool = option(True, "never show a successful response to the teacher that scores it")
     demonstration: str = option(
-        "first", "which of the successes is shown", ("first", "random", "best", "shortest")
+        "first", "which successful response of the group is shown to the teacher; consensus: the shortest response "
+        "with the group's most frequent answer, whatever its reward, for the responses with another answer (arXiv "
+        "2608.06296)",
+        ("first", "random", "best", "shortest", "consensus"),
+    )
+    consensus_threshold: float = option(
+        0.5, "with --reprompt.demonstration consensus, the least fraction of a group's responses with the same answer"
+    )
+    consensus_targets: int | None = option(
+        1, "with --reprompt.demonstration consensus, how many of a group's responses with another answer are "
+        "distilled, longest first; none: all"
     )
     remove_thinking: bool = option(
-        True, "cut closed thoughts from demonstrations, those that the prompt opened included"
+        True, "remove complete thinking sections from demonstrations and attempts, also one that the prompt opens"
     )
     thinking_tags: str | None = option(
-        None, "opening and closing tag of thoughts, as \"<reasoning> </reasoning>\", besides those of known models "
-        "(<think>, [THINK], gpt-oss's channels, ...); more pairs may follow"
+        None, "opening and closing tags of thinking sections, such as \"<reasoning> </reasoning>\", in addition to "
+        "those of known models (<think>, [THINK], gpt-oss's channels, ...); several pairs may be given"
     )
-    use_feedback: bool = option(True, "show the environment's feedback on the rollout")
+    use_feedback: bool = option(True, "show the environment's feedback on the response to the teacher")
     feedback_only_without_solution: bool = option(
-        True, "show feedback on a response only where no demonstration exists; feedback on one turn is always shown"
+        True, "show feedback on a response only if there is no demonstration; feedback on a single turn is always shown"
     )
     template: str = option(
         "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
-        "the teacher's user turn; names {prompt}, {solution}, {feedback}, {privileged_context}",
+        "text of the teacher's user turn, with the fields {prompt}, {solution}, {feedback}, {privileged_context} and "
+        "{attempt}, the response that is scored, which is shown only beside another section",
     )
     solution_template: str = option(
-        "\nCorrect solution:\n\n{successful_previous_attempt}", "the {solution} section"
+        "\nCorrect solution:\n\n{successful_previous_attempt}", "text of the {solution} section, with the field "
+        "{successful_previous_attempt}"
     )
     feedback_template: str = option(
         "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}",
-        "the {feedback} section",
+        "text of the {feedback} section, with the field {feedback_raw}",
     )
-    privileged_key: str = option("privileged_context", "data-set column of the {privileged_context} section")
-    max_len: int = option(10240, "longest teacher prompt, in tokens")
+    chat_template_kwargs: str | None = option(
+        None, "additional chat-template arguments for the teacher's prompts, as a JSON object such as "
+        "'{\"enable_thinking\": true}'; they override those of --data.chat_template_kwargs; none: the student's",
+    )
+    privileged_key: str = option("privileged_context", "dataset column that is shown as {privileged_context}")
+    max_len: int = option(10240, "longest teacher prompt in tokens; a longer one is truncated")
     truncation: str = option(
-        "right", "which side of the shown sections is cut when the prompt is too long; the question and the "
-        "closing instruction never are; error: stop instead", ("right", "left", "middle", "error"),
+        "right", "side on which the sections of a teacher prompt are truncated if it is too long (never the question "
+        "and the closing instruction); error: stop the run instead", ("right", "left", "middle", "error"),
     )
-    seed: int = option(42, "of --reprompt.demonstration random")
+    seed: int = option(42, "random seed of --reprompt.demonstration random")
 
     def check(self) -> None:
         self.positive("max_len", integer=True)
+        self.in_unit_interval("consensus_threshold")
+        self.positive("consensus_targets", optional=True, integer=True)
+        if self.demonstration == "consensus" and "{solution}" not in self.template:
+            self.fail("demonstration", "--reprompt.template has no {solution}, where it would be shown; name it there")
         for name, known in (("template", "prompt"), ("solution_template", "successful_previous_attempt"),
                             ("feedback_template", "feedback_raw")):
             if "{" + known + "}" not in getattr(self, name):
                 self.fail(name, "the template must contain {" + known + "}")
         if self.thinking_tags is not None and (not self.thinking_tags.strip() or len(self.thinking_tags.split()) % 2):
-            self.fail("thinking_tags", 'give opening and closing tags in turn, as "<reasoning> </reasoning>"')
+            self.fail("thinking_tags", 'give pairs of an opening and a closing tag, such as "<reasoning> </reasoning>"')
 
 
 @dataclass(frozen=True)
-class DiagnosticsConfig(Group):
-    """What is watched while training."""
+class DiagnosticsConfig(OptionGroup):
+    """The collapse monitor, and recorded samples."""
 
     prefix = "diagnostics"
 
-    guard: str = option(
-        "warn", "what to do about a degenerate run: say so; save a checkpoint and stop when the teacher has collapsed; "
-        "slow the ema teacher down while its context gain sinks", ("off", "warn", "stop", "slow"),
+    on_collapse: str = option(
+        "warn", "action if the run degenerates: off: none; warn: log a warning; stop: save a checkpoint and stop once "
+        "the teacher has collapsed; slow: lower the EMA rate while the context KL falls",
+        ("off", "warn", "stop", "slow"),
     )
-    interval: int = option(1, "rollout batches between two looks")
-    tolerance: int = option(5, "consecutive degenerate looks before the guard speaks or stops")
-    samples: int = option(
-        0, "samples of each rollout batch that are written to samples.jsonl, beside the event files of "
-        "--logger.tensorboard_dir, token by token with what the teacher read and would have said; 12.5 kB for each 100 "
-        "tokens, besides the texts"
+    interval: int = option(1, "rollout batches between two checks of the collapse monitor")
+    patience: int = option(
+        5, "consecutive checks that must find a degenerate state before the collapse monitor warns or stops the run"
+    )
+    log_samples: int = option(
+        0, "samples of each rollout batch to record in samples.jsonl, next to the event files of "
+        "--logger.tensorboard_dir: token by token, with the teacher's prompt and its most likely tokens; 12.5 kB per "
+        "100 tokens, plus the texts"
     )
 
     def check(self) -> None:
         self.positive("interval", integer=True)
-        self.positive("tolerance", integer=True)
-        if not isinstance(self.samples, int) or self.samples < 0:
-            self.fail("samples", "give an integer >= 0")
+        self.positive("patience", integer=True)
+        if not isinstance(self.log_samples, int) or self.log_samples < 0:
+            self.fail("log_samples", "give an integer >= 0")
 
 
 @dataclass(frozen=True)
-class RewardConfig(Group):
-    """What happens when a reward function or service fails. For every run, with an algorithm or without."""
+class RewardConfig(OptionGroup):
+    """Failures of the reward function, reward server or agent; for every run, with or without `--algo`."""
 
     prefix = "reward"
 
     on_error: str = option(
-        "stop", "after the last attempt, stop the run, or skip the sample: none of its tokens is in a loss, and its "
-        "group's statistics are those of the others", ("stop", "skip"),
+        "stop", "action after the last attempt has failed: stop: stop the run; skip: leave the sample out of the loss "
+        "and of its group's statistics", ("stop", "skip"),
     )
-    attempts: int = option(
-        1, "calls until a sample counts as failed, with 1, 2, 4, ... s between them; of an agent: whole trajectories"
+    max_attempts: int = option(
+        1, "attempts to get a sample's reward (of an agent: whole trajectories), with pauses of 1, 2, 4, ... s"
     )
     timeout: float = option(
-        600.0, "seconds until a call counts as failed (of an agent: its reset or one step); the run goes on without it"
+        600.0, "seconds after which a reward call (of an agent: its reset or one step) counts as failed"
     )
     max_turns: int | None = option(
-        None, "actions of an agent's trajectory, which ends there if its agent has not ended it; --data.max_len bounds "
-        "its tokens"
+        None, "most turns of an agent's trajectory; none: no limit but --data.max_len, which limits its tokens"
     )
-    max_skipped: float = option(0.1, "share of a rollout batch that may be skipped; above it the run stops")
+    max_skipped_fraction: float = option(
+        0.1, "most of a rollout batch that may be skipped, as a fraction; the run stops above it"
+    )
 
     def check(self) -> None:
-        self.positive("attempts", integer=True)
+        self.positive("max_attempts", integer=True)
         self.positive("timeout")
         self.positive("max_turns", optional=True, integer=True)
-        self.in_unit_interval("max_skipped")
+        self.in_unit_interval("max_skipped_fraction")
 
 
-GROUPS: tuple[type[Group], ...] = (DistillConfig, TeacherConfig, RepromptConfig, DiagnosticsConfig)
+GROUPS: tuple[type[OptionGroup], ...] = (DistillConfig, TeacherConfig, RepromptConfig, DiagnosticsConfig)
 
 
-def from_namespace(group: type[Group], args: Any) -> Any:
-    """The group's instance from OpenRLHF's nested arguments (`args.distill.alpha`)."""
+def from_namespace(group: type[OptionGroup], args: Any) -> Any:
+    """The group's instance, made from OpenRLHF's nested arguments (`args.distill.alpha`)."""
     section = vars(attrgetter(group.prefix)(args))
     return group(**{f.name: section[f.name] for f in dataclasses.fields(group)})
 
@@ -274,21 +323,21 @@ def flat(nested: SimpleNamespace, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def add_group(parser: argparse.ArgumentParser, group: type[Group]) -> None:
+def add_group(parser: argparse.ArgumentParser, group: type[OptionGroup]) -> None:
     """The flags of an option group: one per field, `--prefix.field`, with its type, choices, default and help."""
     section = parser.add_argument_group(f"--{group.prefix}", (group.__doc__ or "").strip())
     hints = typing.get_type_hints(group)
     for f in dataclasses.fields(group):
         kinds = [k for k in (typing.get_args(hints[f.name]) or (hints[f.name],)) if k is not type(None)]
         optional = type(None) in typing.get_args(hints[f.name])
-        flag, help = f"--{group.prefix}.{f.name}", f.metadata["help"]
+        flag, help = f"--{group.prefix}.{f.name}", f.metadata["help"].replace("%", "%%")
         if kinds == [bool]:
             section.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=help)
         else:
             section.add_argument(
                 flag, type=_optional(kinds[0]) if optional else kinds[0], default=f.default,
-                choices=f.metadata["choices"], help=f"{help} (default: {f.default!r})",
-            )
+                choices=f.metadata["choices"], help=help,
+            )  # fmt: skip
 
 
 def _optional(kind: type) -> Any:
@@ -300,38 +349,37 @@ def _optional(kind: type) -> Any:
 
 
 def chat_template_kwargs(args: Any) -> dict[str, Any]:
-    """`--data.chat_template_kwargs` (`host/cli.py`) of OpenRLHF's nested arguments, which carry it as JSON text.
+    """`--data.chat_template_kwargs` (`launcher/options.py`) of OpenRLHF's nested arguments, where it is JSON text.
 
-    Raises `ConfigError` for what is no JSON object, and where it would change nothing.
+    Raises `ConfigError` for anything but a JSON object, and where it would have no effect.
     """
-    text = args.data.chat_template_kwargs
+    return _template_arguments("--data.chat_template_kwargs", args.data.chat_template_kwargs, args)
+
+
+def teacher_chat_template_kwargs(args: Any) -> dict[str, Any]:
+    """What the chat template is given for a teacher's prompts: the student's arguments, and the teacher's own.
+
+    Raises `ConfigError` as `chat_template_kwargs` does.
+    """
+    own = args.reprompt.chat_template_kwargs
+    found = _template_arguments("--reprompt.chat_template_kwargs", own, args) if own is not None else {}
+    return {**chat_template_kwargs(args), **found}
+
+
+def _template_arguments(flag: str, text: str, args: Any) -> dict[str, Any]:
     try:
         kwargs = json.loads(text)
     except json.JSONDecodeError:
         kwargs = None
     if not isinstance(kwargs, dict):
         raise ConfigError(
-            f"--data.chat_template_kwargs {text}: not a JSON object; give one, as '{{\"enable_thinking\": false}}'"
+            f"{flag} {text}: not a JSON object; give one such as '{{\"enable_thinking\": false}}'"
         )
     if taken := [name for name in ("conversation", "tokenize", "add_generation_prompt") if name in kwargs]:
-        raise ConfigError(f"--data.chat_template_kwargs {text}: OpenRLHF sets {taken[0]} itself; leave it out")
+        raise ConfigError(f"{flag} {text}: OpenRLHF sets {taken[0]} itself; leave {taken[0]} out")
     if kwargs and not args.data.apply_chat_template:
         raise ConfigError(
-            f"--data.chat_template_kwargs {text}: no chat template renders these prompts; "
-            "give --data.apply_chat_template, or leave it out"
+            f"{flag} {text}: without a chat template this has no effect; "
+            "give --data.apply_chat_template, or leave the flag out"
         )
     return kwargs
-
-
-def options_page(groups: Sequence[type[Group]]) -> str:
-    """docs/options.md: every flag with its default."""
-    lines = ["# Options", "", "Made by `openrlhf-sdpo options > docs/options.md`.", ""]
-    for group in groups:
-        lines += [f"## --{group.prefix}", "", group.__doc__ or "", "", "| flag | default | |", "| --- | --- | --- |"]
-        for f in fields(group):
-            choices = f"; one of {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
-            default = str(f.default).replace("\n", "\\n")
-            text = f"{f.metadata['help']}{choices}".replace("|", "\\|")
-            lines.append(f"| `--{group.prefix}.{f.name}` | `{default}` | {text} |")
-        lines.append("")
-    return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Every hook, in the order a sample meets them: `from sdpo_plugin import hookimpl`, and implement those you need.
+"""Every hook, in the order a sample meets them: `from sdpo_plugin import hookimpl`, and implement what you need.
 
-What they are given is in `interface.py`; `args` are OpenRLHF's nested arguments everywhere.
+What hooks are given is in `interface/`; `args` are OpenRLHF's nested arguments everywhere.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from sdpo_plugin.interface.micro_batch import MicroBatch, RolloutBatch, Worker
+    from sdpo_plugin.interface.micro_batch import MicroBatch
+    from sdpo_plugin.interface.models import Worker
+    from sdpo_plugin.interface.rollout_batch import RolloutBatch
 
 PROJECT = "openrlhf"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -27,7 +29,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def openrlhf_algorithms() -> list[type] | None:
-    """Classes this plugin offers to `--algo` (`algorithm.SelfDistillation`, or a class with the same class attributes).
+    """Classes this plugin offers to `--algo` (`SelfDistillation`, or a class with the same class attributes).
 
     The chosen one is made once in each process, with the arguments, and its hooks are registered.
     """
@@ -48,49 +50,67 @@ def openrlhf_configure(args: Any) -> None:
 
 @hookspec
 def openrlhf_dataset(dataset: Any, evaluation: bool, args: Any) -> None:
-    """A split was loaded (`datasets.Dataset`, every column there). Raise `ConfigError` if it cannot serve.
+    """A split was loaded (`datasets.Dataset`, with all its columns). Raise `ConfigError` to reject it.
 
-    Called in the launcher for each data set, before Ray starts, and on the controller for all of them as one.
+    Called in the launcher for each dataset, before Ray starts, and on the controller for all of them as one.
 
-    `evaluation`: it is the one of `--eval.dataset`, which nothing is trained on.
+    `evaluation`: True for `--eval.dataset`, on which nothing is trained.
     """
 
 
 @hookspec(firstresult=True)
 def openrlhf_generation_prompt(prompt: str, record: dict[str, Any], tokenizer: Any, args: Any) -> list[int] | None:
-    """Token ids behind which the engine samples a training response, in place of the prompt's own; None keeps them.
+    """Token ids from which the engine samples a training response, in place of the prompt's own; None keeps them.
 
-    What is recorded and trained on is the response behind the data set's prompt, which an agent's `reset` must return.
+    The response is recorded and trained on after the dataset's prompt, which an agent's `reset` must return.
     """
 
 
 @hookspec
-def openrlhf_sample(sample: Any, response: dict[str, Any], args: Any) -> None:
+def openrlhf_record_columns(args: Any) -> Iterable[str] | None:
+    """Columns of `sample.record` that this plugin reads once the batch is made, from `openrlhf_rollout_batch` on.
+
+    Asynchronous runs send them, and the prompt's, through Ray's queue to the controller, and no others.
+    """
+
+
+@hookspec
+def openrlhf_rollout_sample(sample: Any, response: dict[str, Any], args: Any) -> None:
     """A rollout became `sample` (OpenRLHF's `Experience`, one row) from the engine's `response`.
 
-    `sample.record` is its data-set row, `sample.feedback` the reward function's text or None, and `sample.turns` has
-    the feedback on each turn of an agent; attributes set here stay with the sample until `openrlhf_batch`.
+    `sample.record` is its dataset row, the same for siblings, `sample.feedback` the reward function's text or None, and
+    `sample.turns` has the feedback on each turn of an agent. Attributes set here stay with the sample until
+    `openrlhf_rollout_batch`.
     """
 
 
 @hookspec
-def openrlhf_needs(args: Any) -> Mapping[str, bool] | None:
-    """What a micro-batch must provide: True for what this plugin reads, False for what it keeps others from reading.
+def openrlhf_requirements(args: Any) -> Mapping[str, bool] | None:
+    """What a micro-batch must provide: True for a value that this plugin uses, False for one that it does not need.
 
     `old_log_probs`: the policy's log-probabilities from before the update; `log_probs`: a gradient through
-    `micro_batch.log_probs`; `entropy`: `micro_batch.entropy`; `samples`: the student reads all of them. What one
-    plugin needs is there for all. Without an answer from anyone it is as in OpenRLHF: everything but entropy.
+    `micro_batch.log_probs`; `entropy`: `micro_batch.entropy`; `all_samples`: the student's forward pass over all of
+    them. A value is computed if any plugin uses it. By default it is as in OpenRLHF: everything but entropy.
     """
 
 
 @hookspec
-def openrlhf_batch(batch: RolloutBatch) -> None:
+def openrlhf_rollout_batch(batch: RolloutBatch) -> None:
     """All samples of a step have their rewards. `batch.attach(...)` sends tensors along to the policy workers."""
 
 
+@hookspec(firstresult=True)
+def openrlhf_answer(response: str, record: dict[str, Any], args: Any) -> str | None:
+    """The final answer of a response in a form in which equal answers are equal texts; "": it has none.
+
+    Called for `--reprompt.demonstration consensus`, which counts them. `record` is the dataset row. By default it is
+    the answer that `environments/maths.py` finds. With None the next plugin's counts.
+    """
+
+
 @hookspec
-def openrlhf_trained(batch: RolloutBatch) -> None:
-    """The policy workers have trained on the batch; `batch.answers` has what they told about it (`batch.ask`)."""
+def openrlhf_after_training_step(batch: RolloutBatch) -> None:
+    """The policy workers have trained on the batch; `batch.reports` has what they reported (`batch.request`)."""
 
 
 @hookspec
@@ -100,32 +120,32 @@ def openrlhf_metrics(status: dict[str, Any], args: Any) -> None:
 
 @hookspec
 def openrlhf_log(metrics: dict[str, Any], step: int, evaluation: bool, args: Any) -> None:
-    """What OpenRLHF gives its loggers of global step `step`: every `--logger.logging_steps`, and of each evaluation.
+    """What OpenRLHF gives its loggers at global step `step`: every `--logger.logging_steps`, and at each evaluation.
 
     Values are numbers; `generated_samples` is a text and its reward.
     """
 
 
 @hookspec
-def openrlhf_end(error: BaseException | None, args: Any) -> None:
+def openrlhf_train_end(error: BaseException | None, args: Any) -> None:
     """The training is over: `error` is what ended it (`StopTraining`: a plugin did), or None. Not after a kill."""
 
 
 @hookspec
-def openrlhf_save_states(states: dict[str, Any], args: Any) -> None:
+def openrlhf_save_controller_state(states: dict[str, Any], args: Any) -> None:
     """A checkpoint is about to be saved: add plain values that this process must have after a restart."""
 
 
 @hookspec
-def openrlhf_load_states(states: dict[str, Any], args: Any) -> None:
-    """What `openrlhf_save_states` saved; empty in a run that starts anew."""
+def openrlhf_load_controller_state(states: dict[str, Any], args: Any) -> None:
+    """What `openrlhf_save_controller_state` saved; empty in a run that starts anew."""
 
 
 # ── every policy worker (ppo_actor.py) ──
 
 
 @hookspec
-def openrlhf_model(actor: Any, args: Any) -> None:
+def openrlhf_model_built(actor: Any, args: Any) -> None:
     """The policy model (`actor.model`) was built and DeepSpeed has not wrapped it: freeze parameters, add adapters."""
 
 
@@ -138,16 +158,16 @@ def openrlhf_worker_setup(worker: Worker) -> None:
 def openrlhf_device_tensors(worker: Worker) -> Iterable[torch.Tensor] | None:
     """This plugin's tensors in device memory that outlast a step, always in the same order.
 
-    With `--ds.enable_sleep` they are in host memory while the optimizer is: their `data` points there.
+    With `--ds.enable_sleep` they are in CPU memory while the optimizer is: their `data` points there.
     """
 
 
 @hookspec
 def openrlhf_before_forward(micro_batch: MicroBatch) -> None:
-    """Before the student's forward pass: score teachers, set `micro_batch.head` to replace the LM head.
+    """Before the student's forward pass: score teachers, set `micro_batch.head_fn` to replace the LM head.
 
-    Set `micro_batch.samples` (bool [B]) to let the student read only those, and `micro_batch.policy_weights` ([B]) to
-    weigh samples in OpenRLHF's policy loss.
+    Set `micro_batch.sample_mask` (bool [B]) to have the student score only those samples, and
+    `micro_batch.policy_weights` ([B]) to weigh samples in OpenRLHF's policy loss.
     """
 
 

@@ -19,9 +19,10 @@ def openrlhf_algorithms() -> list[type]:
     from sdpo_plugin.algorithms.sdft import SDFT
     from sdpo_plugin.algorithms.sdpg import SDPG
     from sdpo_plugin.algorithms.sdpo import SDPO
+    from sdpo_plugin.algorithms.sdzero import SDZERO
     from sdpo_plugin.algorithms.srpo import SRPO
 
-    return [SDPO, SDFT, OPSD, SRPO, RLSD, RLCSD, SDPG, OPD, FSD]
+    return [SDPO, SDFT, OPSD, SRPO, RLSD, RLCSD, SDPG, SDZERO, OPD, FSD]
 
 
 @hookimpl
@@ -30,15 +31,24 @@ def openrlhf_add_arguments(parser: argparse.ArgumentParser) -> None:
         add_group(parser, group)
 
 
+@hookimpl(trylast=True)
+def openrlhf_answer(response: str, record: dict[str, Any], args: Any) -> str:
+    """As the maths environment finds answers, so that equal numbers are equal texts."""
+    from sdpo_plugin.environments import answers, maths
+
+    found = maths.answer(response)
+    return answers.canonical(found) if found else ""
+
+
 @hookimpl
 def openrlhf_configure(args: Any) -> None:
     for group in GROUPS:
         from_namespace(group, args)
-    if args.diagnostics.samples and (args.algo.name is None or args.distill.weight == 0.0):
+    if args.diagnostics.log_samples and (args.algo.name is None or args.distill.weight == 0.0):
         without, fix = ("without --algo", "--algo sdpo (or another)") if args.algo.name is None else (
             "at --distill.weight 0", "a weight above 0"
         )  # fmt: skip
         raise ConfigError(
-            f"--diagnostics.samples {args.diagnostics.samples}: {without} there is no teacher, whose reading is what "
-            f"is recorded; give {fix}, or leave it out"
+            f"--diagnostics.log_samples {args.diagnostics.log_samples}: {without} there is no teacher, whose scores "
+            f"are recorded; give {fix}, or leave it out"
         )

@@ -19,10 +19,10 @@ import pluggy
 
 from sdpo_plugin import hookspecs
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.interface.micro_batch import combined_needs
+from sdpo_plugin.interface.micro_batch import combined_requirements
 
 ENTRY_POINTS = "openrlhf.plugins"
-ALLOWED = "OPENRLHF_PLUGINS"  # as in host/startup.py, which imports nothing
+ALLOWED = "OPENRLHF_PLUGINS"  # as in launcher/startup.py, which imports nothing
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +58,7 @@ def load(modules: Sequence[str] = ()) -> tuple[pluggy.PluginManager, list[Found]
     for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         problem = None
         if allowed is not None and entry.name not in allowed.split(","):
-            problem = f"{ALLOWED}={allowed} leaves it out"
+            problem = f"excluded by {ALLOWED}={allowed}"
         elif manager.get_plugin(entry.name) is None:  # else listed twice, as in an editable install's build folder
             try:
                 _register(manager, entry.load(), entry.name)
@@ -74,7 +74,7 @@ def load(modules: Sequence[str] = ()) -> tuple[pluggy.PluginManager, list[Found]
             if not manager.is_registered(module):  # else it is installed, too
                 _register(manager, module, name)
         except (ImportError, ValueError, pluggy.PluginValidationError) as error:
-            raise ConfigError(f"--plugins {name}: {error}; give an importable module with hooks") from error
+            raise ConfigError(f"--plugins {name}: {error}; give an importable module that defines hooks") from error
         found.append(Found(name, "--plugins"))
     return manager, found
 
@@ -108,13 +108,13 @@ _active: pluggy.PluginManager | None = None
 def activate(args: Any, loaded: pluggy.PluginManager | None = None) -> pluggy.PluginManager:
     """Make this process's manager, with the algorithm of `args`; `active` returns it from then on.
 
-    An algorithm that has nothing to do with these arguments (`acts`) is not registered.
+    An algorithm that has nothing to do with these arguments (`is_enabled`) is not registered.
     """
     global _active
     manager = loaded or load(args.plugins)[0]
     if args.algo.name is not None:
         chosen = algorithm_class(manager, args.algo.name)
-        if chosen.acts(args):
+        if chosen.is_enabled(args):
             manager.register(chosen(args), f"algorithm {args.algo.name}")
             manager.check_pending()
     _active = manager
@@ -133,6 +133,6 @@ def algorithm() -> Any:
     return next((p for name, p in active().list_name_plugin() if name.startswith("algorithm ")), None)
 
 
-def needs(args: Any) -> dict[str, bool]:
-    """What the run's plugins need of a micro-batch (`openrlhf_needs`)."""
-    return combined_needs(active().hook.openrlhf_needs(args=args))
+def requirements(args: Any) -> dict[str, bool]:
+    """What the run's plugins need of a micro-batch (`openrlhf_requirements`)."""
+    return combined_requirements(active().hook.openrlhf_requirements(args=args))

@@ -18,6 +18,12 @@ def pytest_report_header() -> str:
     return "OpenRLHF runs on the CPU in all tests; GPUs are hidden from them"
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Autograd counts the devices at the process's first backward pass, be it of a test on the CPU."""
+    if any("device" in item.fixturenames for item in items):
+        import emulated  # noqa: F401
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("models") / "untied")
@@ -55,3 +61,27 @@ def initial(model) -> dict:
     from safetensors.torch import load_file
 
     return load_file(model / "model.safetensors")
+
+
+@pytest.fixture(params=["cpu", "emu"])
+def device(request, monkeypatch):
+    """Runs the test on the CPU and on the emulated accelerator (`emulated.py`): there every tensor is on it that is
+    made without naming a device, and so are those of the test's module. Yields the emulator, or None.
+    """
+    if request.param == "cpu":
+        yield None
+        return
+    import torch
+    from emulated import Emulator
+    from torch.utils._pytree import tree_map_only
+
+    with Emulator() as emulator:
+        torch.set_default_device("emu")
+        try:
+            for name, value in vars(request.module).items():
+                if isinstance(value, torch.Tensor | list):
+                    monkeypatch.setattr(request.module, name, tree_map_only(torch.Tensor, lambda x: x.to("emu"), value))
+            emulator.reset()
+            yield emulator
+        finally:
+            torch.set_default_device(None)

@@ -17,5 +17,8 @@ class LargestTensor(TorchDispatchMode):
 
         result = function(*args, **(kwargs or {}))
         known = storages((args, kwargs))
-        self.bytes = max([self.bytes, *(size for at, size in storages(result).items() if at not in known)])
+        self.made([size for at, size in storages(result).items() if at not in known])
         return result
+
+    def made(self, sizes):
+        self.bytes = max([self.bytes, *sizes])

@@ -38,11 +38,11 @@ def curves(steps: int, collapses: bool = False, seed: int = 0) -> dict[str, list
     def rise(x: float) -> float:
         return 0.3 * math.exp(-((x - 0.45) ** 2) / 0.02) if collapses else 1 / (1 + math.exp(8 - 16 * x))
 
-    def gain(x: float) -> float:
+    def kl(x: float) -> float:
         return 1.8 / (1 + math.exp(22 * (x - 0.5))) if collapses else 1.83
 
     evaluated = range(max(steps // 12, 1), steps + 1, max(steps // 12, 1))
-    alarms = [(step, float(collapses and step >= 0.5 * steps and step % 5 == 0)) for step in every]
+    warnings = [(step, float(collapses and step >= 0.5 * steps and step % 5 == 0)) for step in every]
     return {
         "eval/eval_default_pass1": [(step, rise(step / steps)) for step in evaluated],
         "train/rollout/reward_mean": curve(lambda x: 0.9 * rise(x), 0.05),
@@ -50,13 +50,13 @@ def curves(steps: int, collapses: bool = False, seed: int = 0) -> dict[str, list
         "train/rollout/truncated_rate": curve(lambda x: 0.02, 0.02),
         "train/self_distillation/loss": curve(lambda x: 1.85 * math.exp(-5 * x), 0.05),
         "train/actor_grad_norm": curve(lambda x: 1.2 * math.exp(-3 * x), 0.1),
-        "train/teacher/context_gain": curve(gain, 0.06),
-        "train/teacher/advantage_on_failures": curve(lambda x: -5.0 * math.exp(-3 * x), 0.3),
+        "train/teacher/context_kl": curve(kl, 0.06),
+        "train/teacher/log_ratio_on_failures": curve(lambda x: -5.0 * math.exp(-3 * x), 0.3),
         "train/self_distillation/student_entropy": curve(lambda x: 1.9 * math.exp(-4 * x), 0.05),
         "train/self_distillation/response_length_drift": curve(lambda x: 1.0, 0.1),
         "train/self_distillation/reprompt_sample_fraction": curve(lambda x: 1.0),
-        "train/alarm/collapse": alarms,
-        "train/alarm/inactive": curve(lambda x: 0.0),
+        "train/warning/collapse": warnings,
+        "train/warning/inactive": curve(lambda x: 0.0),
         "train/timing/generation": curve(lambda x: 0.22, 0.04),
         "train/timing/make_experience": curve(lambda x: 0.05, 0.01),
         "train/timing/ppo_train": curve(lambda x: 0.13, 0.02),
@@ -80,7 +80,7 @@ def sample(step: int, number: int = 0, **changed: Any) -> dict[str, Any]:
     made = {
         "step": step, "sample": number, "prompt": prompt, "response": said + "<|im_end|>",
         "reward": float(said == code), "feedback": feedback, "active": True, "truncated": False,
-        "teacher_prompt": prompt.replace("?", "?" + context), "cut": {}, "tokens": tokens,
+        "teacher_prompt": prompt.replace("?", "?" + context), "truncated_at": {}, "tokens": tokens,
         "token_ids": list(range(len(tokens))), "in_loss": [True] * len(tokens), "student": student, "teacher": teacher,
         "alternatives": [
             [[right, -0.02], ["7", -4.5], ["3", -5.0], ["0", -5.5], [" ", -6.0]] for right in [*code, "<|im_end|>"]
@@ -95,7 +95,7 @@ def hostile(step: int) -> dict[str, Any]:
     count = len(tokens)
     return sample(
         step, 9, prompt=[{"role": "user", "content": HOSTILE}], response=HOSTILE, feedback=HOSTILE,
-        teacher_prompt=HOSTILE, cut={"feedback": [7], HOSTILE: [12]}, tokens=tokens, token_ids=[0] * count,
+        teacher_prompt=HOSTILE, truncated_at={"feedback": [7], HOSTILE: [12]}, tokens=tokens, token_ids=[0] * count,
         in_loss=[True] * (count - 1) + [False], student=[-1.0] * count, teacher=[-3.0] * count,
         alternatives=[[[HOSTILE, -0.1], ["\u202e", -3.0]]] * count,
     )  # fmt: skip

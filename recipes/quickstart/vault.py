@@ -33,7 +33,8 @@ from tqdm import trange
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sdpo_plugin.config import RepromptConfig
-from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, teacher_prompt_ids
+from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts
+from sdpo_plugin.distillation.teacher_prompt import teacher_prompt_ids
 
 SECRET_VAULTS = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "

@@ -1,4 +1,4 @@
-"""Which of OpenRLHF's options self-distillation goes together with, and what it leaves of its loss."""
+"""Which of OpenRLHF's options are supported with self-distillation, and what a loss needs of OpenRLHF."""
 
 from __future__ import annotations
 
@@ -23,28 +23,34 @@ def reads_old_log_probs(args: Any, uses_policy_loss: bool) -> bool:
     return uses_policy_loss or args.algo.kl.init_coef > 0.0 or several_updates or of_whole_samples
 
 
-def refuse(args: Any) -> None:
-    """Stop, before anything loads, where the two do not go together yet."""
+def reject_unsupported(args: Any) -> None:
+    """Raise ConfigError, before anything is loaded, for options that are not supported together."""
     if args.distill.generate_from_teacher and "{privileged_context}" not in args.reprompt.template:
         raise ConfigError(
-            "--distill.generate_from_teacher True: before a rollout only the data set's context is known; name "
-            "{privileged_context} in --reprompt.template, or use --algo sdft"
+            "--distill.generate_from_teacher True: before a response is generated, only the dataset can provide the "
+            "context; add {privileged_context} to --reprompt.template, or use --algo sdft"
         )
     if args.distill.generate_from_teacher and args.algo.advantage.is_correction_level != "off":
         raise ConfigError(
             f"--algo.advantage.is_correction_level {args.algo.advantage.is_correction_level}: with "
-            "--distill.generate_from_teacher the engine's log-probabilities are those of another prompt, and the "
-            "correction would take the samples' point away; give off"
+            "--distill.generate_from_teacher the vLLM engines sample from another prompt than the student's, so the "
+            "correction does not apply; give off"
         )
     if args.teacher.save and args.teacher.kind != "ema":
         raise ConfigError(
-            f"--teacher.save True: a {args.teacher.kind} teacher has no weights but those of models that are there "
-            "already; leave it out, or train with --teacher.kind ema"
+            f"--teacher.save True: a {args.teacher.kind} teacher has no weights of its own to save; leave it out, or "
+            "use --teacher.kind ema"
         )
     if args.train.enable_ema and args.ds.lora.rank > 0:
         raise ConfigError(
-            f"--train.enable_ema with --ds.lora.rank {args.ds.lora.rank}: OpenRLHF averages weights by their position, "
-            "which adapters change; leave it out (the average that teaches is --teacher.kind ema)"
+            f"--train.enable_ema with --ds.lora.rank {args.ds.lora.rank}: OpenRLHF's EMA pairs weights by position, "
+            "which is wrong with LoRA adapters; leave --train.enable_ema out (the EMA teacher is --teacher.kind ema)"
+        )
+    if args.ds.lora.rank > 0 and args.teacher.kind == "ema" and args.ds.zero_stage == 3 and args.ds.zpg > 1:
+        # DeepSpeed renews ZeRO++'s second copies of weights that the optimizer trains, and the teacher's are not.
+        raise ConfigError(
+            f"--ds.zpg {args.ds.zpg}: with --ds.lora.rank and --ds.zero_stage 3 an ema teacher would stay as it began; "
+            "give --ds.zpg 1, or --teacher.kind base"
         )
     correction = args.algo.advantage
     if correction.is_correction_mode == "clip" and (
@@ -52,21 +58,20 @@ def refuse(args: Any) -> None:
     ):
         raise ConfigError(
             f"--algo.advantage.is_correction_level {correction.is_correction_level}, --algo.advantage."
-            f"is_correction_gating {correction.is_correction_gating}: only the ratio of a token can be clipped, which "
-            f"--algo {args.algo.name} does by default; give --algo.advantage.is_correction_mode mask, too"
+            f"is_correction_gating {correction.is_correction_gating}: these need --algo.advantage.is_correction_mode "
+            f"mask, but --algo {args.algo.name} clips by default; give --algo.advantage.is_correction_mode mask"
         )
     for flag, asked, fix in (
-        ("--ds.ring_attn_size", args.ds.ring_attn_size > 1, "give --ds.ring_attn_size 1"),
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),
         ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),
-        ("--ds.deepcompile", args.ds.deepcompile, "leave it out"),
+        ("--ds.deepcompile", args.ds.deepcompile, "leave the flag out"),
     ):
         if asked:
             raise ConfigError(f"{flag} is not supported with --algo {args.algo.name} yet; {fix}")
 
 
 def require_same_tokenizer(student: str, teacher: str) -> None:
-    """Raise ConfigError unless the models at both paths read the same tokens for the same texts."""
+    """Raise ConfigError unless the tokenizers at both paths give the same tokens for the same texts."""
     from transformers import AutoTokenizer
 
     tokenizers = [AutoTokenizer.from_pretrained(path, trust_remote_code=True) for path in (student, teacher)]
@@ -76,10 +81,11 @@ def require_same_tokenizer(student: str, teacher: str) -> None:
     if not differing and split[0] == split[1]:
         return
     found = (
-        f"token {differing[0]} is {names[0].get(differing[0])!r} there and {names[1].get(differing[0])!r} here"
-        if differing else "the same tokens, but text is split differently"
+        f"token {differing[0]} is {names[0].get(differing[0])!r} in the student and "
+        f"{names[1].get(differing[0])!r} in the teacher" if differing
+        else "their vocabularies are equal, but they split text differently"
     )  # fmt: skip
     raise ConfigError(
         f"--teacher.model_name_or_path {teacher}: another tokenizer than that of --actor.model_name_or_path {student} "
-        f"({found}), so it cannot score the student's tokens; give a model of the same family"
+        f"({found}), so the teacher cannot score the student's tokens; give a model of the same family"
     )

@@ -1,12 +1,12 @@
 """Focal Self-Distillation: the mean belongs to the tokens on which student and teacher disagree. Ours; not published.
 
-In SDPO's mean every token of a response has the same share. Most say nothing new: the student has learned them, or
+In SDPO's mean every token of a response has the same weight. Most carry no signal: the student has learned them, or
 the context has nothing to add to them. What is left of their gradient is noise, of the teacher's other weights or of
-rounding, and their share of the mean is taken from those that matter. Here a token counts by
+rounding, and their weight in the mean is taken from the tokens that matter. Here a token counts by
 
     w = TV(S, T)^focus / mean of it over the distilled tokens,   TV = 1/2 sum_v |S(v) - T(v)|,
 
-the probability that the two would say different things if they could agree as often as possible. As the student
+the probability that the two would sample different tokens under the best coupling. As the student
 learns, the whole step goes to what it has not learned yet. The idea is that of the focal loss (arXiv 1708.02002),
 whose weight is of a label's probability. Total variation is bounded by 1 and looks at likely tokens, so a token that
 both find nearly impossible cannot take the step over, as it can with a weight made of log-ratios.
@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 
 from sdpo_plugin.algorithms.sdpo import SDPO
-from sdpo_plugin.config import Group, option
-from sdpo_plugin.distillation.loss import Tokens
+from sdpo_plugin.config import OptionGroup, option
+from sdpo_plugin.distillation.loss import TokenBatch
 
 
 @dataclass(frozen=True)
-class FsdConfig(Group):
+class FsdConfig(OptionGroup):
     """How strongly Focal Self-Distillation (`--algo fsd`) prefers tokens of disagreement."""
 
     prefix = "fsd"
@@ -46,6 +46,6 @@ class FSD(SDPO):
     normalizes_token_weights = True
     fsd: FsdConfig
 
-    def token_weights(self, tokens: Tokens) -> torch.Tensor:
+    def token_weights(self, tokens: TokenBatch) -> torch.Tensor:
         distance = (tokens.student.detach().exp() - tokens.teachers[0].exp()).abs().sum(dim=-1) / 2
         return distance**self.fsd.focus

@@ -16,5 +16,5 @@ def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> di
 
 
 def is_rewarded(args: Any) -> bool:
-    """Whether rewards say anything about the samples; without, all count as failed, and some must not be."""
+    """Whether rewards carry information about the samples; without a reward all samples count as failed."""
     return args.reward.remote_url != [PATH]

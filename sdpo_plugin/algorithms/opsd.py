@@ -1,4 +1,4 @@
-"""On-Policy Self-Distillation (arXiv 2601.18734): a verified solution from the data set."""
+"""On-Policy Self-Distillation (arXiv 2601.18734): a verified solution from the dataset."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from sdpo_plugin.algorithms.sdft import SDFT
 class OPSD(SDFT):
     """The teacher is shown the row's verified solution.
 
-    Forward KL over the whole vocabulary, each entry's share clipped, against the initial weights: as published later in
-    github.com/siyan-zhao/OPSD. The first version of the paper has the Jensen-Shannon divergence without a clip
+    Forward KL over the whole vocabulary against the initial weights, each entry's contribution clipped: as published
+    later in github.com/siyan-zhao/OPSD. The first version of the paper has the Jensen-Shannon divergence without a clip
     (`--distill.alpha 0.5 --distill.kl_clip none`).
 
     Published samples are also of the 20 likeliest tokens only (`top_k`), for which OpenRLHF 0.11.2 has no flag. With
@@ -20,7 +20,7 @@ class OPSD(SDFT):
     """
 
     name = "opsd"
-    corrects_rollouts = False
+    uses_rollout_correction = False
     defaults: dict[str, Any] = SDFT.defaults | {
         "teacher.kind": "base",  # `fixed_teacher`
         "distill.kl_clip": 0.05,  # `jsd_token_clip`

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 
 from sdpo_plugin.algorithms.rlsd import RLSD
-from sdpo_plugin.config import Group, option
+from sdpo_plugin.config import OptionGroup, option
 from sdpo_plugin.distillation.context import Rollout, TeacherContext, context_showing
-from sdpo_plugin.interface.micro_batch import RolloutBatch
+from sdpo_plugin.interface.rollout_batch import RolloutBatch
 
 
 @dataclass(frozen=True)
-class RlcsdConfig(Group):
+class RlcsdConfig(OptionGroup):
     """How the contrast of hints changes a token's advantage (`--algo rlcsd`)."""
 
     prefix = "rlcsd"
@@ -58,8 +58,8 @@ class RLCSD(RLSD):
     }  # fmt: skip
     rlcsd: RlcsdConfig
 
-    def contexts(self, batch: RolloutBatch, rollouts: Sequence[Rollout]) -> list[list[TeacherContext]]:
-        (right,) = super().contexts(batch, rollouts)
+    def teacher_contexts(self, batch: RolloutBatch, rollouts: Sequence[Rollout]) -> list[list[TeacherContext]]:
+        (right,) = super().teacher_contexts(batch, rollouts)
         wrong: list[list[TeacherContext]] = [[] for _ in range(self.rlcsd.wrong_hints)]
         for i, rollout in enumerate(rollouts):
             failed = [

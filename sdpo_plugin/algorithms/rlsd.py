@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from sdpo_plugin.algorithms.sdpo import SDPO
-from sdpo_plugin.config import Group, option
+from sdpo_plugin.config import OptionGroup, option
 from sdpo_plugin.interface.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)
-class RlsdConfig(Group):
-    """How much the teacher changes a token's share of the advantage (`--algo rlsd`)."""
+class RlsdConfig(OptionGroup):
+    """How much the teacher changes a token's part of the advantage (`--algo rlsd`)."""
 
     prefix = "rlsd"
 
@@ -45,15 +45,15 @@ class RlsdConfig(Group):
 
 
 class RLSD(SDPO):
-    """OpenRLHF's policy loss with advantages that the teacher shares out among a response's tokens."""
+    """OpenRLHF's policy loss with a response's advantage that the teacher divides among its tokens."""
 
     name = "rlsd"
-    options: tuple[type[Group], ...] = (RlsdConfig,)
+    options: tuple[type[OptionGroup], ...] = (RlsdConfig,)
     defaults: dict[str, Any] = SDPO.defaults | {"algo.advantage.estimator": "group_norm", "teacher.kind": "live"}
-    uses_policy_loss, mixes = True, False
+    uses_policy_loss, supports_hybrid_loss = True, False
     rlsd: RlsdConfig
 
-    def join(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_coefficients(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         ones = torch.ones(len(micro_batch.experience.sequences), device=micro_batch.experience.sequences.device)
         return ones, 0.0 * ones
 

@@ -1,10 +1,10 @@
-"""Self-Distillation Fine-Tuning (arXiv 2601.19897): a demonstration from the data set."""
+"""Self-Distillation Fine-Tuning (arXiv 2601.19897): a demonstration from the dataset."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sdpo_plugin.algorithms.controller_side import SelfDistillation
+from sdpo_plugin.algorithms.base import SelfDistillation
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.hookspecs import hookimpl
 
@@ -40,6 +40,6 @@ class SDFT(SelfDistillation):
         super().openrlhf_dataset(dataset, evaluation, args)
         if not evaluation and args.reprompt.privileged_key not in dataset.column_names:
             raise ConfigError(
-                f"--reprompt.privileged_key {args.reprompt.privileged_key}: the data set has no such column; it has "
+                f"--reprompt.privileged_key {args.reprompt.privileged_key}: the dataset has no such column; it has "
                 f"{', '.join(dataset.column_names)}"
             )

@@ -5,8 +5,9 @@ and the script `run_qwen3_4b_sdpg_boxed.sh`).
 
     L = l_clip(A) + beta 1[A > 0] KL(S || T) + alpha / 2 (log S(y_t) - log S_ref(y_t))^2   (5)
 
-A is the group-relative advantage with normalised standard deviation, T the student itself behind the context, without
-a gradient, and the KL is over the whole vocabulary. Published are beta = alpha = 0.001. Only responses with a
+A is the group-relative advantage with normalized standard deviation, T the student itself
+conditioned on the context, without a gradient, and the KL is over the whole vocabulary. The published values are
+beta = alpha = 0.001. Only responses with a
 positive advantage are distilled, the opposite of SRPO; the script leaves that gate open (`--no-sdpg.positive_only`).
 The last term is OpenRLHF's own, `--algo.kl.use_loss` with the estimator k2 (there: mode `urkl`).
 
@@ -23,12 +24,12 @@ from typing import Any
 import torch
 
 from sdpo_plugin.algorithms.sdpo import SDPO
-from sdpo_plugin.config import Group, option
+from sdpo_plugin.config import OptionGroup, option
 from sdpo_plugin.interface.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)
-class SdpgConfig(Group):
+class SdpgConfig(OptionGroup):
     """How much Self-Distilled Policy Gradient (`--algo sdpg`) distils."""
 
     prefix = "sdpg"
@@ -49,10 +50,10 @@ class SDPG(SDPO):
         "algo.advantage.estimator": "group_norm", "algo.kl.use_loss": True, "algo.kl.init_coef": 0.001,
         "algo.kl.estimator": "k2", "teacher.kind": "live", "distill.mode": "full", "distill.alpha": 1.0,
     }  # fmt: skip
-    uses_policy_loss, mixes = True, False
+    uses_policy_loss, supports_hybrid_loss = True, False
     sdpg: SdpgConfig
 
-    def join(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_coefficients(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         batch = micro_batch.experience
         ones = torch.ones(len(batch.sequences), device=batch.sequences.device)
         positive = (batch.advantages * batch.action_mask).sum(dim=1) > 0

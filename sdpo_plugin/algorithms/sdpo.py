@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdpo_plugin.algorithms.controller_side import SelfDistillation
+from sdpo_plugin.algorithms.base import SelfDistillation
 
 
 class SDPO(SelfDistillation):
@@ -15,13 +15,13 @@ class SDPO(SelfDistillation):
     |  | generalisation (`generalization/`) | rich feedback on code (`rich_feedback/`) |
     | --- | --- | --- |
     | divergence | `alpha` 0.5, `topk` 100 | `alpha` 1, `topk` 20 |
-    | average of the student | `update_rate` 0.05 | `update_rate` 0.01 |
+    | EMA of the student | `update_rate` 0.05 | `update_rate` 0.01 |
     | updates per rollout | one | 32, of one prompt each |
     | learning rate | 1e-5 after 10 warm-up steps | 1e-6 |
     | feedback | not shown | shown |
 
-    The option defaults in `config.py` are the first one's, but for feedback, which is shown where there is any. The
-    recipes are `recipes/sciknoweval`, `recipes/tooluse` and `recipes/livecodebench`. The authors' average moves once
+    The option defaults in `config.py` are those of the first column, except that feedback is shown if there is any. The
+    recipes are `recipes/sciknoweval`, `recipes/tooluse` and `recipes/livecodebench`. The authors' EMA moves once
     per rollout batch, ours every `--teacher.sync_steps` optimizer steps: 32 for the second.
     """
 

@@ -1,6 +1,6 @@
-"""Whose weights read the teacher's context: the student's own, the initial ones, or a moving average of them.
+"""The teachers of `--teacher.kind`: the student itself, the initial model, an EMA of the student, or another model.
 
-A teacher hands over final hidden states at response positions and a head, never logits.
+A teacher returns final hidden states at response positions and an LM head, never logits.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 
 from sdpo_plugin.config import ConfigError, TeacherConfig
 from sdpo_plugin.distillation.fused import Head
-from sdpo_plugin.interface.micro_batch import Model, TeacherModel, Worker, pieces
+from sdpo_plugin.interface.models import Model, TeacherModel, Worker, chunks
 
-STATE = "teacher_rank{rank}.pt"  # where each parameter's values are in the file beside it
-VALUES = ".float64"
+# Of each parameter: where its values are in the files beside it, the teacher's weights and their fp32 residual.
+STATE = "teacher_rank{rank}.pt"
+WEIGHTS, RESIDUAL = ".weights", ".residual"
 
 
 def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
@@ -28,8 +29,8 @@ def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
         return Teacher(worker.actor)
     if config.kind == "model":
         assert config.model_name_or_path is not None  # `TeacherConfig.check`
-        return Teacher(worker.model_at(config.model_name_or_path, config.offload, config.zero_stage))
-    initial = worker.initial_model(config.offload, follows=config.kind == "ema")
+        return Teacher(worker.load_model(config.model_name_or_path, config.offload, config.zero_stage))
+    initial = worker.load_initial_model(config.offload, updatable=config.kind == "ema")
     if config.kind == "ema":
         return EmaTeacher(initial, worker, config)
     return TrustRegionTeacher(initial, worker.actor, config.update_rate) if config.kind == "trust_region" else (
@@ -38,50 +39,54 @@ def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
 
 
 class Teacher:
-    """`live` (a teacher whose model is the student), `base` and `model` (whose model never changes)."""
+    """A teacher without state: `live` (its model is the student), `base` and `model` (their model never changes)."""
 
-    rate: float  # of a teacher that has one
+    rate: float  # the EMA rate or the trust region's; only teachers that use one have it
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
     def hidden_states(self, *inputs: Any) -> torch.Tensor:
-        """As the model's."""
+        """[N, H], see `Model.hidden_states`. Collective."""
         return self.model.hidden_states(*inputs)
 
     @contextmanager
     def head(self) -> Iterator[Any]:
-        with self.model.whole_head() as head:
+        with self.model.gathered_head() as head:
             yield head
 
     def after_optimizer_step(self) -> None:
-        """Follow the student, if this teacher does."""
+        """Update the teacher's weights; does nothing for a teacher that does not follow the student."""
 
     def metrics(self) -> dict[str, float]:
-        """About the teacher, after the last optimizer step."""
+        """Metrics of the teacher after the last optimizer step."""
         return {}
 
     def device_tensors(self) -> list[torch.Tensor]:
-        """What it adds to the device's memory between two steps."""
+        """The tensors that this teacher keeps in device memory between two steps, besides the student's."""
         return getattr(self.model, "device_tensors", list)()  # the student's own are not the teacher's
 
     def save(self, directory: str) -> None:
-        """Write what a restart cannot rebuild into OpenRLHF's checkpoint."""
+        """Write the state that cannot be rebuilt at a restart to `directory`, inside of OpenRLHF's checkpoint."""
 
     def load(self, directory: str) -> None:
-        """Read what `save` wrote."""
+        """Restore the state that `save` wrote."""
 
 
 class TrustRegionTeacher(Teacher):
-    """Logits `(1 - rate) base + rate student`: the initial model, and what the student has learned since, a part of it.
+    """Logits `(1 - rate) base + rate student`: an interpolation between the initial model and the student.
 
-    A sum of two heads' products is the product of what they are made of side by side, `fused.Head.beside`.
+    The sum of two heads' products is one product of concatenated hidden states and concatenated weights
+    (`fused.Head.second_weight`).
+
+    Raises:
+        ConfigError: the model bounds its logits with a soft-cap.
     """
 
     def __init__(self, initial: Model, student: Model, rate: float) -> None:
         super().__init__(initial)
         self.student, self.rate = student, rate
-        with initial.whole_head() as head:
+        with initial.gathered_head() as head:
             if head.softcap is not None:
                 raise ConfigError(
                     "--teacher.kind trust_region: this model bounds its logits (soft-cap), and they cannot be mixed "
@@ -94,21 +99,21 @@ class TrustRegionTeacher(Teacher):
 
     @contextmanager
     def head(self) -> Iterator[Head]:
-        with self.model.whole_head() as initial, self.student.whole_head() as student:
+        with self.model.gathered_head() as initial, self.student.gathered_head() as student:
             bias = None
             if initial.bias is not None and student.bias is not None:
                 bias = torch.lerp(initial.bias, student.bias, self.rate)
-            yield replace(initial, beside=student.weight, bias=bias)
+            yield replace(initial, second_weight=student.weight, bias=bias)
 
 
 class EmaTeacher(Teacher):
-    """`t <- (1 - rate) t + rate s` after each optimizer step, from the optimizer's fp32 weights.
+    """`t <- (1 - rate) t + rate s` every `sync_steps` optimizer steps, from the optimizer's fp32 master weights.
 
-    A bf16 average loses most of the student's motion at the learning rates in use, and the last digits of an fp32 one
-    are some 1e-4 of it (docs/design.md). Here the teacher's low-precision weights, which exist anyway, are the leading
-    digits, and an fp32 remainder, sharded over the ranks like the weights it follows, holds the rest.
+    At the usual learning rates, a bf16 EMA loses most of the student's motion, and rounding in an fp32 EMA amounts to
+    about 1e-4 of it (docs/design.md). Here the EMA is the sum of the teacher's low-precision weights, which exist
+    anyway, and an fp32 residual, which is sharded over the ranks like the master weights.
 
-    Everything is done in pieces of at most `PIECE_BYTES`.
+    Updates, checkpoints and loading are chunked: no temporary tensor is larger than `MAX_CHUNK_BYTES`.
     """
 
     model: TeacherModel
@@ -117,90 +122,108 @@ class EmaTeacher(Teacher):
         super().__init__(model)
         self.worker, self.config = worker, config
         self.steps, self.rate, self.distance = 0, config.update_rate, 0.0
-        self.rest: dict[str, torch.Tensor] = {}
-        images = model.images()
-        for name, fragment in worker.masters.fragments().items():
+        self.residual: dict[str, torch.Tensor] = {}
+        shards = model.weight_shards()
+        for name, fragment in worker.master_weights.fragments().items():
             device = torch.device("cpu") if config.offload else fragment.values.device
             pinned = config.offload and fragment.values.is_cuda
-            self.rest[name] = rest = torch.empty(len(fragment.values), device=device, pin_memory=pinned)
-            for piece in pieces(len(rest)):
-                self._write(images[name][piece], rest[piece], fragment.values[piece].double())
-        model.publish()
+            self.residual[name] = residual = torch.empty(len(fragment.values), device=device, pin_memory=pinned)
+            for chunk in chunks(len(residual)):
+                self._write(shards[name][chunk], residual[chunk], fragment.values[chunk].double())
+        model.sync()
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         self.steps += 1
         if self.steps % self.config.sync_steps:
             return
-        images = self.model.images()
+        shards = self.model.weight_shards()
         ahead, norm = [], []
-        for name, fragment in self.worker.masters.fragments().items():
-            for piece in pieces(len(fragment.values)):
-                student = fragment.values[piece]
-                ahead.append(self._follow(images[name][piece], self.rest[name][piece], student))
+        for name, fragment in self.worker.master_weights.fragments().items():
+            for chunk in chunks(len(fragment.values)):
+                student = fragment.values[chunk]
+                ahead.append(self._follow(shards[name][chunk], self.residual[name][chunk], student))
                 norm.append(student.norm())
-        self.model.publish()
-        # A rank may have nothing: DeepSpeed pads what it cannot divide.
+        self.model.sync()
+        # A rank may hold no weights: DeepSpeed pads a partition that is not divisible by the number of ranks.
         self.distance = float((1.0 - self.rate) * torch.stack(ahead).norm() / torch.stack(norm).norm()) if norm else 0.0
 
-    def _follow(self, image: torch.Tensor, kept: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-        """Move a piece of the average, its two parts given, by the rate; how far the student was ahead of it."""
-        device = image.device if student.device.type == "cpu" else student.device  # the fast one, if there are two
-        rest, student = kept.to(device), student.to(device)
-        # Copied first, then converted: torch converts copies between host and GPU on the host, which takes ten times
-        # as long. All differences are of numbers close to each other, so float32 has digits enough for them.
-        leading = image.to(device).to(torch.float32, copy=True)
-        difference = (student - leading).sub_(rest)
-        rest.add_(difference, alpha=self.rate)
-        moved = (leading + rest).to(image.dtype)
-        image.copy_(moved)
-        rest.add_(leading.sub_(moved))
-        if rest is not kept:
-            kept.copy_(rest)
+    def _follow(self, shard: torch.Tensor, kept: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        """Update one chunk of the EMA in place, and return the norm of student minus EMA before the update.
+
+        Args:
+            shard: the teacher's low-precision weights.
+            kept: their fp32 residual.
+            student: the fp32 master weights.
+        """
+        device = shard.device if student.device.type == "cpu" else student.device  # the GPU, if one of them is there
+        residual, student = kept.to(device), student.to(device)
+        # Copy first, then convert: torch converts on the CPU while copying between CPU and GPU, which takes ten times
+        # as long. All differences are between numbers close to each other, so float32 is precise enough for them.
+        leading = shard.to(device).to(torch.float32, copy=True)
+        difference = (student - leading).sub_(residual)
+        residual.add_(difference, alpha=self.rate)
+        moved = (leading + residual).to(shard.dtype)
+        shard.copy_(moved)
+        residual.add_(leading.sub_(moved))
+        if residual is not kept:
+            kept.copy_(residual)
         return difference.norm()
 
     def device_tensors(self) -> list[torch.Tensor]:
-        return [*super().device_tensors(), *([] if self.config.offload else self.rest.values())]
+        return [*super().device_tensors(), *([] if self.config.offload else self.residual.values())]
 
     def metrics(self) -> dict[str, float]:
-        """`ema_distance`: of student and teacher, relative to the student's norm, on this rank's part of both."""
+        """`ema_distance`: norm of student minus EMA relative to the student's norm, on this rank's shard."""
         return {"teacher/ema_distance": self.distance, "teacher/update_rate": self.rate}
 
-    def average(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This rank's part of the average, laid out like `masters.fragments()`: name and float64 values, in pieces."""
-        images = self.model.images()
-        for name, rest in self.rest.items():
-            for piece in pieces(len(rest)):
-                image = images[name][piece]
-                yield name, image.double() + rest[piece].to(image.device).double()
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's shard of the EMA in chunks, in the layout of `MasterWeights.fragments`: name, float64 values."""
+        shards = self.model.weight_shards()
+        for name, residual in self.residual.items():
+            for chunk in chunks(len(residual)):
+                shard = shards[name][chunk]
+                yield name, shard.double() + residual[chunk].to(shard.device).double()
 
-    def _write(self, image: torch.Tensor, rest: torch.Tensor, values: torch.Tensor) -> None:
-        """Set a piece of the average, its two parts given, to float64 values."""
-        leading = values.to(image.dtype)
-        image.copy_(leading)
-        rest.copy_((values - leading.double()).to(rest.dtype))
+    def _restore(
+        self, shard: torch.Tensor, residual: torch.Tensor, saved: torch.Tensor, saved_residual: torch.Tensor
+    ) -> None:
+        """Set a chunk of the EMA to what was saved, bit for bit if the dtype is the same."""
+        if saved.dtype != shard.dtype:
+            return self._write(shard, residual, saved.double() + saved_residual.double())
+        shard.copy_(saved)
+        residual.copy_(saved_residual)
+
+    def _write(self, shard: torch.Tensor, residual: torch.Tensor, values: torch.Tensor) -> None:
+        """Set a chunk of the EMA, given by its low-precision weights and fp32 residual, to float64 values."""
+        leading = values.to(shard.dtype)
+        shard.copy_(leading)
+        residual.copy_((values - leading.double()).to(residual.dtype))
 
     def save(self, directory: str) -> None:
-        places, position = {}, 0
-        for name, start, numel in self.worker.masters.layout[self.worker.rank]:
-            places[name] = (start, numel, position)
-            position += numel
-        path = os.path.join(directory, STATE.format(rank=self.worker.rank))
-        with open(path + VALUES, "wb") as file:
-            for _, values in self.average():
-                values.cpu().numpy().tofile(file)
-        state = {"steps": self.steps, "ranks": self.worker.ranks, "average": places}
+        layout, rank = self.worker.master_weights.layout, self.worker.rank
+        replicated = all(part == layout[0] for part in layout)  # ZeRO 0: every rank has all of it
+        if replicated and rank > 0:
+            return
+        path, places, shards = os.path.join(directory, STATE.format(rank=rank)), {}, self.model.weight_shards()
+        with open(path + WEIGHTS, "wb") as weights, open(path + RESIDUAL, "wb") as residual:
+            for name, start, numel in layout[rank]:
+                places[name] = (start, numel, shards[name].dtype, weights.tell(), residual.tell())
+                for chunk in chunks(numel):
+                    for values, file in ((shards[name][chunk], weights), (self.residual[name][chunk], residual)):
+                        values.cpu().view(torch.uint8).numpy().tofile(file)
+        state = {"steps": self.steps, "ranks": 1 if replicated else self.worker.ranks, "fragments": places}
         torch.save(state, path + ".tmp")
-        os.replace(path + ".tmp", path)  # a killed run leaves either no file or a whole one
+        os.replace(path + ".tmp", path)  # a killed run leaves either no file or a complete one
 
     @torch.no_grad()
     def load(self, directory: str) -> None:
-        """Fill this rank's part from the files of all ranks, however many there were.
+        """Restore this rank's shard from the files of all ranks; the number of ranks may have changed.
 
         Raises:
-            ConfigError: the checkpoint holds no teacher; it was written without `--teacher.kind ema`.
+            ConfigError: the checkpoint has no teacher because it was written without `--teacher.kind ema`.
         """
-        images, fragments = self.model.images(), self.worker.masters.fragments()
+        shards, fragments = self.model.weight_shards(), self.worker.master_weights.fragments()
         rank, ranks = 0, 1
         while rank < ranks:
             path = os.path.join(directory, STATE.format(rank=rank))
@@ -211,16 +234,26 @@ class EmaTeacher(Teacher):
                 )
             saved = torch.load(path, weights_only=True)
             self.steps, ranks = saved["steps"], saved["ranks"]
-            for name in fragments.keys() & saved["average"].keys():
-                mine, (start, numel, position) = fragments[name], saved["average"][name]
+            for name in fragments.keys() & saved["fragments"].keys():
+                mine, (start, numel, *stored) = fragments[name], saved["fragments"][name]
                 begin = max(mine.start, start)
                 shared = min(mine.start + len(mine.values), start + numel) - begin
-                for piece in pieces(shared):
-                    values = numpy.fromfile(
-                        path + VALUES, numpy.float64, piece.stop - piece.start,
-                        offset=8 * (position + begin - start + piece.start),
-                    )  # fmt: skip
-                    here = slice(begin - mine.start + piece.start, begin - mine.start + piece.stop)
-                    self._write(images[name][here], self.rest[name][here], torch.from_numpy(values))
+                for chunk in chunks(shared):
+                    here = slice(begin - mine.start + chunk.start, begin - mine.start + chunk.stop)
+                    first = begin - start + chunk.start
+                    parts = _read(path, first, chunk.stop - chunk.start, *stored)
+                    self._restore(shards[name][here], self.residual[name][here], *parts)
             rank += 1
-        self.model.publish()
+        self.model.sync()
+
+
+def _read(
+    path: str, first: int, numel: int, dtype: torch.dtype, weights: int, residual: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`numel` elements of a saved parameter from its element `first` on, both parts; it begins at these bytes."""
+    found = []
+    for suffix, kind, offset in ((WEIGHTS, dtype, weights), (RESIDUAL, torch.float32, residual)):
+        size = kind.itemsize
+        values = numpy.fromfile(path + suffix, numpy.uint8, numel * size, offset=offset + first * size)
+        found.append(torch.from_numpy(values).view(kind))
+    return found[0], found[1]

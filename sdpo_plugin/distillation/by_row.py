@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.distillation.loss import (
-    Tokens,
+    TokenBatch,
     compares_all,
     importance_ratio,
     on_shared_support,
@@ -56,8 +56,8 @@ def _kernels(device: torch.device) -> ModuleType | None:
         return None
 
 
-class RowTokens(Tokens):
-    """`loss.Tokens` of logits that are given as products `[r, V]` and the heads they are of, without biases."""
+class RowTokens(TokenBatch):
+    """`loss.TokenBatch` of logits that are given as products `[r, V]` and the heads they are of, without biases."""
 
     def __init__(
         self, kernels: Any, products: Tensor, head: Any, teachers: Sequence[tuple[Tensor, Any]], ids: Tensor,

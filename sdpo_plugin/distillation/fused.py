@@ -6,7 +6,7 @@ made in the forward pass, while the chunk's logits are at hand, and the backward
 log-probabilities are differentiated too (a policy loss beside the distillation), their gradient is unknown until the
 backward pass, which then makes the chunk's logits again.
 
-This module multiplies matrices. The loss of a few rows is whatever function of `loss.Tokens` it is given, under an
+This module multiplies matrices. The loss of a few rows is whatever function of `loss.TokenBatch` it is given, under an
 autograd graph that ends with them.
 """
 
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.distillation import by_row
-from sdpo_plugin.distillation.loss import Objective, Tokens, entropy_of, log_probs, objective_of
+from sdpo_plugin.distillation.loss import Objective, TokenBatch, entropy_of, log_probs, objective_of
 from sdpo_plugin.distillation.products import accumulate, head_products, product_dtype, rows_at_a_time, sum_dtype
 
 
@@ -33,7 +33,7 @@ class Head:
     weight `[V, H]`, bias `[V]`. `scale` multiplies the logits (Cohere, Granite), `softcap` bounds them (Gemma). Token
     ids from `vocab_size` on are padding: they have no probability and get no gradient.
 
-    A head that needs no gradient may have a second weight `beside` the first, `[V, H2]`: its hidden states are
+    A head that needs no gradient may have a second weight `second_weight` the first, `[V, H2]`: its hidden states are
     `[N, H + H2]`, and the two products are added.
     """
 
@@ -42,7 +42,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     vocab_size: int | None = None
-    beside: Tensor | None = None
+    second_weight: Tensor | None = None
 
     def effective(self, temperature: float) -> Head:
         """The head of logits / temperature, without the padding and outside any graph."""
@@ -52,7 +52,7 @@ class Head:
             None if self.bias is None else self.bias.detach()[vocab],
             self.scale / temperature,
             None if self.softcap is None else self.softcap / temperature,
-            beside=None if self.beside is None else self.beside.detach()[vocab],
+            second_weight=None if self.second_weight is None else self.second_weight.detach()[vocab],
         )
 
     def logits(self, products: Tensor) -> Tensor:
@@ -68,11 +68,11 @@ class Head:
     def log_probs(self, products: Tensor) -> Tensor:
         """`hidden @ weight.T` `[n, V]` -> log-probabilities `[n, V]`, as `loss.log_probs` defines them."""
         logits = self.logits(products)
-        # The floor under log 0 is one more pass over [n, V]. Logits of finite products are finite, but for a bias.
+        # The floor under log 0 is one more pass over [n, V]. Logits of finite products are finite, except with a bias.
         return torch.log_softmax(logits, dim=-1) if self.bias is None else log_probs(logits)
 
 
-def of_one_size(a: Head, b: Head) -> tuple[Head, Head]:
+def match_vocab_size(a: Head, b: Head) -> tuple[Head, Head]:
     """Two heads of one tokenizer whose vocabularies are padded differently, without what only one of them has."""
     rows = min(len(a.weight), len(b.weight))
     return (a, b) if len(a.weight) == len(b.weight) else (replace(a, vocab_size=rows), replace(b, vocab_size=rows))
@@ -86,7 +86,7 @@ class TeacherStates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scores:
+class HeadOutput:
     """What a pass over N rows yields, in float32 (float64 for a float64 head)."""
 
     loss: Tensor  # scalar: the sum of weights * token_loss
@@ -109,7 +109,7 @@ def linear_distillation(
     differentiable_log_probs: bool = False,
     with_entropy: bool = False,
     chunk_size: int | None = None,
-) -> Scores:
+) -> HeadOutput:
     """`sum(weights * objective(tokens))` of all models' logits / temperature, without the logits.
 
     Student hidden states `[N, H]`; token_ids, weights and all of `data` `[N]`. Rows of weight 0 get neither teacher
@@ -117,7 +117,7 @@ def linear_distillation(
     `objective` all the same, without being part of the sum. Gradients reach the student's hidden states,
     weight and bias; they are summed in float32 (float64 for float64) and returned in the dtype of what they belong to.
 
-    `objective` maps `loss.Tokens`, a few rows at a time, to their losses: any function of the student's and the
+    `objective` maps `loss.TokenBatch`, a few rows at a time, to their losses: any function of the student's and the
     teachers' distributions that treats rows alone. It may be called more than once for a row.
 
     `differentiable_log_probs` lets gradients through `log_probs` and `entropy`, at the price of all heads' products
@@ -180,7 +180,7 @@ class _Distillation(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A pass over the rows, but for the tensors that get gradients."""
+    """Arguments of a pass over the rows, except the tensors that get gradients."""
 
     token_ids: Tensor
     temperature: float
@@ -198,18 +198,18 @@ class _Upstream(NamedTuple):
     entropy: Tensor | None = None
 
 
-def _run(hidden: Tensor, head: Head, job: _Job, differentiable_log_probs: bool) -> Scores:
+def _run(hidden: Tensor, head: Head, job: _Job, differentiable_log_probs: bool) -> HeadOutput:
     # fp16 cannot hold the gradient of a mean over many tokens before DeepSpeed's loss scale has multiplied it, which
-    # the backward pass brings. The second sweep knows it; gradients made ahead would have to wait in float32.
+    # the backward pass brings. The second sweep has it; gradients computed ahead would have to be kept in float32.
     eager = torch.is_grad_enabled() and not differentiable_log_probs and head.weight.dtype != torch.float16
-    if head.beside is not None and torch.is_grad_enabled():
+    if head.second_weight is not None and torch.is_grad_enabled():
         raise ValueError("a head with a second weight is a teacher's: it gets no gradient")
     apart: Any = None  # tensors that get gradients are arguments of their own
     scores = _Pass.apply(hidden, head.weight, head.bias, replace(head, weight=apart, bias=apart), job, eager)
     loss, token_loss, log_probs, entropy = scores
     if not differentiable_log_probs:
         log_probs, entropy = log_probs.detach(), None if entropy is None else entropy.detach()
-    return Scores(loss, token_loss, log_probs, entropy)
+    return HeadOutput(loss, token_loss, log_probs, entropy)
 
 
 class _Pass(torch.autograd.Function):
@@ -224,10 +224,9 @@ class _Pass(torch.autograd.Function):
         fixed = (token_loss, log_probs, entropy) if eager else (token_loss,)
         ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.head, ctx.job, ctx.eager = head, job, eager
-        if eager:
-            ctx.gradients = gradients
-        else:
+        ctx.head, ctx.eager, ctx.gradients = head, eager, gradients
+        ctx.job = None if eager else job  # it holds the teachers' heads
+        if not eager:
             ctx.save_for_backward(hidden, weight, bias)
         return outputs
 
@@ -236,19 +235,19 @@ class _Pass(torch.autograd.Function):
     def backward(ctx, loss, _, log_probs, entropy):
         if loss is None and log_probs is None and entropy is None:
             return (None,) * 6
+        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         if ctx.eager:
             gradients = ctx.gradients
             if gradients is None:
                 raise RuntimeError("this graph's gradients are used up: retain_graph=True, or compute the loss again")
-            if torch._C._autograd._get_current_graph_task_keep_graph():
+            if keep_graph:
                 gradients = tuple(None if gradient is None else gradient * loss for gradient in gradients)
             else:
                 # Given away and scaled in place: a copy of the head's would be the largest tensor of the step.
                 ctx.gradients = None
-                if loss.item() != 1.0:
-                    for gradient in gradients:
-                        if gradient is not None:
-                            gradient.mul_(loss)
+                for gradient in gradients if loss.item() != 1.0 else ():
+                    if gradient is not None:
+                        gradient.mul_(loss)
         else:
             hidden, weight, bias = ctx.saved_tensors
             distilled = ctx.job.distilled if loss is not None else None
@@ -258,6 +257,7 @@ class _Pass(torch.autograd.Function):
             job = job._replace(rows=torch.stack([x != 0 for x in reached]).any(dim=0))
             head = replace(ctx.head, weight=weight, bias=bias)
             _, gradients = _sweep(hidden, head, job, _Upstream(loss, log_probs, entropy), ctx.needs_input_grad[:3])
+            ctx.job = ctx.job if keep_graph else None
         return (*gradients, None, None, None)
 
 
@@ -353,7 +353,7 @@ def _score(
     with torch.set_grad_enabled(differentiate):
         leaf = products.detach().requires_grad_(differentiate)
         student, *teachers = (head.log_probs(x) for x, head in zip((leaf, *teacher_products), heads, strict=True))
-        tokens = Tokens(student, teachers, job.token_ids[rows], rows, distilled.data if distilled else {})
+        tokens = TokenBatch(student, teachers, job.token_ids[rows], rows, distilled.data if distilled else {})
         entropy = entropy_of(student) if job.with_entropy else None
         loss = None if distilled is None else distilled.objective(tokens)
         outputs = (loss, tokens.log_probs, entropy)

@@ -105,7 +105,7 @@ def _shares(
     log_s, log_t, ALPHA: tl.constexpr, LOG_STUDENT: tl.constexpr, LOG_TEACHER: tl.constexpr, CLIPPED: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """Each entry's share of the divergence, and the derivative of all shares by its log s."""
+    """Each entry's contribution to the divergence, and the derivative of all contributions by its log s."""
     s, t = tl.exp(log_s), tl.exp(log_t)
     if ALPHA == 0.0:
         share = t * (log_t - log_s)

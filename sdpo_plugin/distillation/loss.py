@@ -29,7 +29,7 @@ MIN_TAIL = 1e-7
 
 
 @dataclass
-class Tokens:
+class TokenBatch:
     """Some response tokens under the student and its teachers: all that a loss can be made of.
 
     Attributes:
@@ -52,24 +52,24 @@ class Tokens:
     def get(self, name: str) -> Tensor | None:
         return self[name] if name in self.data else None
 
-    def of_sampled(self, log_probs: Tensor) -> Tensor:
+    def gather_sampled(self, log_probs: Tensor) -> Tensor:
         """`[r, V]` -> `[r]`: the entries of the sampled tokens."""
         return log_probs.gather(-1, self.ids[:, None]).squeeze(-1)
 
     @cached_property
     def log_probs(self) -> Tensor:
         """`[r]`, the student's of the sampled tokens, differentiable."""
-        return self.of_sampled(self.student)
+        return self.gather_sampled(self.student)
 
     @cached_property
     def teacher_log_probs(self) -> Tensor:
         """`[r]`, the first teacher's of the sampled tokens."""
-        return self.of_sampled(self.teachers[0])
+        return self.gather_sampled(self.teachers[0])
 
     @cached_property
     def sampled_by_teachers(self) -> Tensor:
         """`[K, r]`, every teacher's of the sampled tokens."""
-        return torch.stack([self.of_sampled(teacher) for teacher in self.teachers])
+        return torch.stack([self.gather_sampled(teacher) for teacher in self.teachers])
 
     @cached_property
     def student_entropy(self) -> Tensor:
@@ -86,11 +86,11 @@ class Tokens:
         return loss_from_log_probs(self.student, self.teachers[0], self.ids, config, self.get("old_log_probs"))
 
 
-Objective = Callable[[Tokens], Tensor]  # -> the loss of each token, [r]
+Objective = Callable[[TokenBatch], Tensor]  # -> the loss of each token, [r]
 
 
 def objective_of(config: DistillConfig) -> Objective:
-    """`Tokens.divergence` of `config`."""
+    """`TokenBatch.divergence` of `config`."""
     return lambda tokens: tokens.divergence(config)
 
 
@@ -111,7 +111,7 @@ def token_divergence(
     """The divergence of two distributions over the last dimension: `[..., K]`, `[..., K]` -> `[...]`.
 
     alpha 0: KL(T||S). alpha 1: KL(S||T). Between: (1-alpha) KL(S||M) + alpha KL(T||M), M = (1-alpha) S + alpha T.
-    `kl_clip` bounds each entry's share from above, before the sum. Shares of a KL can be negative, those of the
+    `kl_clip` bounds each entry's contribution from above, before the sum. Those of a KL can be negative, those of the
     mixtures cannot: a clipped KL may therefore be below zero.
     """
     s, t = student_log_probs, teacher_log_probs
@@ -128,7 +128,7 @@ def token_divergence(
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Each entry's share of KL(P||Q): P log(P/Q), of log-probabilities."""
+    """Each entry's contribution to KL(P||Q): P log(P/Q), of log-probabilities."""
     return F.kl_div(q, p, reduction="none", log_target=True)
 
 

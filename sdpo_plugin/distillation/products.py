@@ -15,7 +15,7 @@ def head_products(states: Tensor, head: Any, buffer: Tensor) -> Tensor:
     """What `head.logits` takes `[r, V]`, in the first rows of `buffer`."""
     width = head.weight.shape[1]
     out = _multiply(states[:, :width], head.weight, buffer)
-    return out if head.beside is None else _multiply(states[:, width:], head.beside, buffer, add=True)
+    return out if head.second_weight is None else _multiply(states[:, width:], head.second_weight, buffer, add=True)
 
 
 def _multiply(states: Tensor, weight: Tensor, buffer: Tensor, add: bool = False) -> Tensor:
@@ -27,7 +27,7 @@ def _multiply(states: Tensor, weight: Tensor, buffer: Tensor, add: bool = False)
             _add_product(out[:, columns], states, block.t())
         elif dtype == out.dtype:
             torch.mm(states, block.t(), out=out[:, columns])
-        elif out.device.type == "cuda":  # float32 sums as they are, without rounding to 16 bits
+        elif out.device.type != "cpu":  # float32 sums as they are, without rounding to 16 bits
             torch.mm(states, block.t(), out_dtype=out.dtype, out=out[:, columns])
         else:
             out[:, columns] = states @ block.t()
@@ -38,7 +38,7 @@ def accumulate(
     gradient: Tensor, states: Tensor, weight: Tensor, rows: Tensor,
     grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
 ) -> None:
-    """Adds what the gradient `[r, V]` of a chunk's products says about its hidden states, the weight and the bias."""
+    """Add the gradients of hidden states, weight and bias that follow from a chunk's gradient of logits `[r, V]`."""
     vocab, dtype = len(weight), states.dtype
     if grad_bias is not None:
         grad_bias[:vocab] += gradient.sum(dim=0)
@@ -55,7 +55,7 @@ def accumulate(
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif total.device.type == "cuda":
+    elif total.device.type != "cpu":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
@@ -90,7 +90,7 @@ def rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
     them per byte. A CPU does some 10 in the time a byte takes, so 256 rows are plenty; a GPU does some 300. Two and a
     half float32 tensors `[c, V]` exist at a time, more with more teachers.
 
-    Some fifteen temporaries of a tile are alive at once, which is what bounds it. Besides, glibc takes fresh pages for
+    Some fifteen temporaries of a tile are alive at once, which is what bounds it. Also, glibc takes fresh pages for
     every tensor from 32 MiB on, and the elementwise work then takes twice the time; far below that, threads spend it
     waiting for each other. A GPU's tile need only be large enough to hide the launches.
     """
@@ -108,5 +108,5 @@ def gpu_rows(device_bytes: int, row_bytes: int) -> int:
 
 
 def device_bytes(device: torch.device) -> int:
-    """The memory of an accelerator; of one that torch knows nothing about, 16 GiB."""
+    """The memory of an accelerator; 16 GiB for one that torch cannot query."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 16 * 1024 * MIB

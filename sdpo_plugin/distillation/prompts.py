@@ -61,8 +61,8 @@ def text_tokenizer(given: Any) -> Any:
 def rendered(prompt: Messages, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
     """The text of a prompt, a chat as the tokenizer's chat template renders it.
 
-    tokenizer: a Hugging Face tokenizer or processor; any value for a prompt that is no chat. Raises ConfigError where
-    there is no chat template, or where it refuses the chat.
+    tokenizer: a Hugging Face tokenizer or processor; any value for a prompt that is not a chat. Raises ConfigError if
+    there is no chat template, or where it rejects the chat.
     """
     if isinstance(prompt, str):
         return prompt
@@ -87,14 +87,14 @@ def rendered(prompt: Messages, tokenizer: Any, chat_template_kwargs: Mapping[str
         roles = ", ".join(str(message.get("role")) for message in prompt)
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise ConfigError(
-            f"the chat template of {tokenizer.name_or_path} refuses a prompt of the roles {roles} "
+            f"the chat template of {tokenizer.name_or_path} rejects a prompt with the roles {roles} "
             f"({type(error).__name__}: {reason}); change the prompts, or put another chat_template.jinja beside the "
             "model"
         ) from error
 
 
 def require_printed(prompt: Messages, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raise ConfigError where the chat template refuses a prompt, or does not print the text of its last turn.
+    """Raise ConfigError where the chat template rejects a prompt, or does not print the text of its last turn.
 
     The teacher's context goes into that text.
     """
@@ -117,9 +117,9 @@ def not_printed(what: str, tokenizer: Any) -> ConfigError:
 def _as_template_reads(chat: Chat, tokenizer: Any, render: Callable[[Chat], str]) -> Chat:
     """`chat` in the form of which the template prints most: as it is, or with all contents as text, or as parts.
 
-    Most templates read one of the two only, and drop the other, print it as Python or JSON text, or refuse it; so they
-    do with null, which a tool call has for content. As vLLM does, text parts are joined by line breaks. Texts do not
-    matter, so student and teacher read the same form.
+    Most templates support one of the two only, and drop the other, print it as Python or JSON text, or reject it; they
+    do the same with null, which a tool call has for content. As vLLM does, text parts are joined by line breaks. Texts
+    do not matter, so student and teacher get the same form.
     """
     chat = _without_none(chat)
     all_text = all(isinstance(message.get("content"), str) for message in chat)
@@ -130,7 +130,7 @@ def _as_template_reads(chat: Chat, tokenizer: Any, render: Callable[[Chat], str]
     def printed(form: Callable[[Chat], Chat]) -> tuple[int, int]:
         try:
             text = render(form(marked))
-        except Exception:  # refused in this form
+        except Exception:  # rejected in this form
             return -1, 0
         return text.count(MARK), -text.count("None")
 
@@ -144,7 +144,7 @@ def _prints_text(tokenizer: Any, template: str) -> bool:
     try:
         chat = [{"role": "user", "content": MARK}]
         return MARK in tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception:  # it asks for more than this chat
+    except Exception:  # it needs more than this chat
         return False
 
 
@@ -225,7 +225,7 @@ def require_user_text(where: str, prompt: Messages) -> None:
         content = message.get("content")
         if isinstance(content, list) and (others := [part for part in content if not is_text_part(part)]):
             raise ConfigError(
-                f"{where} has a part that is no text, {others[0]!r:.80}; self-distillation trains on text only: give "
+                f"{where} has a part that is not text, {others[0]!r:.80}; self-distillation trains on text only: give "
                 "parts of the form {'type': 'text', 'text': ...}, or leave such rows out"
             )
     try:
@@ -269,8 +269,8 @@ def prompt_as_read(
     Of such a text, the user's part is the one that takes the place of the user's in `prompt`: what stands in the frame
     that chat template or `--data.input_template` put around it. An end of the frame that is not there is nowhere.
 
-    ids: the tokens before the first response token. All of the prompt's or, where OpenRLHF cut it on the left to make
-    room for the response, the last of them mean that the prompt was left alone.
+    ids: the tokens before the first response token. All of the prompt's or, where OpenRLHF truncated it on the left to
+    make room for the response, the last of them mean that the prompt was left alone.
     text: the prompt's as it was rendered for the student, if that is known: templates may print the date.
     """
     tokenizer = text_tokenizer(tokenizer)
@@ -296,7 +296,7 @@ def _opening(read: str, before: str, tokenizer: Any) -> str:
 
     That is where the user's turn begins in a chat that begins in another way: on another day, or an agent's own.
     """
-    _, pattern = markup(tokenizer, len(tokenizer))
+    _, pattern = markup(tokenizer)
     for match in pattern.finditer(before):
         if (at := read.rfind(tail := before[match.start() :])) >= 0:
             return read[: at + len(tail)]
@@ -306,9 +306,9 @@ def _opening(read: str, before: str, tokenizer: Any) -> str:
 # ── tokens ──
 
 
-@lru_cache(maxsize=4)  # 6,000 reserved tokens, as Gemma has, take 40 ms; `size` notices one that is added later
-def markup(tokenizer: Any, size: int) -> tuple[set[int], re.Pattern[str]]:
-    """The tokens that structure a chat: their ids, and where one starts in a text.
+@lru_cache(maxsize=4)  # 6,000 reserved tokens, as Gemma has, take 40 ms
+def markup(tokenizer: Any) -> tuple[set[int], re.Pattern[str]]:
+    """The tokens that structure a chat: their ids, and where one starts in a text. Later ones are not noticed.
 
     Special tokens, and those in brackets that are not declared special: Qwen3's `<think>` and `<tool_call>` are not.
     Other added tokens are vocabulary (Gemma's runs of line breaks, a domain's words).
@@ -337,7 +337,7 @@ def ids_without_markup(text: str, encode: Any, markup: set[int], markup_pattern:
 
 
 def whole_characters(ids: list[int], tokenizer: Any, edge: int) -> list[int]:
-    """`ids` without the part of a character that a cut left at `edge` (0 or -1); UTF-8 has at most 3 such bytes."""
+    """`ids` without the part of a character that truncation left at `edge` (0 or -1), at most 3 bytes in UTF-8."""
     for _ in range(3):
         window = ids[:4] if edge == 0 else ids[-4:]
         if not window or tokenizer.decode(window)[edge:][:1] != "\ufffd":

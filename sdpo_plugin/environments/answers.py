@@ -1,4 +1,4 @@
-"""Answers of maths as people write them, and whether two are equal; `math-verify` reads and compares single ones."""
+"""Reports of maths as people write them, and whether two are equal; `math-verify` reads and compares single ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 import unicodedata
 from decimal import Decimal
+from fractions import Fraction
 from itertools import accumulate, product
 from typing import Any
 
@@ -41,6 +42,8 @@ POWER = re.compile(r"(\d\.?)[eE]([-+]?\d{1,4})\b")
 REPEATING = re.compile(r"(?<![\d.])(\d{0,9})\.(\d{0,9})\\(?:overline|bar|dot)\s?\{(\d{1,9})\}")
 CONDITION = re.compile(r"\\\{\s?\w\s?(?:\\in\s?(?:\\mathbb\s?\{?R\}?|R)\s?)?(?:\\mid|[|:])(.*)\\\}")
 BASE = re.compile(r"\w+_\{?(\d+)\}?")
+FRACTION = re.compile(r"^([-+]?)\\frac\{(\d+)\}\{(\d+)\}")
+RATIONAL = re.compile(r"([-+]?\d{1,40}(?:\.\d{1,40}|/\d{1,40})?)(\\?%)?")
 SEPARATOR = re.compile(
     r"(?P<word>\\text\s?\{\s?,?\s?(?:and|or)\s?\}|\b(?:and|or)\b|[和或])|\\(?P<part>begin|end)\b|\\[A-Za-z]+|\\.|[()\[\]{},;]"
 )
@@ -134,7 +137,7 @@ def in_words(text: str, last: bool = False) -> str | None:
 
 
 def _linked(text: str, found: list[re.Match[str]], last: bool) -> str:
-    """The first or last formula of a line, with those that a comma or «and» links to it."""
+    """The first or last formula of a line, with those that a comma or "and" links to it."""
     runs = [[found[0]]]
     for before, match in zip(found, found[1:], strict=False):
         if LINK.fullmatch(text, before.end(), match.start()):
@@ -170,11 +173,32 @@ def _equal(right: str, found: str) -> bool:
 
 
 def _key(text: str) -> str:
-    """Of texts that are the same but for spaces and, in words, case and punctuation."""
+    """Equal for texts that differ in spaces only and, in words, in case and punctuation."""
     if _is_text(text):
         return re.sub(r"[\W_]+", "", IN_TEXT.sub(r" \1 ", text)).casefold()
     text = re.sub(r"\\[dt]frac\b", r"\\frac", re.sub(r"\\mid\b", "|", re.sub(r"\\(le|ge|ne)q\b", r"\\\1", text)))
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", IN_TEXT.sub(r"\1", text))
+
+
+def canonical(text: str) -> str:
+    """A text that is the same for answers that differ in notation only, as 0.50, \\frac{1}{2} and 1/2 do.
+
+    Much less than `equal` compares, and in linear time: answers of a model are counted by it.
+    """
+    text = cleaned(text) if len(text) <= LONGEST else ""
+    if len(ordered := _parts(text, ";")) > 1:
+        return ";".join(map(_canonical, ordered))
+    return ",".join(sorted(map(_canonical, _parts(GROUPS.sub(lambda match: match[0].replace(",", ""), text)))))
+
+
+def _canonical(text: str) -> str:
+    key = _key((_readings(text) or [text])[0])
+    if not (number := RATIONAL.fullmatch(FRACTION.sub(r"\1\2/\3", key))):
+        return key
+    try:
+        return str(Fraction(number[1]) / (100 if number[2] else 1))
+    except (ValueError, ZeroDivisionError):
+        return key
 
 
 def _any_order(right: str, found: str) -> bool:
@@ -190,7 +214,7 @@ def _any_order(right: str, found: str) -> bool:
 
 
 def _parts(text: str, separators: str = ",;") -> list[str]:
-    """The answers in a text: what separators outside of brackets divide. «and» and «or» are among `,;`."""
+    """The answers in a text: what separators outside of brackets divide. The words and, or count as `,;`."""
     depth, begin, parts = 0, 0, []
     for token in SEPARATOR.finditer(text):
         opens = token[0] in ("(", "[", "{", "\\{") or token["part"] == "begin"

@@ -3,9 +3,9 @@
 A label may also have several letters, `AC` or `A, C`, all of which a response must name, or the option's text,
 `B. Paris`. A response names its choice as people do: in `\\boxed{B}` or `<answer>B</answer>`, as «the answer is (b)»,
 «Option B is correct», «I choose B», or with a last line such as `B` or `B) Paris`. The last one counts. The article «a»
-names nothing, nor does «A or B».
+names nothing, nor does "A or B".
 
-| `detail`   | what the feedback tells                                          |
+| `detail`   | what the feedback has                                           |
 | ---------- | ---------------------------------------------------------------- |
 | `outcome`  | that the choice is wrong, or that there is none and how to give it |
 | `expected` | also the right letter                                            |
@@ -28,13 +28,13 @@ DETAILS = ("outcome", "expected")
 WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|rm|bf|operatorname)\s?\{([^{}]{0,200})\}")
 MARKUP = re.compile(r"[*`$\"“”‘’]|\\[()\[\] ,;]|\\(?:left|right|bf)\b|(?<!\w)_+|_+(?!\w)")
 
-# A capital A or I before a word is an article or a pronoun, unless the word is one that goes on after a choice.
+# A capital A or I before a word is an article or a pronoun, unless the word is one that follows a choice.
 GOES_ON = (
     r"and|or|because|since|as|for|which|based|given|due|is|are|from|in|with|according|but|so|if|here|where|while|not"
 )
 AFTER = r"(?!\w|[+#'^]|-\w|\s?(?:[=+^>]|<(?![/|])))"
 CAPITAL = rf"(?:[B-HJ-Z]|[AI](?!\s+(?!(?:{GOES_ON})\b)[A-Za-z])){AFTER}"
-SMALL = (  # an «a» that ends a line may be an article that was cut off
+SMALL = (  # an "a" that ends a line may be an article of a truncated sentence
     r"(?:[b-hj-z]|a(?=\s?[).,;:!}\]<])|(?:(?<=[:=])|(?<=[:=]\s)|(?<=ption\s)|(?<=hoice\s))a(?=\s*$))"
     rf"(?!\.\w){AFTER}"
 )
@@ -131,7 +131,7 @@ def _announced(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _confirmed(text: str) -> Iterator[tuple[int, str]]:
-    """«Option B is correct»."""
+    """A match of the form: Option B is correct."""
     for match in CONFIRMED.finditer(text):
         letters = re.search(rf"(?:{LIST})\Z", match[0])
         if letters:
@@ -149,7 +149,7 @@ def _alone(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _sorted(letters: str, ordered: bool = True) -> str:
-    """The letters that are named; "" for a choice left open, «A or B», and for a word. ordered: ACE, but no DNA."""
+    """The letters that are named; "" for a choice left open (A or B) and for a word. ordered: ACE, but no DNA."""
     if re.search(r"\bor\b|/", letters):
         return ""
     found = re.findall(r"[A-Za-z]", re.sub(r"\band\b", " ", letters).upper())

@@ -16,7 +16,7 @@ Settings other than the defaults: a file of your own with `reward_func = make(de
     python -m sdpo_plugin.environments.code test6.jsonl [--since 2025-02-01] [--until 2025-05-01] [--private 0.5]
 
 prints a data set made of a file of LiveCodeBench (`livecodebench/code_generation_lite`): its problems from the first
-date to before the second, with that share of their private tests.
+date to before the second, with that fraction of their private tests.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def judge(
     response: str, label: str, detail: str = "expected", show_private: bool = False,
     limits: sandbox.Limits | None = None,
 ) -> tuple[bool, str]:  # fmt: skip
-    """Whether the response's program passes all tests of `label`, and what to say if not."""
+    """Whether the response's program passes all tests of `label`, and the feedback if not."""
     function, cases = parse(label)
     program = extract(response, function)
     if program is None:
@@ -123,7 +123,7 @@ def extract(response: str, function: str | None = None) -> str | None:
 
 
 def check_label(label: Any) -> None:
-    """What a data set is checked with before a run.
+    """The check of a dataset before a run.
 
     Raises:
         ValueError: the label is not in the layout above, or no program can pass its tests.
@@ -226,12 +226,12 @@ def _value(text: str | bytes) -> Any:
 
 
 def rows(path: str, since: str = "", until: str = "9", private: float = 1.0) -> Iterator[dict[str, Any]]:
-    """A data set of a file of LiveCodeBench, with columns `prompt` and `label`.
+    """A dataset from a file of LiveCodeBench, with columns `prompt` and `label`.
 
     Args:
         since, until: dates of contests, `2025-02-01`; the second is not included.
-        private: share of the private tests, at least one of each problem, drawn with a fixed seed. SDPO's authors train
-            with half of them and evaluate with all.
+        private: fraction of the private tests, at least one of each problem, drawn with a fixed seed. SDPO's authors
+            train with half of them and evaluate with all.
     """
     draw = random.Random(0)
     with open(path) as file:
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", help="a file of LiveCodeBench, JSON lines")
     parser.add_argument("--since", default="", help="first date of the contests")
     parser.add_argument("--until", default="9", help="date after the last one")
-    parser.add_argument("--private", type=float, default=1.0, help="share of the private tests")
+    parser.add_argument("--private", type=float, default=1.0, help="fraction of the private tests")
     options = parser.parse_args(arguments)
     for row in rows(options.file, options.since, options.until, options.private):
         print(json.dumps(row))

@@ -1,4 +1,4 @@
-"""Where a response says its final answer: its last boxes, its last tag, or the last words that announce one.
+"""Where a response gives its final answer: its last boxes, its last tag, or the last words that announce one.
 
 Every search goes once over the text: a model may repeat a character 30,000 times.
 """
@@ -62,7 +62,7 @@ def tagged(text: str) -> str | None:
 
 
 def announced(text: str) -> str | None:
-    """The line after the last «the answer is», «Answer:» or `####`; the next line that has text if it ends there."""
+    """The line after the last "the answer is", "Answer:" or `####`; the next line that has text if it ends there."""
     last = None
     for last in ANNOUNCED.finditer(text):  # noqa: B007
         pass

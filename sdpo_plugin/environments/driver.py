@@ -95,7 +95,7 @@ def watch(pid: int, fds: list[int], limits: dict, isolated: bool) -> tuple[list[
             end = "memory"
         if time.monotonic() >= deadline:
             end = end or "time"
-    while status is None and end is None:  # it has ended, or closed its output and goes on
+    while status is None and end is None:  # it has ended, or closed its output and continues
         ended, found = os.waitpid(pid, os.WNOHANG)
         status = found if ended else None
         if status is None and time.monotonic() >= deadline:
@@ -123,7 +123,7 @@ def child(job: dict, space: dict, text: bytes, fds: list[int], leave=os._exit, w
         for new, old in enumerate(high):
             os.dup2(old, new)
         os.closerange(4, 128)
-        if job["function"]:  # what it prints is not asked for
+        if job["function"]:  # what it prints does not count
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         prctl(DIE_WITH_PARENT, SIGKILL)
         prctl(SET_DUMPABLE, 1)
@@ -165,16 +165,16 @@ def refuse_calls(steps: bytes) -> None:
 
 
 def prctl(*numbers: int) -> None:
-    """Raises OSError where the kernel refuses."""
+    """Raises OSError where the kernel does not allow it."""
     words = [ctypes.c_ulong(number) for number in (*numbers, 0, 0, 0, 0)[:5]]
     if ctypes.CDLL(None).prctl(*words):
         raise OSError(f"prctl{numbers} failed")
 
 
 def attempt(job: dict, space: dict, text: bytes) -> tuple[int, bytes]:
-    """Run the program and, if one is asked for, its function; its exit code, and its result or exception as text."""
+    """Run the program and, if one is given, its function; its exit code, and its result or exception as text."""
     name = job["function"]
-    # A function's module is not the main one: what stands below `if __name__ == "__main__"` is not asked for.
+    # A function's module is not the main one: code below `if __name__ == "__main__"` is not run.
     module = type(sys)("program" if name else "__main__")
     vars(module).update(space, exit=sys.exit, quit=sys.exit)  # these are of site, which is not loaded
     sys.modules[module.__name__] = module
@@ -223,7 +223,7 @@ def finish() -> None:
 
 
 def tell(error: BaseException, program: str) -> str:
-    """The exception, with its lines in the program. Its class is the program's: it may do anything when asked."""
+    """The exception, with its lines in the program. Its class is the program's, which may run code here."""
     try:
         if isinstance(error, SyntaxError) and error.lineno:
             line = (error.text or "").strip()[:300]

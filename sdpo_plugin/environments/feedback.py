@@ -1,4 +1,4 @@
-"""What the environments' reward functions share: the response of a query, and the shape of what they return."""
+"""Common parts of the environments' reward functions: the response of a query, and the form of what they return."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from sdpo_plugin.environments.judge_pool import POOL, Judge
 
-# OpenRLHF decodes queries with special tokens. Those of the model, once the engine has told (`know`); and what looks
-# like one, for where nobody tells: <|im_end|>, <turn|>, <seed:eos>, [|endofturn|], </s>, [PAD], [e~[.
+# OpenRLHF decodes queries with special tokens. Those of the model, once the engine has set them (`know`); and what
+# looks like one, where they are not set: <|im_end|>, <turn|>, <seed:eos>, [|endofturn|], </s>, [PAD], [e~[.
 special_tokens: tuple[str, ...] = ()
 LONGEST = 64  # characters of a token that looks like a special one
 NAMES = "pad|eos|bos|unk|sep|cls|mask|eot|eom|eod|eop|eoa|eoh|sop"
@@ -57,7 +57,7 @@ def reward_function(
 def response_of(query: str, prompt: str) -> str:
     """A query without its prompt and without the special tokens at its end.
 
-    A prompt that was cut on the left, or that its tokenizer does not give back letter by letter, is known by its end.
+    A prompt that was truncated on the left, or that its tokenizer does not reproduce exactly, is found by its end.
     """
     if query.startswith(prompt):
         response = query[len(prompt) :]
@@ -101,7 +101,7 @@ def _stripped(text: str, end: int) -> int:
 
 
 def dates_as_text(label: Any) -> Any:
-    """A label whose dates, of a Parquet file, say, are ISO 8601; without the time where that is midnight."""
+    """A label with its dates (of a Parquet file, for example) in ISO 8601; without the time where that is midnight."""
     if isinstance(label, dict):
         return {name: dates_as_text(part) for name, part in label.items()}
     if isinstance(label, list):

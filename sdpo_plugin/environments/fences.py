@@ -1,6 +1,6 @@
 """The fenced blocks of a response: ```` ```python ````, `~~~`, indented in a list, with attributes, closed or not.
 
-Where CommonMark is strict, models are not: a fence may open behind words and close behind code. What stands in the
+Where CommonMark is strict, models are not: a fence may open after words and close after code. What stands in the
 quotes or comments of a block does not close it. Every search goes once over the text.
 """
 

@@ -60,14 +60,14 @@ def _python() -> str:
 
 
 def _namespaces(own_user: bool) -> list[str]:
-    """All is read-only, the file systems in memory too, but for /tmp, which has a size."""
+    """Everything is read-only, file systems in memory included, except /tmp, which has a size limit."""
     user = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if own_user else ["--unshare-user"]
     given = ["--ro-bind", "/usr", "/usr"]
     for path in ("/bin", "/lib", "/lib64", "/lib32"):
         given += ["--ro-bind-try", path, path]
     prefix = Path(_python()).parents[1]
     if not prefix.is_relative_to("/usr"):
-        for parent in reversed(prefix.parents[:-1]):  # a private home is no hindrance to the program's own user
+        for parent in reversed(prefix.parents[:-1]):  # a private home does not hinder the program's own user
             given += ["--perms", "0755", "--dir", str(parent)]
         given += ["--ro-bind", str(prefix), str(prefix)]
     return [

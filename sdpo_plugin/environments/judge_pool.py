@@ -3,7 +3,7 @@
 A response may take for ever to evaluate (`9^{9^{9}}`), in one C call that holds the interpreter lock: in the engine's
 process it would stop the engine, and no time limit could fire. A few workers serve a process; they start when they are
 first needed, are reused, and import an environment but never torch. The limits of a judgement are below: a response
-that meets one gets reward 0, and the feedback says which.
+that meets one gets reward 0, and the feedback names it.
 
 A worker that is idle ends with its parent: it reads the end of their connection. One that is busy ends with its time.
 """
@@ -93,7 +93,7 @@ class Pool:
 
         Raises:
             ValueError: the label is none of the environment's.
-            RuntimeError: the environment cannot judge anything here; a library is missing, say.
+            RuntimeError: the environment cannot judge anything here, for example because a library is missing.
         """
         if len(response) > LENGTH:
             return 0.0, f"The response is too long to be judged: {len(response)} characters; at most {LENGTH} are read."

@@ -26,7 +26,7 @@ from sdpo_plugin.environments.feedback import dates_as_text
 DIRECTORY = Path(__file__).parent
 SECONDS = 10.0  # for a label
 START = 120.0  # for the first one of a process, with which an environment imports its libraries
-TOTAL = 120.0  # for a data set; the rest of it is then not looked at
+TOTAL = 120.0  # for a dataset; the rest of it is then not checked
 NOTE = 10.0  # between two notes of how far it is
 MEMORY = 4 * 2**30  # bytes of address space
 LENGTH = 200  # characters of a reason, and of a label that is remembered
@@ -34,7 +34,7 @@ SHOWN = 3  # labels
 
 
 class CannotCheck(RuntimeError):
-    """The environment cannot be used here: a library is missing, say."""
+    """The environment cannot be used here, for example because a library is missing."""
 
 
 def environment(path: str) -> Path | None:
@@ -45,7 +45,7 @@ def environment(path: str) -> Path | None:
 
 @dataclass
 class Faults:
-    """What is wrong with the labels of a data set.
+    """What is wrong with the labels of a dataset.
 
     Attributes:
         rows: how many were read. number: how many of them no response can satisfy.

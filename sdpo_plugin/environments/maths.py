@@ -1,11 +1,11 @@
 """Maths with a final answer: `--reward.remote_url .../sdpo_plugin/environments/maths.py`. A label is the right answer.
 
 An answer is what stands in the last `\\boxed{...}` of the response; without one in `<answer>`, after «the answer is» or
-`####`, or at the end of its last line. Answers are read and compared by value, by `math-verify`: text, numbers, LaTeX;
-units, currency and degrees are left aside. Several answers are separated by commas or «and», in any order, or by `;`,
+`####`, or at the end of its last line. Reports are read and compared by value, by `math-verify`: text, numbers, LaTeX;
+units, currency and degrees are ignored. Several answers are separated by commas or "and", in any order, or by `;`,
 in this order: `$5$;$10$`. Of a solution as in GSM8K the label is what follows `####`.
 
-| `detail`   | what the feedback tells                                        |
+| `detail`   | what the feedback has                                         |
 | ---------- | -------------------------------------------------------------- |
 | `outcome`  | that the answer is wrong, and which it was, or that there is none |
 | `expected` | also the right answer                                          |
@@ -49,7 +49,7 @@ def answer(response: str) -> str | None:
     if announced := conclusion.announced(text):
         return answers.in_words(announced)
     line = conclusion.last_line(text)
-    return None if "\\boxed" in line else answers.in_words(line, last=True)  # a box that was cut off, or is empty
+    return None if "\\boxed" in line else answers.in_words(line, last=True)  # a box that was truncated, or is empty
 
 
 def check_label(label: Any) -> None:

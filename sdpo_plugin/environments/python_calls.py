@@ -50,12 +50,12 @@ def _calls_in_statement(statement: ast.stmt) -> list[Call]:
             return [_call_in_python(part) for part in parts]
         case ast.Expr(value=ast.Call() as call):
             return [_call_in_python(call)]
-    raise ValueError("It is no list of calls.")
+    raise ValueError("It is not a list of calls.")
 
 
 def _call_in_python(node: ast.expr) -> Call:
     if not isinstance(node, ast.Call):
-        raise ValueError("It is no list of calls: something in it is no call.")
+        raise ValueError("It is not a list of calls: one element is not a call.")
     name = _dotted(node.func)
     named = {pair.arg: pair.value for pair in node.keywords if pair.arg is not None}  # None: of `**`
     if node.args or len(named) < len(node.keywords):

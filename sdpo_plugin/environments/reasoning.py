@@ -4,16 +4,16 @@
 ones too. A label is JSON, `{"name", "parameters", "entry"}`: all that the scorer needs. The answer of a response is its
 last `<answer>...</answer>`, of at most 10,000 characters more than the right one: some scorers take quadratic time.
 
-| `detail`   | what the feedback tells                                                                    |
+| `detail`   | what the feedback has                                                                     |
 | ---------- | ------------------------------------------------------------------------------------------ |
 | `outcome`  | that the answer is wrong and what it scores, or that there is none and how to give it        |
-| `error`    | also what is wrong with it, where that can be said: too large, the first wrong line or word, |
+| `error`    | also what is wrong with it, where that can be stated: too large, the first wrong line or word, |
 |            | the rule of a puzzle that is broken                                                        |
 | `expected` | also a right answer, if the task has one written down                                       |
 
     python -m sdpo_plugin.environments.reasoning NAME [PARAMETER=VALUE ...] ... --size 500 --seed 0 [--level L ...]
 
-prints a data set: of each task `--size` rows, and that for each level of its curriculum that is given.
+prints a dataset: of each task `--size` rows, and that for each level of its curriculum that is given.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def score(dataset: Any, answer: str, entry: dict[str, Any]) -> float:
 
 
 def wrong(name: str, dataset: Any, answer: str, entry: dict[str, Any]) -> str | None:
-    """What can be said of a wrong answer without giving the right one away."""
+    """Feedback on a wrong answer that does not contain the right one."""
     from reasoning_gym.dataset import ProceduralDataset
 
     if name in RULES:
@@ -99,8 +99,8 @@ def wrong(name: str, dataset: Any, answer: str, entry: dict[str, Any]) -> str | 
         return None
     if (wanted := _number(right)) is not None:
         found = _number(answer)
-        return "It is no number." if found is None else f"It is too {'large' if found > wanted else 'small'}."
-    # Tasks with a scorer of their own may have several right answers, and places in one say nothing of another.
+        return "It is not a number." if found is None else f"It is too {'large' if found > wanted else 'small'}."
+    # Tasks with a scorer of their own may have several right answers, and positions in one do not apply to another.
     if type(dataset).score_answer is ProceduralDataset.score_answer:
         return _place(answer.splitlines(), right.splitlines(), "line") or _place(answer.split(), right.split(), "word")
     return None
@@ -138,7 +138,7 @@ def _sudoku(answer: str, metadata: dict[str, Any]) -> str:
     size, box = len(puzzle), math.isqrt(len(puzzle))
     grid = [[int(n) for n in line.split()] for line in answer.splitlines()]
     if [len(row) for row in grid] != [size] * size:
-        return f"It is no grid of {size} lines with {size} numbers each."
+        return f"It is not a grid of {size} lines with {size} numbers each."
     for r, c in ((r, c) for r in range(size) for c in range(size)):
         if puzzle[r][c] not in (0, grid[r][c]):
             return f"Row {r + 1}, column {c + 1} was given as {puzzle[r][c]}."
@@ -176,7 +176,7 @@ def is_literal(answer: str) -> bool:
         tree = ast.parse(answer, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return True
-    if isinstance(tree.body, ast.Name):  # an answer such as ABCA is no Python; `entry` would be the right answer
+    if isinstance(tree.body, ast.Name):  # an answer such as ABCA is not Python; `entry` would be the right answer
         return answer.isupper()
     allowed = (ast.Expression, ast.List, ast.Tuple, ast.Constant, ast.Load, ast.UnaryOp, ast.USub)
     return all(isinstance(node, allowed) for node in ast.walk(tree))
@@ -236,7 +236,7 @@ EVALUATED: dict[str, Callable[[str], bool]] = {
 
 
 def read_label(label: Any) -> tuple[str, Any, dict[str, Any]]:
-    """The task of a label, its data set, which scores, and the entry.
+    """The task of a label, its dataset, which scores, and the entry.
 
     Raises:
         ValueError: it is not `{"name", "parameters", "entry"}` as JSON, or reasoning-gym has no such task.
@@ -266,7 +266,7 @@ def check_label(label: Any) -> None:
 def rows(
     name: str, size: int = 500, seed: int = 0, level: int | None = None, **parameters: Any
 ) -> Iterator[dict[str, Any]]:
-    """A data set of a task, with columns `prompt` and `label`.
+    """A dataset of a task, with columns `prompt` and `label`.
 
     Args:
         level: of the task's curriculum. parameters: fields of its configuration; they come before the level's.
@@ -306,7 +306,7 @@ def rows(
 
 @functools.lru_cache
 def _dataset(name: str, parameters: str) -> Any:
-    import reasoning_gym  # waits while another thread imports it; one of its modules would not, and know no task yet
+    import reasoning_gym  # waits while another thread imports it; one of its modules would not, and have no tasks
 
     return reasoning_gym.create_dataset(name, **_unpacked(json.loads(parameters)), size=1, seed=0)
 

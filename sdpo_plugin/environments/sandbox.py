@@ -119,7 +119,7 @@ def _job(
 
 
 def _outcome(told: bytes) -> tuple[Outcome, bytes]:
-    """The first outcome that the driver told, and the rest. Nothing is believed of what programs may have written."""
+    """The first outcome that the driver reported, and the rest. Nothing that programs may have written is trusted."""
     head, _, rest = told.partition(b"\n")
     found = re.fullmatch(rb"(ok|error|time|memory|output|died) (\d{1,9}) (\d{1,9})", head)
     if found is None:
@@ -152,7 +152,7 @@ def _named(program: str) -> list[tuple[str, str]]:
 
 
 def _told(isolation: Isolation, job: bytes, seconds: float, most: int) -> bytes:
-    """What a sandbox says of a job, no longer and no more than allowed. Its stdin stays open while it is wanted."""
+    """The output of a sandbox for a job, within the limits of time and size. Its stdin stays open until it ends."""
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="sandbox-") as empty:
         process = subprocess.Popen(

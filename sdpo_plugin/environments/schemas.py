@@ -33,11 +33,11 @@ def validator_of(schema: Any) -> Any:
         draft = validator_for({"$schema": str(schema["$schema"])}, default=None)
         if draft is None:
             known = Draft202012Validator.META_SCHEMA["$id"]
-            raise ValueError(f"$schema {schema['$schema']!r} is no draft that is known here, such as {known}")
+            raise ValueError(f"$schema {schema['$schema']!r} is not a known draft, such as {known}")
         # Else jsonschema would take its own class of the draft again where a $ref leads back to the whole schema.
         schema = {key: value for key, value in schema.items() if key != "$schema"}
         kind = _exact(_first_that_fits(schema, draft))
-    return kind(schema, registry=Registry())  # of its own it knows the schemas of the drafts
+    return kind(schema, registry=Registry())  # it contains the schemas of the drafts
 
 
 def _first_that_fits(schema: Any, *drafts: Any) -> Any:

@@ -1,7 +1,7 @@
 """The system calls that a program in the sandbox may not make, as a filter for the kernel (seccomp, classic BPF).
 
 One process per program is what bounds its memory: RLIMIT_AS is of one process. So a program may start threads, but no
-process, and it may not ask for memory that RLIMIT_AS does not count. Refused calls fail with EPERM: an `OSError`.
+process, and it may not allocate memory that RLIMIT_AS does not count. Rejected calls fail with EPERM: an `OSError`.
 """
 
 from __future__ import annotations

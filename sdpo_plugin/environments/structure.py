@@ -5,10 +5,10 @@ it, without a thought, or the last fenced block that is JSON. Schemas are checke
 `$schema` names; without it, of 2020-12, together with what the drafts 4 and 7 wrote differently. Nothing is fetched: a
 `$ref` leads to a place in the schema itself. The reward is 1, or 0 for what does not fit.
 
-| `detail`   | what the feedback tells                                         |
+| `detail`   | what the feedback has                                          |
 | ---------- | --------------------------------------------------------------- |
-| `outcome`  | that it is no JSON, does not fit, or has another value          |
-| `error`    | also where, and what the schema wants there                     |
+| `outcome`  | that it is not JSON, does not fit, or has another value          |
+| `error`    | also where, and what the schema requires                      |
 | `expected` | also the expected value at the first difference                 |
 """
 
@@ -46,7 +46,7 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
             told = wrong(found, validator, expected, detail)
         except RecursionError:
             told = "The JSON cannot be checked: it is nested too deeply, or a $ref of its schema leads to itself."
-        except (Unresolvable, ValueError):  # the latter of a reference that is no URI
+        except (Unresolvable, ValueError):  # the latter for a reference that is not a URI
             told = "The JSON cannot be checked: a $ref leads out of its schema."
         return (1.0, None) if told is None else (0.0, printable(told))
 
@@ -105,7 +105,7 @@ def shown(value: Any) -> str:
 
 
 def read_label(label: Any) -> tuple[Any, Any]:
-    """The validator of a label, and the value that it wants or MISSING. Raises ValueError if it is not of that form."""
+    """The validator of a label, and the value that it requires or MISSING. Raises ValueError for another form."""
     if not isinstance(label, str):
         raise ValueError(f"a label must be text, a JSON schema, not a {type(label).__name__}: use json.dumps")
     return _read(label)

@@ -18,10 +18,10 @@ from sdpo_plugin.environments.reading import JSON, after
 
 
 class Text(str):
-    """An argument in a form that does not tell text from other values: `<parameter=days>2</parameter>`."""
+    """An argument in a form that does not separate text from other values: `<parameter=days>2</parameter>`."""
 
     def value(self) -> Any:
-        """What the text says as JSON or Python; the text itself if nothing."""
+        """The text as a JSON or Python value; the text itself if it is neither."""
         try:
             return JSON.decode(self.strip())
         except (ValueError, RecursionError):
@@ -52,7 +52,7 @@ WRAPPERS = {
     "```tool_code": "\n```",  # Gemma 3
 }
 UNCLOSED = r"<\|python_tag\|>|\[TOOL_CALLS\]|\bfunctools(?=\[)"  # Llama 3, Mistral, Phi-4-mini
-# A mark, behind it the name, then the arguments as JSON.
+# A mark, then the name, then the arguments as JSON.
 HEADS = {
     r"<\|tool_call_begin\|>": r"\s*(?:functions\.)?([^\s<]{1,200}?)(?::\d+)?\s*<\|tool_call_argument_begin\|>",  # Kimi
     r"<｜tool▁call▁begin｜>": r"\s*(?:function\s*<｜tool▁sep｜>\s*)?([^\s<]{1,200})\s*(?:<｜tool▁sep｜>)?",  # DeepSeek
@@ -60,7 +60,7 @@ HEADS = {
     r"✿FUNCTION✿:": r"([^\n]*)\n\s*✿ARGS✿:",  # Qwen-Agent
     r"^[ \t]*Action:(?=[^\n]*\n\s*Action Input:)": r"([^\n]*)\n\s*Action Input:",  # ReAct
 }
-MISTRAL = r"([^\s\[\](){}<>,]{1,200})\s*(?:\[CALL_ID\][^\[{]{0,200})?(?:\[ARGS\]\s*)?(?=\{)"  # behind [TOOL_CALLS]
+MISTRAL = r"([^\s\[\](){}<>,]{1,200})\s*(?:\[CALL_ID\][^\[{]{0,200})?(?:\[ARGS\]\s*)?(?=\{)"  # after [TOOL_CALLS]
 # Parameters in tags of their own: Qwen3-Coder, Seed, Nemotron 3; MiniMax, Step, DeepSeek 3.2, Claude; MiniCPM.
 TAGGED = (
     r"<function=(?P<function>[^<>\s]{1,200})>|"
@@ -115,7 +115,7 @@ def parse(response: str) -> list[Call]:
 
 
 def _marked(text: str) -> list[Call] | None:
-    """The calls behind marks; None if there is no mark."""
+    """The calls after marks; None if there is no mark."""
     calls: list[Call] = []
     marked, at = False, 0
     while mark := MARK_OR_THOUGHT.search(text, at):
@@ -151,7 +151,7 @@ def _behind(text: str, mark: re.Match[str]) -> tuple[list[Call], int]:
         return _tagged(text, at, mark["function"] or mark["invoke"])
     if head := BEHIND[form].match(text, at):
         return _headed(text, head)
-    raise ValueError(f"There is no name with arguments behind {mark[0].strip()}.")
+    raise ValueError(f"There is no name with arguments after {mark[0].strip()}.")
 
 
 def _wrapped(text: str, at: int, closing: str) -> tuple[list[Call], int]:
@@ -175,7 +175,7 @@ def _nothing_but(text: str, at: int, closing: str) -> None:
     """Raises ValueError unless what follows is the closing tag, another mark or nothing."""
     at = after(START, text, at)
     if closing and not (at == len(text) or text.startswith(closing, at) or MARK.match(text, at)):
-        raise ValueError(f"Behind a call stands {text[at : at + 40]!r}.")
+        raise ValueError(f"A call is followed by {text[at : at + 40]!r}.")
 
 
 def _unmarked(text: str) -> list[Call]:
@@ -183,7 +183,7 @@ def _unmarked(text: str) -> list[Call]:
         return python_calls(text)
     calls, at = _json_calls(text, after(BETWEEN, text, 0))
     if text[at:].strip(" \t\r\n;"):
-        raise ValueError(f"Behind a call stands {text[at:].strip()[:40]!r}.")
+        raise ValueError(f"A call is followed by {text[at:].strip()[:40]!r}.")
     return calls
 
 
@@ -244,7 +244,7 @@ def _call_in(value: dict[str, Any]) -> Call:
 
 def _only(value: dict[str, Any], known: set[str]) -> None:
     if unknown := [key for key in value if key not in known]:
-        raise ValueError(f"{json.dumps(unknown[0])} is no key of a call; it has name and arguments.")
+        raise ValueError(f"{json.dumps(unknown[0])} is not a key of a call; the keys are name and arguments.")
 
 
 def _arguments(value: Any) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _tagged(text: str, at: int, name: str) -> tuple[list[Call], int]:
 
 
 def _without_line_ends(value: str) -> str:
-    """Without the line ends behind the opening and before the closing tag."""
+    """Without the line ends after the opening and before the closing tag."""
     return value.removeprefix("\r").removeprefix("\n").removesuffix("\n").removesuffix("\r")
 
 

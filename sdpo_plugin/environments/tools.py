@@ -10,7 +10,7 @@ A label may also have OpenAI's form, `{"name": ..., "arguments": {...}}`, with t
 The forms in which a response may call are those of `tool_calls.py`: as Python, `[get_weather(city="Oslo", days=2)]`, as
 JSON, or as models were trained to.
 
-| `detail`   | what the feedback tells                                     |
+| `detail`   | what the feedback has                                      |
 | ---------- | ----------------------------------------------------------- |
 | `outcome`  | that the calls are wrong                                    |
 | `error`    | also which call, which argument, and how                    |
@@ -57,7 +57,7 @@ def make(detail: str = "error", budget: int = 800) -> Callable[..., dict[str, An
             wrong = compare(parse(response), wanted, detail == "expected")
         except (ValueError, RecursionError) as error:
             reason = "It is nested too deeply." if isinstance(error, RecursionError) else error
-            told = "The response is no list of calls such as [name(argument=value)]."
+            told = "The response is not a list of calls such as [name(argument=value)]."
             return 0.0, told if detail == "outcome" else printable(f"{told} {reason}")
         if wrong is None:
             return 1.0, None
@@ -67,10 +67,10 @@ def make(detail: str = "error", budget: int = 800) -> Callable[..., dict[str, An
 
 
 def right_calls(label: Any) -> Wanted:
-    """The calls that a label wants.
+    """The calls that a label requires.
 
     Raises:
-        ValueError: it is no label of this environment.
+        ValueError: it is not a label of this environment.
     """
     if not isinstance(label, str):
         raise ValueError(f"a label must be text, a JSON list of calls, not a {type(label).__name__}: use json.dumps")
@@ -91,7 +91,7 @@ def _right_calls(call: Any) -> Wanted:
 
 
 def check_label(label: Any) -> None:
-    """Raises ValueError, with the reason, if a label is not of the form above, or wants an argument without a value."""
+    """Raises ValueError, with the reason, if a label has another form, or requires an argument without a value."""
     wanted = right_calls(label)
     for name, arguments in wanted:
         if none := [argument for argument, values in arguments.items() if not values]:
@@ -117,7 +117,7 @@ def _plain(right: Any) -> Any:
 
 
 def compare(calls: list[Call], wanted: Wanted, told: bool) -> str | None:
-    """What is wrong with the calls, or None. told: with the right values."""
+    """What is wrong with the calls, or None. told: with the expected values."""
     if len(calls) != len(wanted):
         names = f": {', '.join(name for name, _ in wanted)}" * told
         return f"{len(calls)} calls were made; it takes {len(wanted)}{names}."
@@ -182,7 +182,7 @@ def _right(value: Any) -> Any:
 
 
 def bfcl(questions: str, answers: str) -> Iterator[dict[str, Any]]:
-    """A data set of a file of BFCL and its answers, with columns `prompt` and `label`.
+    """A dataset from a file of BFCL and its answers, with columns `prompt` and `label`.
 
     Of questions of a single turn, that a response can answer.
     """
@@ -202,7 +202,7 @@ def _can_be_met(calls: list[dict[str, dict[str, list[Any]]]]) -> bool:
 
 
 def toolalpaca(path: str) -> Iterator[dict[str, Any]]:
-    """A data set of a file of ToolAlpaca, with columns `prompt` and `label`.
+    """A dataset from a file of ToolAlpaca, with columns `prompt` and `label`.
 
     Of its evaluation files the instructions and their golden answers, without those that take a value from another call
     (`${...}`); of its training file the conversations of a single call: later calls follow what the first returned.

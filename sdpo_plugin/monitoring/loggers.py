@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sdpo_plugin.config import ConfigError, Group, StopTraining, add_group, flat, from_namespace, option
+from sdpo_plugin.config import ConfigError, OptionGroup, StopTraining, add_group, flat, from_namespace, option
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.monitoring.masking import is_secret, masked
 
@@ -25,31 +25,31 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MlflowConfig(Group):
-    """Log to MLflow (`pip install 'openrlhf-sdpo[mlflow]'`), in every run, with an algorithm or without."""
+class MlflowConfig(OptionGroup):
+    """Log to MLflow (`pip install 'openrlhf-sdpo[mlflow]'`); for every run, with or without `--algo`."""
 
     prefix = "logger.mlflow"
 
-    uri: str | None = option(None, "tracking server (https://...) or store (sqlite:///...); None: do not log to MLflow")
-    experiment: str = option("openrlhf_train_ppo", "its name; made where it is not there")
-    run_name: str | None = option(None, "None: that of --logger.wandb.run_name")
+    uri: str | None = option(None, "MLflow tracking server (https://...) or store (sqlite:///...); none: no MLflow")
+    experiment: str = option("openrlhf_train_ppo", "MLflow experiment name; created if it does not exist")
+    run_name: str | None = option(None, "MLflow run name; none: --logger.wandb.run_name")
 
 
 @dataclass(frozen=True)
-class SwanlabConfig(Group):
-    """Log to SwanLab (`pip install 'openrlhf-sdpo[swanlab]'`), in every run, with an algorithm or without."""
+class SwanlabConfig(OptionGroup):
+    """Log to SwanLab (`pip install 'openrlhf-sdpo[swanlab]'`); for every run, with or without `--algo`."""
 
     prefix = "logger.swanlab"
 
     mode: str | None = option(
-        None, "online: to the cloud or your server; offline: to files, for `swanlab sync`; None: do not log to SwanLab",
+        None, "SwanLab logging: online: to the cloud or your server; offline: to files, for `swanlab sync`; none: off",
         ("online", "offline"),
     )
-    key: str | None = option(None, "API key; None: that of `swanlab login`, or SWANLAB_API_KEY")
-    workspace: str | None = option(None, "None: your own")
-    project: str = option("openrlhf_train_ppo", "its name")
-    run_name: str | None = option(None, "None: that of --logger.wandb.run_name")
-    dir: str = option("swanlog", "directory of the files")
+    key: str | None = option(None, "SwanLab API key; none: that of `swanlab login`, or SWANLAB_API_KEY")
+    workspace: str | None = option(None, "SwanLab workspace; none: your own")
+    project: str = option("openrlhf_train_ppo", "SwanLab project name")
+    run_name: str | None = option(None, "SwanLab run name; none: --logger.wandb.run_name")
+    dir: str = option("swanlog", "directory for SwanLab's files")
 
 
 class Tracker(Protocol):
@@ -70,7 +70,7 @@ class Mlflow:
     """A run at MLflow's, through its client: nothing global, so a reward function may use MLflow itself."""
 
     BATCH = 100  # parameters in one request, MLflow's limit
-    LONGEST = 6000  # characters of a parameter, likewise
+    LONGEST = 6000  # characters of a parameter, for the same reason
 
     def __init__(self, args: Any, run: str | None) -> None:
         """`run`: the id of the run to continue, or None. Its parameters stay those it began with."""
@@ -148,7 +148,7 @@ def numbers(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def asked(args: Any) -> dict[str, Callable[[Any, str | None], Tracker]]:
-    """The loggers that the arguments ask for, by the library's name."""
+    """The loggers that the arguments request, by the library's name."""
     found: dict[str, Callable[[Any, str | None], Tracker]] = {}
     if args.logger.mlflow.uri:
         found["mlflow"] = Mlflow
@@ -179,7 +179,7 @@ def openrlhf_configure(args: Any) -> None:
 
 
 @hookimpl
-def openrlhf_load_states(states: dict[str, Any], args: Any) -> None:
+def openrlhf_load_controller_state(states: dict[str, Any], args: Any) -> None:
     """Called once in every run, on the controller."""
     before = states.get(STATE, {})
     for name, start in asked(args).items():
@@ -191,7 +191,7 @@ def openrlhf_load_states(states: dict[str, Any], args: Any) -> None:
 
 
 @hookimpl
-def openrlhf_save_states(states: dict[str, Any], args: Any) -> None:
+def openrlhf_save_controller_state(states: dict[str, Any], args: Any) -> None:
     states[STATE] = {name: run.id for name, run in _runs.items()}
 
 
@@ -203,7 +203,7 @@ def openrlhf_log(metrics: dict[str, Any], step: int, evaluation: bool) -> None:
 
 
 @hookimpl
-def openrlhf_end(error: BaseException | None) -> None:
+def openrlhf_train_end(error: BaseException | None) -> None:
     failed = None if isinstance(error, StopTraining) else error
     for name, run in _runs.items():
         _unharmed(name, run.end, failed)
@@ -211,7 +211,7 @@ def openrlhf_end(error: BaseException | None) -> None:
 
 
 def _unharmed(name: str, call: Callable[..., None], *args: Any) -> None:
-    """A training goes on where its logger fails."""
+    """Training continues where a logger fails."""
     try:
         call(*args)
     except Exception as error:

@@ -2,7 +2,7 @@
 
 By name where there is one (`logger.wandb.key`, `HF_TOKEN`), by shape everywhere: URIs with a password, the tokens of
 well-known services, and names with a value in running text, as in a traceback. A column's name (`data.input_key`) or a
-number of tokens is no secret.
+number of tokens is not a secret.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMED = re.compile(
     (?P<value>"[^"\n]*"|'[^'\n]*'|(?:(?:bearer|basic|token)[ ])?[^\s,;&"'(){}\[\]<>]+)""",
     re.IGNORECASE | re.VERBOSE,
 )
-# A password with / ? or # in it is no proper URI, but libraries read it; a number before these is a port.
+# A password with / ? or # in it is not a proper URI, but libraries read it; a number before these is a port.
 URI = re.compile(
     r"""(?<=//)(?P<user>[^\s/?\#:@"'<>]*:)(?:[^\s/?\#"'<>]{1,2048}@|(?!\d{1,5}[/?\#])[^\s@"'<>]{1,256}@)""", re.VERBOSE
 )
@@ -90,7 +90,7 @@ def _masked_text(text: str) -> str:
 def _masked_pair(found: re.Match[str]) -> str:
     name, sep, value = found["name"], found["sep"], found["value"]
     flag, quoted = name.startswith("--"), value[0] in "\"'"
-    # In prose and in code, `key: x` and `token = x` tell of no secret.
+    # In prose and in code, `key: x` and `token = x` are not secrets.
     plain = name.lower() in ("key", "token", "keys", "tokens") and not (quoted and (sep == "=" or found["quote"]))
     if not is_secret(name) or (sep.isspace() and not flag) or plain:
         return found[0]

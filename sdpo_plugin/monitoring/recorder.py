@@ -1,6 +1,6 @@
-"""What the teacher saw, for people to read: a few samples of every rollout batch (`--diagnostics.samples`).
+"""What the teacher saw, for people to read: a few samples of every rollout batch (`--diagnostics.log_samples`).
 
-The controller chooses them and knows their texts; the policy workers that train on them tell the numbers of each token.
+The controller chooses them and has their texts; the policy workers that train on them report the numbers of each token.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo_plugin.distillation.context import Cuts, Rollout, joined
+from sdpo_plugin.distillation.context import Rollout, joined
 from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation
-from sdpo_plugin.distillation.loss import Tokens
+from sdpo_plugin.distillation.loss import TokenBatch
 from sdpo_plugin.distillation.prompts import rendered, text_tokenizer
-from sdpo_plugin.interface.micro_batch import MicroBatch, RolloutBatch
+from sdpo_plugin.interface.micro_batch import MicroBatch
+from sdpo_plugin.interface.rollout_batch import RolloutBatch
+from sdpo_plugin.interface.scoring import TeacherPrompt
 from sdpo_plugin.monitoring.sample_file import SampleFile
 
-ASKED = "recorded sample"
+RECORDED = "recorded_sample"  # the name of the report
 ALTERNATIVES = 5
 DIGITS = 4  # of a log-probability
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class Recorder:
         self.lines: list[dict[str, Any]] = []  # of the batch that is trained on
 
     def begin(self, step: int) -> None:
-        """The run goes on behind global step `step`."""
+        """The run starts after global step `step`."""
         # As OpenRLHF's `TensorboardLogger`, so that one directory is one run.
         self.file = SampleFile(os.path.join(self.args.logger.tensorboard_dir, self.args.logger.wandb.run_name))
         self.file.begin(step)
@@ -65,24 +67,25 @@ class Recorder:
         self,
         batch: RolloutBatch,
         rollouts: Sequence[Rollout],
-        prompts: Sequence[tuple[Sequence[int], Cuts] | None],
+        prompts: Sequence[TeacherPrompt | None],
         masks: Sequence[Tensor],
     ) -> None:
-        """Choose samples of the batch, and ask the policy workers about them.
+        """Choose samples of the batch, and request their tokens' numbers from the policy workers.
 
-        prompts: of each sample, what its teacher reads (the first read of its first context) and what was cut from it;
-        None: no teacher. masks: bool [A_i], the tokens in the loss.
+        Args:
+            prompts: for each sample, the first teacher prompt of its first context; None: no teacher scores it.
+            masks: bool [A_i], the tokens in the loss.
         """
-        samples = chosen(rollouts, self.args.diagnostics.samples)
+        samples = chosen(rollouts, self.args.diagnostics.log_samples)
         self.lines = [self._line(batch, i, rollouts[i], prompts[i], masks[i]) for i in samples]
-        batch.ask(ASKED, samples)
+        batch.request(RECORDED, samples)
 
     def _line(
         self,
         batch: RolloutBatch,
         i: int,
         rollout: Rollout,
-        prompt: tuple[Sequence[int], Cuts] | None,
+        prompt: TeacherPrompt | None,
         mask: Tensor,
     ) -> dict[str, Any]:
         def text(ids: Sequence[int]) -> str:
@@ -91,7 +94,6 @@ class Recorder:
         actions = batch.response_mask(i).nonzero()[:, 0]
         ids = batch.samples[i].sequences[0][actions + 1].tolist()
         said = [None if own is None else str(own) for own in (rollout.feedback, *rollout.turn_feedback)]
-        read, cuts = prompt or (None, {})
         return {
             "step": batch.step,
             "sample": i,
@@ -99,11 +101,14 @@ class Recorder:
             "response": text(batch.response_ids(i)),
             "reward": None if rollout.reward is None or not math.isfinite(rollout.reward) else rollout.reward,
             "feedback": joined(said) or None,
-            "active": read is not None,
+            "active": prompt is not None,
             "truncated": bool(batch.samples[i].truncated),
-            "teacher_prompt": None if read is None else text(read),
-            "cut": {name: [len(text(read[:at])) for at in places] for name, places in cuts.items()} if read else {},
-            "tokens": pieces(ids, batch.tokenizer),
+            "teacher_prompt": None if prompt is None else text(prompt.ids),
+            "truncated_at": {} if prompt is None else {
+                name: [len(text(prompt.ids[:offset])) for offset in offsets]
+                for name, offsets in prompt.truncated_at.items()
+            },
+            "tokens": token_texts(ids, batch.tokenizer),
             "token_ids": ids,
             "in_loss": mask[actions].tolist(),
             "student": [],
@@ -114,24 +119,25 @@ class Recorder:
     def write(self, batch: RolloutBatch) -> None:
         """Add the lines of the samples that were chosen from the batch, which was trained on."""
         for line in self.lines:
-            line |= _numbers(batch.answers[ASKED].get(line["sample"], {}), batch.tokenizer)
+            line |= _numbers(batch.reports[RECORDED].get(line["sample"], {}), batch.tokenizer)
         try:
             self.file.append(self.lines)
         except OSError as error:
             logger.warning(
-                f"--diagnostics.samples {self.args.diagnostics.samples}: the samples of step {batch.step} are not "
-                f"recorded, {self.file.path} cannot be written to ({error.strerror}); the run goes on"
+                f"--diagnostics.log_samples {self.args.diagnostics.log_samples}: the samples of step {batch.step} are "
+                f"not recorded, {self.file.path} cannot be written to ({error.strerror}); the run continues"
             )
         self.lines = []
 
 
-def _numbers(told: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """What `tell` found, in the form of a line."""
-    found: dict[str, Any] = {name: [_rounded(x) for x in told[name]] for name in ("student", "teacher") if name in told}
-    if "ids" in told:
+def _numbers(stats: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """What `report_token_stats` found, in the form of a line."""
+    both = [name for name in ("student", "teacher") if name in stats]
+    found: dict[str, Any] = {name: [_rounded(x) for x in stats[name]] for name in both}
+    if "ids" in stats:
         found["alternatives"] = [
-            [[piece, _rounded(x)] for piece, x in zip(pieces(ids, tokenizer), log_probs, strict=True)]
-            for ids, log_probs in zip(told["ids"], told["log_probs"], strict=True)
+            [[piece, _rounded(x)] for piece, x in zip(token_texts(ids, tokenizer), log_probs, strict=True)]
+            for ids, log_probs in zip(stats["ids"], stats["log_probs"], strict=True)
         ]
     return found
 
@@ -141,7 +147,7 @@ def _rounded(log_prob: float | None) -> float | None:
     return round(log_prob, DIGITS) if log_prob is not None and math.isfinite(log_prob) else None
 
 
-def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """The text of each token alone; a part of a character is U+FFFD."""
     tokenizer = text_tokenizer(tokenizer)
     texts = [tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in ids]
@@ -154,38 +160,46 @@ def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
 # ── the policy worker ──
 
 
-def tell(
+def report_token_stats(
     micro_batch: MicroBatch, student: Tensor, teacher: TeacherStates, token_ids: Tensor, active: Tensor,
     temperature: float,
 ) -> None:
-    """Answer for the samples of the micro-batch that the controller asks about, each once in a rollout batch.
+    """Report the numbers of the samples that the controller requested, each once in a rollout batch.
 
-    Of the N response tokens that the student reads: its log-probabilities and their ids, [N] each, the teacher's hidden
-    states, and whether it scored them (bool [N]). Of a sample that the student does not read there are the engine's
-    log-probabilities, if any.
+    Where the student skips a sample, its log-probabilities are those of the rollout, if there are any.
+
+    Args:
+        student: [N], the student's log-probabilities of the N response tokens `token_ids` (int64 [N]).
+        teacher: its hidden states at these tokens, and its head.
+        active: bool [N], whether the teacher scored them.
     """
-    rows = micro_batch.asked(ASKED)
+    rows = micro_batch.requested_rows(RECORDED)
     if not rows:
         return
     batch = micro_batch.experience
-    row_of = micro_batch.per_token(torch.arange(len(batch.sequences)))
+    row_of = micro_batch.to_response_tokens(torch.arange(len(batch.sequences)))
     wanted = active & torch.isin(row_of, torch.tensor(rows, device=row_of.device))
-    found = [x.tolist() for x in likeliest(teacher.hidden[wanted], teacher.head, token_ids[wanted], temperature)]
+    local = likeliest(teacher.hidden[wanted], teacher.head, token_ids[wanted], temperature)
+    spread = [x.new_zeros(len(wanted), *x.shape[1:]) for x in local]
+    for every, x in zip(spread, local, strict=True):
+        every[wanted] = x
+    row_of, student, wanted, *spread = (micro_batch.of_ring(x) for x in (row_of, student, wanted, *spread))
+    found = [x[wanted].tolist() for x in spread]
     places = wanted.cumsum(0) - 1  # in what was found
     for row in rows:
         own = (row_of == row).nonzero()[:, 0].tolist()
-        told: dict[str, Any] = {}
+        stats: dict[str, Any] = {}
         if own:
-            told["student"] = student[own].tolist()
+            stats["student"] = student[own].tolist()
         elif batch.rollout_log_probs is not None:
-            told["student"] = batch.rollout_log_probs[row][batch.action_mask[row].bool()].tolist()
+            stats["student"] = batch.rollout_log_probs[row][batch.action_mask[row].bool()].tolist()
         if wanted[own].any():
             scored = wanted[own].tolist()
             at = [place if its else None for place, its in zip(places[own].tolist(), scored, strict=True)]
             nothing: Any
             for name, values, nothing in zip(("teacher", "ids", "log_probs"), found, (None, [], []), strict=True):
-                told[name] = [nothing if place is None else values[place] for place in at]
-        micro_batch.answer(ASKED, row, told)
+                stats[name] = [nothing if place is None else values[place] for place in at]
+        micro_batch.report(RECORDED, row, stats)
 
 
 @torch.no_grad()
@@ -197,11 +211,11 @@ def likeliest(hidden: Tensor, head: Head, token_ids: Tensor, temperature: float)
     ids = torch.zeros(len(hidden), k, dtype=torch.long, device=hidden.device)
     log_probs = torch.zeros(len(hidden), k, device=hidden.device)
 
-    def look(tokens: Tokens) -> Tensor:
+    def collect(tokens: TokenBatch) -> Tensor:
         values, ids[tokens.rows] = tokens.student.topk(k)
         log_probs[tokens.rows] = values.to(log_probs.dtype)
         return tokens.log_probs
 
     every = torch.ones(len(hidden), device=hidden.device)
-    scores = linear_distillation(hidden, head, [], token_ids, every, look, temperature=temperature)
+    scores = linear_distillation(hidden, head, [], token_ids, every, collect, temperature=temperature)
     return scores.log_probs, ids, log_probs

@@ -1,6 +1,6 @@
-"""`samples.jsonl`: the samples of a run that `--diagnostics.samples` keeps, one JSON object a line (docs/report.md).
+"""`samples.jsonl`: the samples that `--diagnostics.log_samples` keeps, one JSON object a line (docs/monitoring.md).
 
-The file lies beside the event files of the run. Whoever stops a run at any moment leaves whole lines, and at most one
+The file lies beside the event files of the run. A run that is stopped at any moment leaves whole lines, and at most one
 broken one at the end.
 """
 
@@ -27,11 +27,11 @@ def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another line is no JSON object with a step; names file and line.
+        ValueError: another line is not a JSON object with a step; names file and line.
     """
     files = sorted(Path(path).rglob(NAME)) if os.path.isdir(path) else [Path(path)]
     if not files:
-        raise FileNotFoundError(f"no {NAME} below {path}; a run writes it with --diagnostics.samples N")
+        raise FileNotFoundError(f"no {NAME} below {path}; a run writes it with --diagnostics.log_samples N")
     samples: list[dict[str, Any]] = []
     for file in files:
         found = [sample for _, sample in _lines(file)]
@@ -62,7 +62,7 @@ class SampleFile:
         self.path = Path(directory) / NAME
 
     def begin(self, step: int) -> None:
-        """The run goes on behind global step `step`, 0 if it starts anew: lines of later steps go.
+        """The run continues after global step `step` (0 for a new run): lines of later steps are removed.
 
         A damaged file (`read_samples`) is set aside.
         """

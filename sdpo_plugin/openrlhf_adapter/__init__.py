@@ -1,1 +1,1 @@
-"""Everything that knows OpenRLHF, Ray, vLLM or DeepSpeed."""
+"""All code that depends on OpenRLHF, Ray, vLLM or DeepSpeed: a folder for each process of a run, and what all need."""

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from openrlhf.datasets import utils
 
-from sdpo_plugin.openrlhf_adapter.patch_points import seam
+from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
 
 Loader = Callable[..., Any]
 
@@ -41,7 +41,7 @@ def _as_text(feature: Any) -> Any:
     return datasets.Json() if dated else feature
 
 
-_load_dataset = with_dates_as_text(seam("openrlhf.datasets.utils:load_dataset", "path", "features"))
+_load_dataset = with_dates_as_text(patch_point("openrlhf.datasets.utils:load_dataset", "path", "features"))
 
 
 def bind() -> None:

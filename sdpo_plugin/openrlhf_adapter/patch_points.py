@@ -1,7 +1,7 @@
 """What of OpenRLHF is relied on: declared where it is, and checked before a run.
 
 Nothing of OpenRLHF is copied. Its classes are subclassed, its functions wrapped, and the names under which it looks
-them up are bound to ours. Each of these places is a seam: `seam` looks it up, `overrides` marks a method.
+them up are bound to ours. Each of these places is a patch point: `patch point` looks it up, `overrides` marks a method.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ FLAGS = (  # that earlier versions do not have
 )  # fmt: skip
 
 
-class SeamError(RuntimeError):
+class IncompatibleOpenRLHF(RuntimeError):
     """The installed OpenRLHF does not have the shape this adapter attaches to."""
 
 
 @dataclass(frozen=True)
-class Seam:
+class PatchPoint:
     """One attribute of OpenRLHF.
 
     Attributes:
@@ -58,11 +58,11 @@ class Seam:
         return None
 
 
-SEAMS: list[Seam] = []  # of every module of this folder that was imported
+PATCH_POINTS: list[PatchPoint] = []  # of every module of this folder that was imported
 
 
 def plain_class(cls: Any) -> Any:
-    """The class behind a `@ray.remote` class; anything else unchanged."""
+    """The class inside a `@ray.remote` class; anything else unchanged."""
     metadata = getattr(cls, "__ray_metadata__", None)
     return metadata.modified_class.__ray_actor_class__ if metadata is not None else cls
 
@@ -71,10 +71,10 @@ class Missing:
     """Stands where OpenRLHF has nothing, so that `check` can name all of it."""
 
 
-def seam(at: str, *parameters: str) -> Any:
+def patch_point(at: str, *parameters: str) -> Any:
     """The class or function of OpenRLHF `at` this place, which takes `parameters` among others."""
-    declared = Seam(at, parameters)
-    SEAMS.append(declared)
+    declared = PatchPoint(at, parameters)
+    PATCH_POINTS.append(declared)
     try:
         return declared.find()
     except (ImportError, AttributeError):
@@ -97,26 +97,26 @@ class overrides:  # noqa: N801
     def __set_name__(self, owner: type, name: str) -> None:
         setattr(owner, name, self.method)
         theirs = self.of or next((c for c in owner.__mro__[1:] if name in vars(c)), owner.__mro__[1])
-        SEAMS.append(Seam(f"{theirs.__module__}:{theirs.__qualname__}.{name}", self.parameters))
+        PATCH_POINTS.append(PatchPoint(f"{theirs.__module__}:{theirs.__qualname__}.{name}", self.parameters))
 
 
-def check(seams: list[Seam] | None = None) -> None:
+def check(patch_points: list[PatchPoint] | None = None) -> None:
     """Compare the installed OpenRLHF with what is relied on.
 
     Raises:
-        SeamError: names every seam that does not fit, OpenRLHF's version and the tested versions.
+        IncompatibleOpenRLHF: names every patch point that does not fit, OpenRLHF's version and the tested versions.
     """
-    problems = [f"  {seam.at}: {problem}" for seam in seams or SEAMS if (problem := seam.problem())]
+    problems = [f"  {point.at}: {problem}" for point in patch_points or PATCH_POINTS if (problem := point.problem())]
     if problems:
-        raise SeamError(cannot_be_extended("\n".join(problems)))
+        raise IncompatibleOpenRLHF(cannot_be_extended("\n".join(problems)))
 
 
 def check_flags(known: Collection[str]) -> None:
-    """Compare the flags of OpenRLHF's launcher, by dotted name, with those that are relied on. Raises SeamError."""
+    """Raises IncompatibleOpenRLHF unless the flags of OpenRLHF's launcher, by dotted name, have those relied on."""
     if missing := [f"  --{flag}: no such flag" for flag in FLAGS if flag not in known]:
-        raise SeamError(cannot_be_extended("\n".join(missing)))
+        raise IncompatibleOpenRLHF(cannot_be_extended("\n".join(missing)))
 
 
 def cannot_be_extended(problems: str) -> str:
     tested = ", ".join(TESTED)
-    return f"openrlhf {version('openrlhf')} cannot be extended; tested with {tested}. Seams that moved:\n{problems}"
+    return f"openrlhf {version('openrlhf')} cannot be extended; tested with {tested}. Patch points that changed:\n{problems}"

@@ -41,9 +41,9 @@ function points(run, chart) {
   return curve[0].map((step, i) => ({ x: at.get(step) * AXES[axis].scale, y: curve[1][i], step }));
 }
 
-function rungs(run) {
+function warned(run) {
   const first = new Map();
-  for (const [step, name] of run.alarms) if (!first.has(name)) first.set(name, step);
+  for (const [step, name] of run.warnings) if (!first.has(name)) first.set(name, step);
   return [...first].map(([name, step]) => ({ name, step, x: (run.at[axis]?.get(step) ?? NaN) * AXES[axis].scale }));
 }
 
@@ -70,12 +70,12 @@ function spec(figure, width) {
       mark: { type: "rect", fill: "var(--healthy)" },
       encoding: { y: { ...y, field: "low" }, y2: { field: "high" } },
     });
-  const alarms = figure.alarms ? visible().flatMap((run) => rungs(run).filter((ring) => ring.x <= right)) : [];
-  if (alarms.length)
+  const warnings = figure.warnings ? visible().flatMap((run) => warned(run).filter((ring) => ring.x <= right)) : [];
+  if (warnings.length)
     layer.push(
-      { data: { values: alarms }, mark: { type: "rule", stroke: "var(--alarm)", strokeDash: [3, 3] }, encoding: { x } },
+      { data: { values: warnings }, mark: { type: "rule", stroke: "var(--warning)", strokeDash: [3, 3] }, encoding: { x } },
       {
-        data: { values: alarms }, mark: { type: "text", text: "▲", fill: "var(--alarm)", fontSize: 10, baseline: "top", y: 0 },
+        data: { values: warnings }, mark: { type: "text", text: "▲", fill: "var(--warning)", fontSize: 10, baseline: "top", y: 0 },
         encoding: { x },
       },
     );
@@ -191,13 +191,13 @@ function follow(figure) {
   });
 }
 
-function add(section, chart, alarms) {
+function add(section, chart, warnings) {
   const readout = make("p", { className: "readout" });
   const plot = make("div", { className: "plot" });
   const node = make("figure", { className: "chart", tabIndex: 0, aria: { role: "group" } },
     make("figcaption", {}, make("h3", { textContent: chart.title }), make("p", { className: "words", textContent: chart.words })),
     readout, plot);
-  const figure = { chart, node, plot, readout, alarms, stale: true, near: false };
+  const figure = { chart, node, plot, readout, warnings, stale: true, near: false };
   section.append(node);
   figures.push(figure);
   follow(figure);
@@ -240,10 +240,10 @@ function cards() {
       `${run.steps} ${run.steps === 1 ? "step" : "steps"}`, made ? `${made.toLocaleString("en")} generations` : null,
       duration(run.axes.hours.at(-1) ?? 0),
       values.length ? `accuracy ${number(values[0], { percent: true })} → ${number(values.at(-1), { percent: true })}` : null,
-      run.alarms.length ? `▲ alarm at step ${run.alarms[0][0]}` : null,
+      run.warnings.length ? `▲ warning at step ${run.warnings[0][0]}` : null,
     ].filter(Boolean);
     return make("p", { className: "run", title: run.directory }, key(run), make("b", { textContent: run.name }),
-      ...facts.map((fact) => make("span", { textContent: fact, className: fact.startsWith("▲") ? "alarm" : "" })));
+      ...facts.map((fact) => make("span", { textContent: fact, className: fact.startsWith("▲") ? "warning" : "" })));
   }));
 }
 
@@ -266,17 +266,17 @@ function controls() {
   }
 }
 
-function alarmList() {
-  const place = document.getElementById("alarms");
-  const rows = runs.flatMap((run) => rungs(run).map((ring) => {
-    const times = run.alarms.filter(([, name]) => name === ring.name).length;
+function warningList() {
+  const place = document.getElementById("warnings");
+  const rows = runs.flatMap((run) => warned(run).map((ring) => {
+    const times = run.warnings.filter(([, name]) => name === ring.name).length;
     const again = times > 1 ? `, and ${times - 1} more ${times === 2 ? "time" : "times"}` : "";
-    return make("li", {}, make("b", { textContent: `▲ ${run.name}, step ${ring.step}` }), `: ${data.alarms[ring.name] ?? ring.name}${again}`);
+    return make("li", {}, make("b", { textContent: `▲ ${run.name}, step ${ring.step}` }), `: ${data.warnings[ring.name] ?? ring.name}${again}`);
   }));
-  if (rows.length) place.append(make("ul", { className: "alarms" }, ...rows));
+  if (rows.length) place.append(make("ul", { className: "warnings" }, ...rows));
   const lacks = [
-    [runs.filter((run) => run.watched && !run.alarms.length), "no alarm rang"],
-    [runs.filter((run) => !run.watched), "no alarms were logged (alarm/...); the watch is of self-distillation, with --diagnostics.guard other than off"],
+    [runs.filter((run) => run.monitored && !run.warnings.length), "no warnings"],
+    [runs.filter((run) => !run.monitored), "no warning metrics (warning/...) were logged; the collapse monitor runs with --algo and --diagnostics.on_collapse other than off"],
   ];
   for (const [of, words] of lacks)
     if (of.length) place.append(make("p", { className: "lead", textContent: `${of.map((run) => run.name).join(", ")}: ${words}.` }));
@@ -312,7 +312,7 @@ function lead(id, words) {
 
 cards();
 controls();
-alarmList();
+warningList();
 times();
 for (const [id, charts] of Object.entries(data.sections)) {
   const section = document.querySelector(`#${id} .charts`);
@@ -322,10 +322,10 @@ if (!data.sections.learning.length) lead("learning", "The runs logged neither ev
 if (Math.max(...runs.map((run) => run.steps)) === 1) lead("learning", "One step was logged: its values are points, there is no curve yet.");
 const drawn = Math.max(...runs.map((run) => run.longest));
 if (drawn > data.most) lead("learning", `Of each curve (up to ${drawn.toLocaleString("en")} points) at most ${data.most.toLocaleString("en")} are drawn, the least and the greatest of every stretch among them.`);
-if (data.sections.watch.some((chart) => chart.low !== null || chart.high !== null)) {
+if (data.sections.monitor.some((chart) => chart.low !== null || chart.high !== null)) {
   const sign = make("p", { className: "signs" }, make("i", { className: "healthy" }), "healthy range");
-  if (runs.some((run) => run.alarms.length)) sign.append(make("b", { textContent: "▲" }), "an alarm's first ring");
-  document.querySelector("#watch .charts").before(sign);
+  if (runs.some((run) => run.warnings.length)) sign.append(make("b", { textContent: "▲" }), "first step of a warning");
+  document.querySelector("#monitor .charts").before(sign);
 }
 for (const figure of figures) observer.observe(figure.node);
 document.documentElement.dataset.charts = "ready";

@@ -13,18 +13,19 @@ from sdpo_plugin.monitoring.sample_file import NAME, read_samples
 from sdpo_plugin.report.events import read_run
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Write the page, or print samples. Raises ConfigError where there is nothing to read."""
-    parser = argparse.ArgumentParser(
-        prog="openrlhf-sdpo report", description="What runs logged, as one HTML file, or their samples in the terminal."
-    )
+def main(arguments: Sequence[str], parser: argparse.ArgumentParser | None = None) -> None:
+    """Write the page, or print samples. Raises ConfigError where there is nothing to read.
+
+    parser: one without arguments yet, with the help's other parts.
+    """
+    parser = parser or argparse.ArgumentParser("openrlhf-sdpo report")
     parser.add_argument(
-        "runs", nargs="+", metavar="[NAME=]RUN", help="a directory below which a run's event files and samples lie"
+        "runs", nargs="+", metavar="[NAME=]RUN", help="directory that contains a run's event files and samples"
     )
-    parser.add_argument("--out", metavar="FILE", help="the page (default: report.html)")
-    parser.add_argument("--text", action="store_true", help="print samples, token by token, and write no page")
-    parser.add_argument("--step", type=int, metavar="N", help="with --text: of this step (default: the last)")
-    parser.add_argument("--sample", type=int, metavar="N", help="with --text: the one with this number in its step")
+    parser.add_argument("--out", metavar="FILE", help="file for the report (default: report.html)")
+    parser.add_argument("--text", action="store_true", help="print samples token by token; no report is written")
+    parser.add_argument("--step", type=int, metavar="N", help="with --text: the step to print (default: the last)")
+    parser.add_argument("--sample", type=int, metavar="N", help="with --text: print only the sample with this number")
     args = parser.parse_args(arguments)
     if args.text and args.out:
         parser.error("--out is for the page, --text prints")
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         for name, directory in runs.items():
             samples = recorded(directory)
             if not samples:
-                raise ConfigError(f"report: no {NAME} below {directory}; train with --diagnostics.samples N")
+                raise ConfigError(f"report: no {NAME} below {directory}; train with --diagnostics.log_samples N")
             show(name if len(runs) > 1 else "", samples, args.step, args.sample)
         return
     from sdpo_plugin.report import page
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def named(runs: Sequence[str]) -> dict[str, str]:
-    """Directories by name: of `NAME=DIR` the given one, else what tells the directories apart."""
+    """Directories by name: of `NAME=DIR` the given one, else the part in which the directories differ."""
     given = [run.partition("=") if "=" in run and not os.path.exists(run) else ("", "", run) for run in runs]
     paths = [os.path.abspath(directory) for _, _, directory in given]
     tops = [os.path.dirname(path) if os.path.basename(path) == "tensorboard" else path for path in paths]

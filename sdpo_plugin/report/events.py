@@ -62,8 +62,8 @@ def read_run(name: str, directory: str) -> Run:
     return Run(name, Path(directory), curves, generations, _hours(parts))
 
 
-def first_looks(curve: Curve, looks: int) -> float:
-    """What the watch compares a context gain with."""
+def first_checks(curve: Curve, looks: int) -> float:
+    """What the collapse monitor compares a context KL with."""
     return statistics.median(value for _, value in curve[:looks])
 
 

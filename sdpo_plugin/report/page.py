@@ -23,9 +23,9 @@ from markupsafe import Markup
 
 import sdpo_plugin
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.monitoring.collapse import ALARM, COLLAPSED, GAIN, REFERENCE_LOOKS
+from sdpo_plugin.monitoring.collapse import COLLAPSED, CONTEXT_KL, REFERENCE_CHECKS, WARNING
 from sdpo_plugin.monitoring.sample_file import NAME
-from sdpo_plugin.report.events import STEP_TOTAL, Run, first_looks, running_median, thinned
+from sdpo_plugin.report.events import STEP_TOTAL, Run, first_checks, running_median, thinned
 from sdpo_plugin.report.readable import LEVELS, disagreement, last_content, prompt_text, token_text, visible
 
 MOST_POINTS = 1_000  # of a curve
@@ -53,47 +53,48 @@ class Chart:
     percent: bool = False
 
 
-GAIN_SHARE = "gain share"  # computed, no tag
+KL_FRACTION = "context KL fraction"  # computed, no tag
 LEARNING = (
     Chart("Mean reward", "of a step's samples", "train/rollout/reward_mean"),
-    Chart("Self-distillation loss", "near zero at success and at collapse: see the watch", SELF + "loss"),
+    Chart("Self-distillation loss", "near zero at success and at collapse: see the collapse monitor", SELF + "loss"),
     Chart("Gradient norm", "before clipping", "train/actor_grad_norm"),
 )
-WATCH = (
+MONITOR = (
     Chart(
-        "Context gain", f"of the first {REFERENCE_LOOKS} looks'; sinking, the teacher forgets to read its context",
-        GAIN_SHARE, low=COLLAPSED, percent=True,
+        "Context KL", f"as a fraction of the first {REFERENCE_CHECKS} checks; falls as the teacher ignores its context",
+        KL_FRACTION, low=COLLAPSED, percent=True,
     ),
     Chart(
-        "Advantage on failures", "log T \u2212 log S, nats a token; below zero: not what the teacher would say",
-        "train/teacher/advantage_on_failures", high=0.0,
+        "Log ratio on failures", "log T \u2212 log S, nats per token; below zero: unlikely to the teacher",
+        "train/teacher/log_ratio_on_failures", high=0.0,
     ),
     Chart(
-        "Advantage on successes", "log T \u2212 log S, nats a token; about zero or above",
-        "train/teacher/advantage_on_successes",
+        "Log ratio on successes", "log T \u2212 log S, nats per token; about zero or above",
+        "train/teacher/log_ratio_on_successes",
     ),
     Chart(
-        "Entropy of the student", "nats a token; at zero while samples fail, nothing new is tried",
+        "Entropy of the student", "nats per token; at zero while samples fail, no other response is tried",
         SELF + "student_entropy",
     ),
     Chart(
-        "Response length", "relative to the first looks'; half to double is a rule of thumb, no alarm hangs on it",
+        "Response length", "relative to the first checks; half to double is a rule of thumb, without a warning",
         SELF + "response_length_drift", low=0.5, high=2.0, percent=True,
     ),
     Chart(
-        "Samples with a teacher", "with a context and a token in the loss; at zero nothing is learned",
+        "Samples with a teacher", "with a context and a token in the loss; at zero nothing is distilled",
         SELF + "reprompt_sample_fraction", low=0.001, percent=True,
     ),
-    Chart("Responses cut", "at the length limit", "train/rollout/truncated_rate", percent=True),
-    Chart("Teacher prompts cut", "shortened to --reprompt.max_len", SELF + "truncated_fraction", percent=True),
-    Chart("Distance of the average", "relative, of student and ema teacher", "train/teacher/ema_distance"),
-    Chart("Rate of the average", "in use; --diagnostics.guard slow lowers it", "train/teacher/update_rate"),
+    Chart("Truncated responses", "at the length limit", "train/rollout/truncated_rate", percent=True),
+    Chart("Truncated teacher prompts", "to fit --reprompt.max_len", SELF + "truncated_fraction", percent=True),
+    Chart("EMA distance", "relative, between student and EMA teacher", "train/teacher/ema_distance"),
+    Chart("EMA rate", "in use; --diagnostics.on_collapse slow lowers it", "train/teacher/update_rate"),
 )  # fmt: skip
-ALARMS = {
-    "collapse": "the teacher reads its context less and less",
+WARNINGS = {
+    "collapse": "the teacher uses its context less and less",
+    "no_context_kl": "the teacher's context changes nothing",
     "inactive": "no sample has a teacher context, nothing is distilled",
     "feedback_off": "there is feedback, and it is ignored",
-    "flat_rewards": "all rewards are equal, the policy loss teaches nothing",
+    "flat_rewards": "all rewards are equal, so the policy loss has no effect",
     "flat_successes": "all rewards are equal and count as success",
 }
 
@@ -101,13 +102,13 @@ ALARMS = {
 def write(runs: Sequence[tuple[Run, Samples]], path: Path) -> None:
     """Write the page of some runs and their samples, UTF-8.
 
-    Raises ConfigError for samples that are not as docs/report.md says.
+    Raises ConfigError for samples that do not have the format of docs/monitoring.md.
     """
     room = MOST_BYTES // len(runs)
     vocabulary: dict[str, int] = {}
     shown = [{"name": visible(run.name), **_samples(run, samples, room, vocabulary)} for run, samples in runs]
     curves = {
-        "runs": [_run(run) for run, _ in runs], "sections": _sections([run for run, _ in runs]), "alarms": ALARMS,
+        "runs": [_run(run) for run, _ in runs], "sections": _sections([run for run, _ in runs]), "warnings": WARNINGS,
         "most": MOST_POINTS,
     }  # fmt: skip
     pieces = [token_text(piece[:LONGEST_PIECE]) for piece in vocabulary]
@@ -152,26 +153,27 @@ def _sections(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
         for tag in sorted(tags)
         if tag.startswith(f"eval/eval_{name}_pass")
     ]  # fmt: skip
-    present = tags | ({GAIN_SHARE} if f"train/{GAIN}" in tags else set())
-    sections = {"learning": (*accuracy, *LEARNING), "watch": WATCH}
+    present = tags | ({KL_FRACTION} if f"train/{CONTEXT_KL}" in tags else set())
+    sections = {"learning": (*accuracy, *LEARNING), "monitor": MONITOR}
     seconds = Chart("Seconds a step", "generation and weight sync included", STEP_TOTAL)
     found = {name: [vars(c) for c in charts if c.tag in present] for name, charts in sections.items()}
-    watched = {chart["tag"] for chart in found["watch"]} - {"train/rollout/truncated_rate"}
-    return {**found, "watch": found["watch"] if watched else [], "time": [vars(seconds)] if STEP_TOTAL in tags else []}
+    monitored = {chart["tag"] for chart in found["monitor"]} - {"train/rollout/truncated_rate"}
+    found["monitor"] = found["monitor"] if monitored else []
+    return {**found, "time": [vars(seconds)] if STEP_TOTAL in tags else []}
 
 
 def _run(run: Run) -> dict[str, Any]:
-    drawn = {chart.tag for chart in (*LEARNING, *WATCH)} | {STEP_TOTAL} | {
+    drawn = {chart.tag for chart in (*LEARNING, *MONITOR)} | {STEP_TOTAL} | {
         tag for tag in run.curves if tag.startswith("eval/")
     }  # fmt: skip
     curves = {tag: curve for tag, curve in run.curves.items() if tag in drawn}
-    gains = run.curves.get(f"train/{GAIN}")
-    if gains and first_looks(gains, REFERENCE_LOOKS):
-        reference = first_looks(gains, REFERENCE_LOOKS)
-        curves[GAIN_SHARE] = [(s, gain / reference) for s, gain in running_median(gains, REFERENCE_LOOKS)]
+    kls = run.curves.get(f"train/{CONTEXT_KL}")
+    if kls and first_checks(kls, REFERENCE_CHECKS):
+        reference = first_checks(kls, REFERENCE_CHECKS)
+        curves[KL_FRACTION] = [(s, kl / reference) for s, kl in running_median(kls, REFERENCE_CHECKS)]
     finite = {tag: [(s, v) for s, v in curve if math.isfinite(v)] for tag, curve in curves.items()}
     points = {tag: thinned(curve, MOST_POINTS) for tag, curve in finite.items() if curve}
-    steps = sorted({step for curve in points.values() for step, _ in curve} | {step for step, _ in _alarms(run)})
+    steps = sorted({step for curve in points.values() for step, _ in curve} | {step for step, _ in _warnings(run)})
     logged = [step for curve in run.curves.values() for step, _ in curve]
     return {
         "name": visible(run.name),
@@ -185,16 +187,16 @@ def _run(run: Run) -> dict[str, Any]:
         },
         "curves": {tag: [[s for s, _ in c], [float(f"{v:.5g}") for _, v in c]] for tag, c in points.items()},
         "longest": max(len(curve) for curve in run.curves.values()),
-        "alarms": [[step, visible(name)] for step, name in _alarms(run)],
-        "watched": any(tag.startswith("train/" + ALARM) for tag in run.curves),
-        "gain": gains[0][1] if gains else None,
+        "warnings": [[step, visible(name)] for step, name in _warnings(run)],
+        "monitored": any(tag.startswith("train/" + WARNING) for tag in run.curves),
+        "kl": kls[0][1] if kls else None,
         "timing": _timing(run),
     }
 
 
-def _alarms(run: Run) -> list[tuple[int, str]]:
-    """Where alarms rang: step and name, in the order of steps."""
-    named = run.matching(f"train/{ALARM}(.+)")
+def _warnings(run: Run) -> list[tuple[int, str]]:
+    """The steps and names of warnings, in the order of steps."""
+    named = run.matching(f"train/{WARNING}(.+)")
     return sorted((step, name) for name, curve in named.items() for step, value in curve if value)
 
 
@@ -237,7 +239,7 @@ def _read(run: Run, sample: dict[str, Any], function: Callable[[dict[str, Any]],
         return function(sample)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         where = f"{run.directory}, {NAME}, step {sample['step']}, sample {sample.get('sample')}"
-        raise ConfigError(f"report: {where}: not as docs/report.md says ({error!r:.200})") from error
+        raise ConfigError(f"report: {where}: not in the format of docs/monitoring.md ({error!r:.200})") from error
 
 
 def _every(steps: Sequence[int], stride: int) -> list[int]:
@@ -270,7 +272,9 @@ def _sample(
         "active": bool(sample["active"]),
         "truncated": bool(sample["truncated"]),
         "teacher_prompt": None if sample["teacher_prompt"] is None else _bounded(sample["teacher_prompt"]),
-        "cut": {visible(str(name)): _places(sample["teacher_prompt"], at) for name, at in sample["cut"].items()},
+        "truncated_at": {
+            visible(str(name)): _places(sample["teacher_prompt"], at) for name, at in sample["truncated_at"].items()
+        },
         "length": len(sample["tokens"]),
         "tokens": [known(piece) for piece in sample["tokens"][:MOST_TOKENS]],
         "in_loss": "".join("01"[bool(counts)] for counts in sample["in_loss"][:MOST_TOKENS]),

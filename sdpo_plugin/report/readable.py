@@ -10,7 +10,7 @@ from typing import Any
 
 # |log T - log S| in nats from which a token is marked, weakly to strongly.
 LEVELS = (0.1, 0.5, 1.5, 4.0)
-# What a terminal obeys, what turns the direction of writing, what nobody sees, and halves of surrogate pairs.
+# Control characters of terminals and of writing direction, invisible characters, and halves of surrogate pairs.
 ACTIVE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
     "\ufff9-\ufffb\U000e0000-\U000e007f]"
@@ -28,7 +28,7 @@ def token_text(piece: str) -> str:
 
 
 def prompt_text(prompt: str | list[Mapping[str, Any]]) -> str:
-    """A prompt of `samples.jsonl`, of messages each behind its role."""
+    """A prompt of `samples.jsonl`, of messages each after its role."""
     if isinstance(prompt, str):
         return prompt
     contents = (m["content"] if isinstance(m["content"], str) else json.dumps(m["content"]) for m in prompt)

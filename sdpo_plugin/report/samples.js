@@ -162,8 +162,8 @@ const text = (value) => make("pre", { className: "text", dir: "auto", tabIndex: 
 function parts(sample) {
   const notes = [
     `${sample.length.toLocaleString("en")} tokens`,
-    sample.truncated ? "cut at the length limit" : null,
-    sample.active ? null : "no teacher: nobody scored it",
+    sample.truncated ? "truncated at the length limit" : null,
+    sample.active ? null : "no teacher scored it",
   ].filter(Boolean);
   return [
     make("h3", { tabIndex: -1, textContent: `${runs.length > 1 ? `${sample.run.name}, ` : ""}step ${sample.step}, sample ${sample.sample}` }),
@@ -194,7 +194,7 @@ function response(sample) {
   if (!sample.tokens.length) return block("Response", text(sample.response || "(empty)"));
   const box = make("div", { className: "tokens", dir: "ltr", aria: { role: "group", label: "Response, token by token. Left and right arrow keys move." } });
   const card = make("div", { className: "inspector", aria: { live: "polite", atomic: "true" } });
-  let pinned = null;
+  let pinned = disputed(sample);
   const nodes = sample.tokens.map((_, i) => {
     const node = token(sample, i);
     node.tabIndex = i ? -1 : 0;
@@ -205,7 +205,7 @@ function response(sample) {
   });
   const inspect = (i) => {
     box.querySelector(".now")?.classList.remove("now");
-    if (i === null) return card.replaceChildren(make("p", { className: "lead", textContent: "Point at a token, or reach it with Tab and the arrow keys: what the teacher would have said." }));
+    if (i === null) return card.replaceChildren(make("p", { className: "lead", textContent: "Point at a token, or select it with Tab and the arrow keys, to see the teacher's distribution." }));
     nodes[i].classList.add("now");
     card.replaceChildren(...inspected(sample, i));
   };
@@ -216,10 +216,20 @@ function response(sample) {
   box.addEventListener("click", (event) => nodes.includes(event.target) && (reach(box, event.target), pin(nodes.indexOf(event.target))));
   box.addEventListener("focusin", (event) => nodes.includes(event.target) && pin(nodes.indexOf(event.target)));
   roving(box, ["ArrowLeft", "ArrowRight"], pin);
-  inspect(null);
+  inspect(pinned);
   const more = sample.length - sample.tokens.length;
   return block("Response", legend(), box,
     more > 0 ? make("p", { className: "lead", textContent: `${more.toLocaleString("en")} more tokens are in samples.jsonl.` }) : null, card);
+}
+
+// The token on which student and teacher differ most, shown until a reader selects another; null without a teacher.
+function disputed(sample) {
+  let most = null;
+  sample.tokens.forEach((_, i) => {
+    const value = advantage(sample, i);
+    if (value !== null && (most === null || Math.abs(value) > Math.abs(advantage(sample, most)))) most = i;
+  });
+  return most;
 }
 
 function inspected(sample, i) {
@@ -265,18 +275,18 @@ function teacherPrompt(sample) {
   const [read, found] = [sample.teacher_prompt, context(sample)];
   const [from, to] = found ?? [read.length, read.length];
   const pre = text("");
-  const places = Object.entries(sample.cut).flatMap(([name, all]) => all.map((at) => [at, name])).sort((a, b) => a[0] - b[0]);
+  const places = Object.entries(sample.truncated_at).flatMap(([name, all]) => all.map((at) => [at, name])).sort((a, b) => a[0] - b[0]);
   // What is read from `start` to `end`, with a sign where something is missing.
   const pieces = (start, end) => {
     const inside = places.filter(([at]) => at >= start && (at < end || end === read.length));
     const ends = [...inside.map(([at]) => at), end];
     return [read.slice(start, ends[0]), ...inside.flatMap(([at, name], i) =>
-      [make("b", { className: "cut", textContent: `✂ ${name} cut here ✂` }), read.slice(at, ends[i + 1])])];
+      [make("b", { className: "truncated", textContent: `✂ ${name} truncated here ✂` }), read.slice(at, ends[i + 1])])];
   };
   pre.append(...pieces(0, from), make("mark", {}, ...pieces(from, to)), ...(to < read.length ? pieces(to, read.length) : []));
-  const names = Object.keys(sample.cut);
-  const cut = names.length ? make("b", { className: "cut", textContent: ` ✂ Cut to fit: ${names.join(", ")}.` }) : " Nothing was cut to fit.";
-  return block("Teacher’s prompt, as it was read", make("p", { className: "lead" }, found ? "Marked: what the student’s prompt does not have." : "", cut), pre);
+  const names = Object.keys(sample.truncated_at);
+  const truncated = names.length ? make("b", { className: "truncated", textContent: ` ✂ Truncated to fit: ${names.join(", ")}.` }) : " Nothing was truncated to fit.";
+  return block("Teacher’s prompt", make("p", { className: "lead" }, found ? "Marked: what the student’s prompt does not have." : "", truncated), pre);
 }
 
 function overSteps(sample) {
@@ -307,7 +317,7 @@ function words(run) {
 
 const delta = samples.length ? " Δ: mean |log T − log S| over a sample’s tokens in the loss, in nats." : "";
 const without = runs.filter((run) => !run.recorded).map((run) => run.name);
-const lack = without.length ? ` ${without.join(", ")}: no samples were recorded; --diagnostics.samples N records N a step.` : "";
+const lack = without.length ? ` ${without.join(", ")}: no samples were recorded; --diagnostics.log_samples N records N a step.` : "";
 byId("recorded").textContent = (runs.filter((run) => run.recorded).map(words).join(" ") + lack + delta).trim();
 if (samples.length) {
   document.querySelector(".panes").hidden = false;

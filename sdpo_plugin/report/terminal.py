@@ -1,4 +1,4 @@
-"""The samples of a step in the terminal, token by token; without colours the difference stands behind the token."""
+"""The samples of a step in the terminal, token by token; without colors the difference follows the token."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def show(title: str, samples: Sequence[dict[str, Any]], step: int | None, number
         what = f"of step {step} the samples {', '.join(there)}" if there else f"steps {steps[0]} to {steps[-1]}"
         raise ConfigError(f"report: no such sample; recorded are {what}")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where a pipe's encoding knows less than the samples
+        sys.stdout.reconfigure(errors="replace")  # where a pipe's encoding lacks characters of the samples
     console = Console(highlight=False, markup=False, emoji=False)
     coloured = console.color_system is not None and not console.no_color
     console.print(legend(coloured))
@@ -49,7 +49,7 @@ def show(title: str, samples: Sequence[dict[str, Any]], step: int | None, number
 def legend(coloured: bool) -> Text:
     text = Text("log T - log S in nats, ")
     if not coloured:
-        return text.append(f"behind each token on which the teacher differs by {LEVELS[1]} or more")
+        return text.append(f"after each token on which the teacher differs by {LEVELS[1]} or more")
     text.append("teacher finds the token less likely ")
     for strength in range(-len(LEVELS), len(LEVELS) + 1):
         bound = LEVELS[abs(strength) - 1] if strength else 0
@@ -64,7 +64,7 @@ def view(title: str, sample: dict[str, Any], coloured: bool) -> RenderableType:
         title, f"step {sample['step']}, sample {sample['sample']}",
         "no reward" if sample["reward"] is None else f"reward {sample['reward']:g}",
         "no teacher" if mean is None else f"mean |log T - log S| {mean:.2f}",
-        "cut at the length limit" if sample["truncated"] else "",
+        "truncated at the length limit" if sample["truncated"] else "",
     ]  # fmt: skip
     parts: list[RenderableType] = [Rule(Text(" · ".join(filter(None, facts))), characters="-")]
     parts += _block("prompt", Text(_bounded(prompt_text(sample["prompt"]))))
@@ -72,15 +72,16 @@ def view(title: str, sample: dict[str, Any], coloured: bool) -> RenderableType:
     if sample["feedback"] is not None:
         parts += _block("feedback", Text(_bounded(sample["feedback"])))
     if sample["teacher_prompt"] is not None:
-        cut = f" (cut to fit: {visible(', '.join(map(str, sample['cut'])))})" if sample["cut"] else ""
-        parts += _block("teacher's prompt" + cut, teacher_prompt(sample))
+        truncated = visible(", ".join(map(str, sample["truncated_at"])))
+        note = f" (truncated to fit: {truncated})" if truncated else ""
+        parts += _block("teacher's prompt" + note, teacher_prompt(sample))
     if sample["alternatives"]:
         parts += _block("where they differ most", differences(sample))
     return Group(*parts)
 
 
 def response(sample: dict[str, Any], coloured: bool) -> Text:
-    """The tokens, in colours or with the difference in braces behind them."""
+    """The tokens, in colors or with the difference in braces after them."""
     text = Text()
     for piece, advantage in list(zip(sample["tokens"], advantages(sample), strict=True))[:MOST_TOKENS]:
         shown = token_text(piece[:MOST_CHARACTERS])
@@ -96,9 +97,9 @@ def response(sample: dict[str, Any], coloured: bool) -> Text:
 def teacher_prompt(sample: dict[str, Any]) -> Text:
     """The teacher's prompt, with a sign where a part of a section is missing."""
     read, text, start = sample["teacher_prompt"], Text(), 0
-    for at, name in sorted((at, str(name)) for name, places in sample["cut"].items() for at in places):
+    for at, name in sorted((at, str(name)) for name, places in sample["truncated_at"].items() for at in places):
         if at <= MOST_CHARACTERS:
-            text.append(visible(read[start:at])).append(f"[... {visible(name)} cut here ...]", "bold")
+            text.append(visible(read[start:at])).append(f"[... {visible(name)} truncated here ...]", "bold")
             start = at
     return text.append(visible(read[start:MOST_CHARACTERS]) + _more(read))
 

@@ -44,7 +44,7 @@ def openrlhf_dataset(dataset: Any, args: Any) -> None:
 
 
 @hookimpl(tryfirst=True)
-def openrlhf_batch(batch: Any) -> None:
+def openrlhf_rollout_batch(batch: Any) -> None:
     if batch.args.testing.record:
         import torch
 

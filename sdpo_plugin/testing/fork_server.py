@@ -46,7 +46,7 @@ def fork_ray() -> None:
 
     def call(*args, **kwargs):
         environment = {**(kwargs.get("runtime_env") or {}), "py_executable": os.environ[EXECUTABLE]}
-        # A cluster that was there before knows nothing of this process's environment.
+        # A cluster that was there before does not have this process's environment.
         environment["env_vars"] = {**environment.get("env_vars", {}), EXECUTABLE: os.environ[EXECUTABLE]}
         python, sys.executable = sys.executable, os.environ[EXECUTABLE]
         try:
@@ -92,7 +92,7 @@ def _become(client: socket.socket) -> None:
         for _, _, descriptors in ancillary:
             numbers.frombytes(descriptors)
     asked = json.loads(received)
-    os.dup2(client.fileno(), 200)  # out of the way of the numbers the client wants
+    os.dup2(client.fileno(), 200)  # out of the way of the numbers that the client needs
     client.detach()
     client = socket.socket(fileno=200)
     copies = [os.dup(n) for n in numbers]

@@ -155,8 +155,22 @@ class OpenRLHF:
 
     def _run(self, directory: Path, arguments: list[str], plain: Run | None, fresh: bool, timeout: float) -> Run:
         began, output = time.monotonic(), directory / "output.txt"
+        code = self._start(output, arguments, plain, fresh, timeout)
+        if code and "EADDRINUSE" in output.read_text():
+            # OpenRLHF chooses a free port and uses it seconds later; another process of this machine may be first.
+            output.unlink()
+            code = self._start(output, arguments, plain, fresh, timeout)
+        seconds = time.monotonic() - began
+        if code != 0:
+            raise RunFailed(code, output, seconds)
+        return Run(directory, output.read_text(), seconds)
+
+    def _start(
+        self, output: Path, arguments: list[str], plain: Run | None, fresh: bool, timeout: float
+    ) -> int | None:
+        """The exit code of a run; None if it outlasted `timeout`."""
         if fresh:
-            command = [sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", *arguments]
+            command = [sys.executable, "-m", "sdpo_plugin", "train", *arguments]
             with open(output, "w") as log:
                 process = subprocess.Popen(
                     command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **self.environment}
@@ -176,10 +190,7 @@ class OpenRLHF:
             code, group = launcher.exitcode, launcher.pid
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)  # whatever Ray started ends with the run
-        seconds = time.monotonic() - began
-        if code != 0:
-            raise RunFailed(code, output, seconds)
-        return Run(directory, output.read_text(), seconds)
+        return code
 
 
 def _outputs(directory: Path) -> list[str]:
@@ -215,7 +226,7 @@ def _command(arguments: list[str], directory: Path, environment: dict[str, str],
 
 
 def _launch(arguments: list[str], plain_samples: str | None, environment: dict[str, str], output: Path) -> None:
-    """The body of a run's process, forked from one that has imported OpenRLHF (`testing/warm.py`)."""
+    """The body of a run's process, forked from one that has imported OpenRLHF (`testing/preload.py`)."""
     _enter(environment, output, output)
     from sdpo_plugin.testing.fork_server import fork_ray, open_nursery
 

@@ -14,10 +14,7 @@ RAY = {
 }
 os.environ.update(RAY)
 
-from sdpo_plugin.openrlhf_adapter.platform import (  # noqa: E402
-    cluster,  # noqa: E402
-    cpu,  # noqa: E402
-)
+from sdpo_plugin.openrlhf_adapter.platform import cluster, cpu  # noqa: E402
 
 os.environ["CUDA_VISIBLE_DEVICES"] = cluster.HIDDEN
 cpu.enable()
@@ -25,11 +22,10 @@ cpu.enable()
 MODULES = (
     # the launcher, the controller and the policy workers
     "sdpo_plugin.openrlhf_adapter.controller.controller", "sdpo_plugin.openrlhf_adapter.engine.engine",
-    "sdpo_plugin.openrlhf_adapter.worker.worker", "sdpo_plugin.plugin",
-    "sdpo_plugin.openrlhf_adapter.launcher.cli", "sdpo_plugin.openrlhf_adapter.launcher.install",
-    "sdpo_plugin.openrlhf_adapter.launcher.preflight",
-    "sdpo_plugin.monitoring.loggers", "sdpo_plugin.algorithms.compatibility", "tensorboard.summary",
-    "torch.utils.tensorboard",
+    "sdpo_plugin.openrlhf_adapter.worker.worker", "sdpo_plugin.openrlhf_adapter.launcher.cli",
+    "sdpo_plugin.openrlhf_adapter.launcher.install", "sdpo_plugin.openrlhf_adapter.launcher.preflight",
+    "sdpo_plugin.plugin", "sdpo_plugin.monitoring.loggers", "sdpo_plugin.algorithms.compatibility",
+    "tensorboard.summary", "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
     # the engine's actor and its core
     "vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdpo_plugin.openrlhf_adapter import patch_points as seams
+from sdpo_plugin.openrlhf_adapter import patch_points
 from sdpo_plugin.openrlhf_adapter.controller.controller import ppo_trainer
 from sdpo_plugin.openrlhf_adapter.launcher import launch
 from sdpo_plugin.openrlhf_adapter.launcher.install import ray
@@ -32,7 +32,7 @@ def bind(directory: str) -> None:
     ppo_trainer.SamplesGenerator = Recorded
 
 
-_PPOTrainer: Any = seams.plain_class(ppo_trainer.PPOTrainer)
+_PPOTrainer: Any = patch_points.plain_class(ppo_trainer.PPOTrainer)
 
 
 class PlainController(_PPOTrainer):

@@ -1,9 +1,9 @@
-"""`openrlhf-sdpo doctor --run`: the loss, the average, gradients, a step and a resume, on this very hardware.
+"""`openrlhf-sdpo doctor --smoke-test`: the loss, the EMA teacher, gradients, a step and a resume, on this hardware.
 
     python -m sdpo_plugin.testing.selfcheck cpu|cuda [FLAGS OF THE TRAINING COMMAND]
 
 A small model is trained with the launch options of the given flags (placement, sleep, ZeRO, LoRA, engines). Prints a
-line of JSON for each finding. As a plugin it follows the teacher's average in float64.
+line of JSON for each finding. As a plugin it computes the EMA teacher in float64.
 """
 
 from __future__ import annotations
@@ -45,39 +45,39 @@ TIMEOUT = 600.0
 
 @hookimpl
 def openrlhf_add_arguments(parser: Any) -> None:
-    parser.add_argument("--truth.out", help="where to write how far the average is from one in float64")
+    parser.add_argument("--selfcheck.out", help="file for the distance of the EMA teacher from one in float64")
 
 
 def _follows(worker: Any) -> Any:
     teacher = plugins.algorithm().teacher if plugins.algorithm() is not None else None
-    return teacher if hasattr(teacher, "average") else None
+    return teacher if hasattr(teacher, "weights") else None
 
 
 @hookimpl(trylast=True)
 def openrlhf_worker_setup(worker: Any) -> None:
     if _follows(worker):
-        worker.truth = {name: f.values.double().cpu() for name, f in worker.masters.fragments().items()}
-        worker.truth_start = {name: values.clone() for name, values in worker.truth.items()}
+        worker.selfcheck = {name: f.values.double().cpu() for name, f in worker.master_weights.fragments().items()}
+        worker.selfcheck_start = {name: values.clone() for name, values in worker.selfcheck.items()}
 
 
 @hookimpl(trylast=True)
 def openrlhf_optimizer_step(worker: Any) -> None:
     if _follows(worker):
-        for name, fragment in worker.masters.fragments().items():
-            worker.truth[name].lerp_(fragment.values.double().cpu(), worker.args.teacher.update_rate)
+        for name, fragment in worker.master_weights.fragments().items():
+            worker.selfcheck[name].lerp_(fragment.values.double().cpu(), worker.args.teacher.update_rate)
 
 
 @hookimpl
 def openrlhf_save_model(worker: Any, path: str) -> None:
-    if not _follows(worker) or not worker.args.truth.out:
+    if not _follows(worker) or not worker.args.selfcheck.out:
         return
     average: dict[str, list[torch.Tensor]] = {}
-    for name, values in _follows(worker).average():
+    for name, values in _follows(worker).weights():
         average.setdefault(name, []).append(values.cpu())
-    error = sum((torch.cat(average[name]) - true).square().sum().item() for name, true in worker.truth.items())
-    start = worker.truth_start
-    motion = sum((true - start[name]).square().sum().item() for name, true in worker.truth.items())
-    Path(f"{worker.args.truth.out}.{worker.rank}").write_text(json.dumps([error, motion]))
+    error = sum((torch.cat(average[name]) - true).square().sum().item() for name, true in worker.selfcheck.items())
+    start = worker.selfcheck_start
+    motion = sum((true - start[name]).square().sum().item() for name, true in worker.selfcheck.items())
+    Path(f"{worker.args.selfcheck.out}.{worker.rank}").write_text(json.dumps([error, motion]))
 
 
 # ── the loss ──
@@ -195,8 +195,7 @@ class Runs:
         out.mkdir()
         plugins = ["--plugins", "sdpo_plugin.testing", "sdpo_plugin.testing.selfcheck"]
         return [
-            sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", *self.common, *self.batch,
-            *self.options,
+            sys.executable, "-m", "sdpo_plugin", "train", *self.common, *self.batch, *self.options,
             f"--train.micro_batch_size={self.micro}", f"--ckpt.output_dir={out}/model", f"--ckpt.path={out}/ckpt",
             f"--logger.tensorboard_dir={out}/tensorboard", *flags, *plugins,
         ], out  # fmt: skip
@@ -249,7 +248,8 @@ def runs(platform: str, recipe: list[str], directory: Path) -> Iterator[tuple[st
 
     def step() -> tuple[bool, str]:
         found["sdpo"] = out = launch(
-            *sdpo, "--train.num_episodes=2", f"--truth.out={directory}/average", f"--testing.record={directory}/samples"
+            *sdpo, "--train.num_episodes=2", f"--selfcheck.out={directory}/average",
+            f"--testing.record={directory}/samples",
         )
         loss, seconds = scalar(out, "train/self_distillation/loss"), scalar(out, "train/timing/step_total")
         return len(loss) == 2 and loss[0] > 0, f"loss {loss[0]:.4f}, {loss[1]:.4f}; second step {seconds[1]:.2f} s"
@@ -257,7 +257,7 @@ def runs(platform: str, recipe: list[str], directory: Path) -> Iterator[tuple[st
     def average() -> tuple[bool, str]:
         parts = [json.loads(file.read_text()) for file in directory.glob("average.*")]
         if not parts:
-            return True, "no average is kept with this --teacher.kind"
+            return True, "there is no EMA with this --teacher.kind"
         error, motion = (sum(values) ** 0.5 for values in zip(*parts, strict=True))
         return 0 < motion and error < 1e-5 * motion, f"{error / motion:.1e} of its motion from float64's"
 
@@ -281,7 +281,7 @@ def runs(platform: str, recipe: list[str], directory: Path) -> Iterator[tuple[st
         return 0 < steps < 3, f"killed after its first checkpoint, the run went on for {steps} of 3 steps"
 
     yield "two steps of SDPO", step
-    yield "the teacher's average", average
+    yield "the EMA teacher", average
     yield "a step of GRPO", grpo
     yield "accumulated gradients", gradients
     yield "resume after a kill", resume

@@ -10,25 +10,32 @@ if TYPE_CHECKING:
     from sdpo_plugin.interface.micro_batch import MicroBatch
 
 
-def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> Any:
-    """A policy worker on one CPU rank with a toy model, for units: what a plugin sees, in milliseconds.
+# Long: one closure over the sizes and options, whose classes are a model and its worker.
+def fake_worker(vocab: int = 31, hidden: int = 16, device: Any = None, **groups: dict[str, Any]) -> Any:
+    """A policy worker on one rank with a toy model, for units: what a plugin sees, in milliseconds.
 
     Args:
+        device: of the model and of every micro-batch; torch's default device if not given.
         groups: options that differ from their defaults, `fake_worker(distill={"alpha": 1.0}, actor={...})`.
 
     Returns:
-        An `interface.Worker` with `micro_batch(plugin, sequences, attention_mask, action_mask, **data)`: a `MicroBatch`
+        A `Worker` with `micro_batch(plugin, sequences, attention_mask, action_mask, **data)`: a `MicroBatch`
         after `openrlhf_before_forward`, the student's forward pass and `openrlhf_policy_loss`; `data` is what a plugin
         attached on the controller. OpenRLHF's policy loss is the mean over tokens of -advantage * log_prob here; the
-        advantages are 1 if not given. `answers` has what plugins answered (`MicroBatch.answer`).
+        advantages are 1 if not given. `reports` has what plugins reported (`MicroBatch.report`).
     """
     import copy
 
     import torch
+    from torch.utils._pytree import tree_map_only
 
     from sdpo_plugin.config import GROUPS
     from sdpo_plugin.distillation.fused import Head
-    from sdpo_plugin.interface.micro_batch import ATTACHED, Answers, Fragment, MicroBatch, combined_needs, response_rows
+    from sdpo_plugin.interface.micro_batch import MicroBatch, combined_requirements
+    from sdpo_plugin.interface.models import Fragment
+    from sdpo_plugin.interface.transport import ATTACHED, Reports, response_rows
+
+    device = torch.get_default_device() if device is None else device
 
     class Actor(torch.nn.Module):
         temperature = 1.0
@@ -40,24 +47,24 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             self.lm_head = torch.nn.Linear(hidden, vocab, bias=False)
 
         def states(self, sequences: torch.Tensor) -> torch.Tensor:
-            positions = torch.arange(1, sequences.shape[1] + 1)[:, None]
+            positions = torch.arange(1, sequences.shape[1] + 1, device=sequences.device)[:, None]
             return torch.tanh(self.mix(self.embedding(sequences).cumsum(1) / positions.sqrt()))
 
         @torch.no_grad()
-        def hidden_states(self, sequences: Any, attention_mask: Any, rows: torch.Tensor, max_tokens: int) -> Any:
-            return self.states(sequences)[rows]
+        def hidden_states(self, sequences: Any, attention_mask: Any, rows: Any, max_tokens: int, wanted: Any) -> Any:
+            return self.states(sequences)[rows][wanted]
 
         @contextlib.contextmanager
-        def whole_head(self) -> Any:
+        def gathered_head(self) -> Any:
             yield Head(self.lm_head.weight)
 
         def tap_head(self) -> None:
             pass
 
-        def images(self) -> dict[str, torch.Tensor]:
+        def weight_shards(self) -> dict[str, torch.Tensor]:
             return {name: p.data.view(-1) for name, p in self.named_parameters()}
 
-        def publish(self) -> None:
+        def sync(self) -> None:
             pass
 
     class Worker:
@@ -80,8 +87,8 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                 for name in {**defaults, **groups}
             })  # fmt: skip
             torch.manual_seed(0)
-            self.actor, self.masters = Actor(), self
-            self.answers: Answers = {}
+            self.actor, self.master_weights = Actor().to(device), self
+            self.reports: Reports = {}
 
         def fragments(self) -> dict[str, Any]:
             return {name: Fragment(0, p.data.view(-1)) for name, p in self.actor.named_parameters()}
@@ -91,7 +98,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
             mine = [(name, fragment.start, len(fragment.values)) for name, fragment in self.fragments().items()]
             return [mine] * self.ranks
 
-        def initial_model(self, offload: bool, follows: bool) -> Actor:
+        def load_initial_model(self, offload: bool, updatable: bool) -> Actor:
             return copy.deepcopy(self.actor)
 
         def micro_batch(
@@ -104,24 +111,26 @@ def fake_worker(vocab: int = 31, hidden: int = 16, **groups: dict[str, Any]) -> 
                 action_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs,
                 info={ATTACHED + name: values for name, values in data.items()},
             )  # fmt: skip
+            vars(experience).update(tree_map_only(torch.Tensor, lambda x: x.to(device), vars(experience)))
+            sequences, action_mask, advantages = experience.sequences, experience.action_mask, experience.advantages
             worker: Any = self
             micro_batch = MicroBatch(
                 worker,
                 experience,
-                combined_needs([plugin.openrlhf_needs(self.args)]),
+                combined_requirements([plugin.openrlhf_requirements(self.args)]),
                 lambda loss, mask: (loss * mask).sum() / mask.sum().clamp(min=1),
                 lambda loss, mask: ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean(),
                 lambda old, rollout, mask: (old - rollout).exp().clamp(max=2.0) * mask,
-                self.answers,
+                self.reports,
             )
             plugin.openrlhf_before_forward(micro_batch)
             rows = response_rows(micro_batch.response, sequences)
             states, targets = self.actor.states(sequences)[rows], torch.roll(sequences, -1, dims=1)[rows]
-            assert micro_batch.head is not None
-            with self.actor.whole_head() as head:
-                micro_batch.scores = micro_batch.head(states, head, targets)
-            log_probs = torch.zeros(action_mask.shape)
-            log_probs = log_probs.masked_scatter(micro_batch.response, micro_batch.scores.log_probs)
+            assert micro_batch.head_fn is not None
+            with self.actor.gathered_head() as head:
+                micro_batch.head_output = micro_batch.head_fn(states, head, targets)
+            log_probs = torch.zeros(action_mask.shape, device=states.device)
+            log_probs = log_probs.masked_scatter(micro_batch.response, micro_batch.head_output.log_probs)
             log_probs, advantages = micro_batch.policy_loss_inputs(log_probs, advantages)
             micro_batch.log_probs = log_probs
             micro_batch.loss = -(advantages * log_probs)[action_mask.bool()].mean()

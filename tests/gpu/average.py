@@ -11,7 +11,7 @@ from machine import CUDA, DEVICE, milliseconds, milliseconds_of, peak_mib, row, 
 
 from sdpo_plugin.algorithms.teacher import EmaTeacher
 from sdpo_plugin.config import TeacherConfig
-from sdpo_plugin.interface.micro_batch import Fragment
+from sdpo_plugin.interface.models import Fragment
 
 RATE = 0.05
 LEARNING_RATE = 1e-6  # Adam moves a weight by about this much a step
@@ -38,12 +38,14 @@ class Student:
 def teacher_of(student: Student, dtype: torch.dtype, offload: bool) -> EmaTeacher:
     where = "cpu" if offload else DEVICE
     weights = {name: values.to(where, dtype, copy=True) for name, values in student.values.items()}
-    if offload and CUDA:  # as `host.offload` keeps them
+    if offload and CUDA:  # as `worker.offload` keeps them
         weights = {name: values.pin_memory() for name, values in weights.items()}
-    model = SimpleNamespace(images=lambda: weights, publish=lambda: None, device_tensors=lambda: list(weights.values()))
-    worker = SimpleNamespace(masters=student, rank=0, ranks=1)
-    averaging: Any = (model, worker, TeacherConfig(update_rate=RATE, offload=offload))
-    return EmaTeacher(*averaging)
+    model = SimpleNamespace(
+        weight_shards=lambda: weights, sync=lambda: None, device_tensors=lambda: list(weights.values())
+    )
+    worker = SimpleNamespace(master_weights=student, rank=0, ranks=1)
+    parts: Any = (model, worker, TeacherConfig(update_rate=RATE, offload=offload))
+    return EmaTeacher(*parts)
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -67,7 +69,7 @@ def against_float64(parameters: int, fragments: int, dtype: torch.dtype, offload
                     average[name].lerp_(values.to(kind), RATE)
         motion = distance(start, true)
         parts: dict[str, list[torch.Tensor]] = {}
-        for name, values in teacher.average():
+        for name, values in teacher.weights():
             parts.setdefault(name, []).append(values)
         averages = {"ours": {n: torch.cat(p) for n, p in parts.items()}}
         averages |= {f"plain {str(kind).removeprefix('torch.')}": average for kind, average in plain.items()}
@@ -81,7 +83,7 @@ def against_float64(parameters: int, fragments: int, dtype: torch.dtype, offload
 
 
 def sleeps(parameters: int, fragments: int) -> None:
-    """Teacher's weights and remainder to host memory and back, through `host.sleep.Sleeper`."""
+    """Teacher's weights and remainder to host memory and back, through `worker.sleep.Sleeper`."""
     from sdpo_plugin.openrlhf_adapter.worker.sleep import Sleeper
 
     with row("sleep", parameters=parameters) as found:

@@ -24,13 +24,10 @@ stand_in()
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from sdpo_plugin import plugins  # noqa: E402
-from sdpo_plugin.interface.micro_batch import RolloutBatch  # noqa: E402
-from sdpo_plugin.openrlhf_adapter.launcher import (  # noqa: E402
-    launch,  # noqa: E402
-    memory,  # noqa: E402
-)
+from sdpo_plugin.interface.rollout_batch import RolloutBatch  # noqa: E402
+from sdpo_plugin.openrlhf_adapter.launcher import launch, memory  # noqa: E402
 from sdpo_plugin.openrlhf_adapter.platform import cpu  # noqa: E402
-from sdpo_plugin.testing import selfcheck as truth  # noqa: E402
+from sdpo_plugin.testing import selfcheck  # noqa: E402
 from sdpo_plugin.testing.models import tiny_model  # noqa: E402
 
 PROMPTS, SAMPLES = 4, 2  # of a prompt
@@ -138,7 +135,7 @@ def rollouts(args: Any, tokenizer: Any, seed: int) -> Any:
         index=list(range(len(samples))), prompts=["?"] * len(samples), labels=["?"] * len(samples), info={},
     )  # fmt: skip
     batch = RolloutBatch(samples, [experience], args, tokenizer, 2 * LENGTH, seed)
-    plugins.active().hook.openrlhf_batch(batch=batch)
+    plugins.active().hook.openrlhf_rollout_batch(batch=batch)
     return experience
 
 
@@ -171,12 +168,12 @@ class Run:
     def average_error(self) -> float | None:
         """Of the teacher's average from one in float64, relative to how far that one has moved."""
         teacher = plugins.algorithm().teacher
-        if not hasattr(self.worker, "truth"):
+        if not hasattr(self.worker, "selfcheck"):
             return None
         found: dict[str, list[torch.Tensor]] = {}
-        for name, values in teacher.average():
+        for name, values in teacher.weights():
             found.setdefault(name, []).append(values.cpu())
-        true, start = self.worker.truth, self.worker.truth_start
+        true, start = self.worker.selfcheck, self.worker.selfcheck_start
         error = sum((torch.cat(found[name]) - true[name]).square().sum() for name in true)
         motion = sum((true[name] - start[name]).square().sum() for name in true)
         return float((error / motion) ** 0.5)
@@ -202,7 +199,7 @@ def case(name: str, directory: Path, model: Path) -> None:
             found |= {"asleep_mib": asleep, "awake_mib": reserved_mib()}
         found["average_error"] = error = run.average_error()
         found["ok"] = error is None or error < 1e-5
-        plugins.active().unregister(truth)  # which works in host memory
+        plugins.active().unregister(selfcheck)  # which works in host memory
         found["step_ms"] = milliseconds(partial(run.step, 3), least=2, most=2)
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     tiny = parser.parse_args().tiny
     with tempfile.TemporaryDirectory() as directory, row("unit tests", files=FILES[:1] if tiny else FILES) as found:
         report = Path(directory) / "report.xml"
-        paths = [str(HERE), str(HERE.parent), str(HERE.parent / "host"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(HERE), str(HERE.parent), str(HERE.parent / "integration"), os.environ.get("PYTHONPATH", "")]
         chosen = ["-k", "clip_bounds"] if tiny else ["-n", "12", "-k", OF_A_CPU]
         command = [
             sys.executable, "-m", "pytest", "-q", "-p", "on_device", "-p", "no:cacheprovider", "-c", os.devnull,

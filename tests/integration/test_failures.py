@@ -1,4 +1,6 @@
-"""Bad launches: each ends by itself, soon, with one message and the exit code of docs/train.md, and leaves nothing."""
+"""Bad launches: each ends by itself, soon, with one message and the exit code of docs/troubleshooting.md, and
+leaves nothing.
+"""
 
 import json
 import os
@@ -58,12 +60,12 @@ FLAGS = {
     "column": (["--data.input_key", "question"], "--data.input_key question: --data.prompt_dataset "),
     "label": (["--data.label_key", "gold"], "has no such column; it has prompt, label, note"),
     "evaluation": (["--eval.dataset", "/no/eval.jsonl"], "--eval.dataset /no/eval.jsonl: no such file"),
-    "privileged": (["--algo", "sdft"], "--reprompt.privileged_key privileged_context: the data set has no such column"),
+    "privileged": (["--algo", "sdft"], "--reprompt.privileged_key privileged_context: the dataset has no such column"),
     "reward file": (["--reward.remote_url", "/no/reward.py"], "--reward.remote_url /no/reward.py: No such file or dir"),
     "agent file": (["--train.agent_func_path", __file__], "defines no AgentExecutor; it has "),
     "model": (["--actor.model_name_or_path", "/no/model"], "--actor.model_name_or_path /no/model: cannot be loaded ("),
     "output": (["--ckpt.output_dir", "/proc/model"], "--ckpt.output_dir /proc/model: cannot be written to ("),
-    "gpus": (["--actor.num_gpus_per_node", "65"], "asks for 66 GPUs (actor 65, vllm 1), and this machine has 64; give"),
+    "gpus": (["--actor.num_gpus_per_node", "65"], "needs 66 GPUs (actor 65, vllm 1), and this machine has 64; give"),
     "batches": (["--rollout.micro_batch_size", "64"], "The number of sample batches must be greater than or equal to"),
 }  # fmt: skip
 
@@ -78,7 +80,7 @@ def test_a_flag(openrlhf, model, reward, name):
 
 ROW = {"label": "1"}
 DATA = {
-    "empty": ([], "is an empty file; give one that has rows"),
+    "empty": ([], "is an empty file; give a file with rows"),
     "assistant last": ([ROW | {"prompt": chat("user")}, ROW | {"prompt": chat("user", "assistant")}],
                        "row 1 has no user turn at its end"),
     "not text": ([ROW | {"prompt": 7}], "row 0 has 7 there; expected text or a list of messages with role and content"),
@@ -148,7 +150,7 @@ CHECKPOINTS = {
                   "mp_rank_00_model_states.pt has 100 bytes of "),
     "other ranks": (None, ["--ckpt.load_enable", "--actor.num_gpus_per_node", "1"],
                     "--actor.num_gpus_per_node 1: the checkpoint "),
-    "of an earlier run": (None, [], "an earlier run has left global_step2 there, and this one would write over"),
+    "of an earlier run": (None, [], "an earlier run has left global_step2 there, and this run would overwrite"),
 }  # fmt: skip
 
 

@@ -111,16 +111,16 @@ def test_both_means_keep_their_weight_beside_the_policy_s_loss(gradient, of_one_
     Half of the samples have one, and all responses are about as long: the mean over the tokens with a context is about
     twice the mean over all samples.
     """
-    pure = {"samples": of_one_rank}
-    for mean in ("samples", "tokens"):
-        half = ("--distill.weight", "0.5", "--distill.mean", mean)
+    pure = {"seq-mean-token-mean": of_one_rank}
+    for mean in ("seq-mean-token-mean", "token-mean"):
+        half = ("--distill.weight", "0.5", "--distill.loss_agg_mode", mean)
         whole = gradient(*half, "--train.micro_batch_size", "16", "--rollout.micro_batch_size", "16")
         split = gradient(*half, *ZERO[2], "--train.micro_batch_size", "2")
         difference = distance(split, whole)
-        pure[mean] = pure.get(mean) or gradient("--distill.mean", mean)
+        pure[mean] = pure.get(mean) or gradient("--distill.loss_agg_mode", mean)
         print(f"{mean}: relative difference {difference:.1e}, norm {norm(pure[mean]):.3e}")
         assert difference <= 1e-5
-    assert norm(pure["tokens"]) == pytest.approx(2 * norm(pure["samples"]), rel=0.2)
+    assert norm(pure["token-mean"]) == pytest.approx(2 * norm(pure["seq-mean-token-mean"]), rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,38 @@ def test_packed_samples_have_the_gradient_of_padded_ones(gradient, of_one_rank, 
     difference = distance(gradient(*ZERO[stage], *flags), of_one_rank)
     print(f"{batches}, stage {stage}: relative difference {difference:.1e}")
     assert difference <= 1e-5
+
+
+RING = ("--ds.packing_samples", "--vllm.num_engines", "1", "--ds.ring_attn_size")
+HYBRID = ("--distill.weight", "0.5", "--actor.entropy_coef", "0.1")
+BASE = ("--teacher.kind", "base")
+DYNAMIC = ("--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "64")
+# Each with what one rank without a ring trains with, too.
+RINGS = {
+    "2-zero2-ema": (ZERO[2], "2", (), ()), "2-zero3-lora-ema": (ZERO[3], "2", LORA, ("--train.micro_batch_size", "2")),
+    "2-zero3-base": (ZERO[3], "2", BASE, ()), "2-zero2-lora-base": (ZERO[2], "2", (*LORA, *BASE), ()),
+    "2-zero2-dynamic": (ZERO[2], "2", (), DYNAMIC), "2-zero3-hybrid": (ZERO[3], "2", HYBRID, ()),
+    "2-zero0": (ZERO[0], "2", (), ()),
+    "2-zero2-recomputed": (ZERO[2], "2", (), ("--actor.gradient_checkpointing_enable",)),
+    "2x2-zero2": ((*ZERO[2], "--actor.num_gpus_per_node", "4"), "2", (), ()),
+    "4-zero3-ema": ((*ZERO[3], "--actor.num_gpus_per_node", "4"), "4", (), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("zero", "size", "both", "ring"), cases(RINGS, "2-zero3-lora-ema"))
+def test_a_ring_has_the_gradient_of_one_rank(gradient, zero, size, both, ring):
+    """With ring attention each rank has a slice of the packed student's tokens, and another of the teacher's."""
+    difference = distance(gradient(*zero, *RING, size, *both, *ring), gradient(*both))
+    print(f"relative difference {difference:.1e}")
+    assert difference <= 1e-5
+
+
+def test_the_ranks_of_a_ring_share_the_tokens_of_a_pass(probed):
+    """One micro-batch, packed, so that no padding is counted; a pass is filled up to a multiple of the ring's size."""
+    one = ("--train.micro_batch_size", "16", "--rollout.micro_batch_size", "16", *RING)
+    whole, ring = probed(*one, "1"), probed(*ZERO[2], *one, "2")
+    half = [(tokens + 1) // 2 for tokens in torch.load(f"{whole}.teacher0")]
+    assert torch.load(f"{ring}.teacher0") == torch.load(f"{ring}.teacher1") == half
 
 
 def test_samples_without_a_context_are_not_read_and_the_others_dealt_evenly(probed, of_one_rank):

@@ -25,6 +25,7 @@ def test_the_engines_follow_the_adapter(openrlhf, model, reward, tmp_path):
         said[name] = torch.cat([_error(base, sample) for sample in run.samples[1]])
     # bf16 engine against float32: noise far below what one step at this learning rate changes.
     assert said["adapted"].mean() < 0.02 and said["base"].mean() > 5 * said["adapted"].mean(), said
+    assert {"lora_A", "lora_B"} == {name.split(".")[-2] for name in adapter(run)}  # and no adapter of the teacher
     teacher = load_file(run.directory / "model" / "teacher" / "adapter_model.safetensors")
     assert teacher and any(values.any() for name, values in teacher.items() if "lora_B" in name)
 

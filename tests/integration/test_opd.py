@@ -41,7 +41,7 @@ def test_the_student_moves_towards_another_model(replay, model, teacher, initial
     assert losses[1] < losses[0] / 2
     assert abs(own.metrics["train/self_distillation/loss"][0][1]) < 1e-6  # it agrees with itself
     assert run.metrics["train/self_distillation/reprompt_sample_fraction"][0][1] == 1.0
-    assert "train/teacher/context_gain" not in run.metrics  # there is no context
+    assert "train/teacher/context_kl" not in run.metrics  # there is no context
     assert motion(run, initial) > 0 and not same(run, own)
 
 

@@ -85,7 +85,7 @@ def openrlhf_policy_loss(micro_batch):
 '''
 NEEDS = """
 @hookimpl
-def openrlhf_needs(args):
+def openrlhf_requirements(args):
     return {"log_probs": True, "entropy": True}
 """
 
@@ -113,5 +113,5 @@ def test_a_foreign_plugin_adds_a_flag_a_metric_and_a_term(replay, recorded, toy,
 
 def test_a_term_without_a_gradient_is_an_error_that_says_what_to_do(replay, toy):
     toy(TOY)
-    with pytest.raises(RunFailed, match='return {"log_probs": True} from openrlhf_needs'):
+    with pytest.raises(RunFailed, match='return {"log_probs": True} from openrlhf_requirements'):
         replay(*SDPO, *ZERO[2], "--toy.pull", "0.31")

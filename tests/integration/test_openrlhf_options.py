@@ -130,7 +130,7 @@ def openrlhf_add_arguments(parser):
 
 
 @hookimpl
-def openrlhf_sample(sample, response, args):
+def openrlhf_rollout_sample(sample, response, args):
     note(args, "student", sample.sequences[0].tolist())
 
 
@@ -176,7 +176,7 @@ def test_a_vision_language_checkpoint_is_trained_on_text(openrlhf, reward, recor
     parts = [row | {"prompt": [{"role": "user", "content": [{"type": "text", "text": f"say {i}"}]}]}
              for i, row in enumerate(ROWS)]  # fmt: skip
     run = openrlhf(
-        vision_model(tmp_path / "model"), parts, reward, *SDPO, "--diagnostics.samples", "4", replay=recorded
+        vision_model(tmp_path / "model"), parts, reward, *SDPO, "--diagnostics.log_samples", "4", replay=recorded
     )
     for name in ("success_sample", "feedback_used", "reprompt_sample", "truncated", "token"):
         tag = f"self_distillation/{name}_fraction"
@@ -235,7 +235,7 @@ FP16_ON_CPU = """
 from sdpo_plugin import hookimpl
 
 @hookimpl
-def openrlhf_model(actor, args):
+def openrlhf_model_built(actor, args):
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # it says no where oneDNN has no fp16 kernels; PyTorch has

@@ -53,7 +53,7 @@ def test_a_run_on_two_nodes(openrlhf, model, reward, cluster):
     """The policy's two ranks and the engine do not fit on one."""
     run = openrlhf(model, ROWS, reward, *SDPO, *TWO_RANKS)
     assert len(run.metrics["train/policy_loss"]) == 1
-    with pytest.raises(RunFailed, match=r"asks for 5 GPUs \(actor 4, vllm 1\), and the Ray cluster at .* has 4"):
+    with pytest.raises(RunFailed, match=r"needs 5 GPUs \(actor 4, vllm 1\), and the Ray cluster at .* has 4"):
         openrlhf(model, ROWS, reward, *SDPO, "--actor.num_gpus_per_node", "4")
 
 
@@ -63,5 +63,5 @@ def test_a_worker_that_finds_cuda_is_not_put_into_cpu_mode(openrlhf, model, rewa
     with pytest.raises(RunFailed) as failed:
         openrlhf(model, ROWS, reward, *SDPO, fresh=True, timeout=120)
     last = failed.value.output.rstrip().splitlines()[-3:]
-    assert "CPU mode was asked for (--platform), but CUDA is available: " in "".join(last)
+    assert "CPU mode was requested (--platform), but CUDA is available: " in "".join(last)
     assert failed.value.code == 2

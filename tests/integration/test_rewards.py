@@ -38,10 +38,10 @@ def test_a_skipped_sample_teaches_nothing_and_is_counted(openrlhf, model, tmp_pa
     (tmp_path / "reward.py").write_text(FLAKY)
     run = openrlhf(
         model, ROWS, tmp_path / "reward.py", *SDPO, "--distill.weight", "0.5", "--reward.on_error", "skip",
-        "--reward.attempts", "2", "--reward.timeout", "3", "--reward.max_skipped", "0.5",
+        "--reward.max_attempts", "2", "--reward.timeout", "3", "--reward.max_skipped_fraction", "0.5",
         "--train.micro_batch_size", "1", timeout=90,
     )  # fmt: skip
-    assert run.metrics["train/reward_skipped_fraction"] == [[1, 2 / 16]]
+    assert run.metrics["train/rollout/reward_skipped_fraction"] == [[1, 2 / 16]]
     assert run.metrics["train/reward"] == [[1, 1.0]]  # and not lower for those that have none
     assert run.metrics["train/seen"] == [[1, 2.0]] and run.metrics["train/odd"] == [[1, 3.0]]
     assert run.metrics["train/ends"] == [[1, 1.0]]  # environments know the special tokens of the model
@@ -84,11 +84,11 @@ def test_an_agent_that_raises_or_hangs(openrlhf, model, tmp_path, on_error):
     """Prompt 2 raises, 3 waits, 4 blocks, 6 exits; prompt 5 is never done. The engine and all others go on."""
     (tmp_path / "agent.py").write_text(AGENT.replace("{hangs}", str(on_error == "skip")))
     flags = ("--train.agent_func_path", f"{tmp_path}/agent.py", "--reward.on_error", on_error)
-    flags += ("--reward.max_skipped", "0.5", "--reward.timeout", "3", "--reward.max_turns", "2")
+    flags += ("--reward.max_skipped_fraction", "0.5", "--reward.timeout", "3", "--reward.max_turns", "2")
     if on_error == "skip":
         run = openrlhf(model, ROWS, "", *SDPO, *flags)
-        assert run.metrics["train/reward_skipped_fraction"] == [[1, 8 / 16]]
-        ((_, ended),) = run.metrics["train/turn_limit_fraction"]
+        assert run.metrics["train/rollout/reward_skipped_fraction"] == [[1, 8 / 16]]
+        ((_, ended),) = run.metrics["train/rollout/turn_limit_fraction"]
         assert ended in (1 / 8, 2 / 8)  # once, on a busy machine, one of prompt 5's two ended otherwise
         by_label = {sample.record["label"]: sample for sample in run.samples[0]}
         rewards = {label: sample.rewards.item() for label, sample in by_label.items() if sample.skipped is None}

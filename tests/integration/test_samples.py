@@ -1,4 +1,4 @@
-"""`--diagnostics.samples` on the real OpenRLHF: the numbers of two ranks are those of plain transformers."""
+"""`--diagnostics.log_samples` on the real OpenRLHF: the numbers of two ranks are those of plain transformers."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from sdpo_plugin.monitoring.sample_file import NAME, read_samples
 
 TEMPERATURE = 0.7
 SOLUTION = "\nCorrect solution:\n\n{}\n\nCorrectly solve the original question."
-KEYS = ["step", "sample", "prompt", "response", "reward", "feedback", "active", "truncated", "teacher_prompt", "cut",
-        "tokens", "token_ids", "in_loss", "student", "teacher", "alternatives"]  # fmt: skip
+KEYS = ["step", "sample", "prompt", "response", "reward", "feedback", "active", "truncated", "teacher_prompt",
+        "truncated_at", "tokens", "token_ids", "in_loss", "student", "teacher", "alternatives"]  # fmt: skip
 
 
 def flags(*more, samples=16):
-    return (*SDPO, "--diagnostics.samples", str(samples), *more)
+    return (*SDPO, "--diagnostics.log_samples", str(samples), *more)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_the_numbers_are_those_of_plain_transformers(openrlhf, model, reward, re
         assert line["prompt"] == ROWS[int(sample.labels[0])]["prompt"]
         assert line["token_ids"] == ids and line["response"] == "".join(line["tokens"])
         assert line["reward"] == sample.rewards.item() and line["feedback"] == f"expected {sample.labels[0]}"
-        assert line["truncated"] == bool(sample.truncated) and line["cut"] == {}
+        assert line["truncated"] == bool(sample.truncated) and line["truncated_at"] == {}
         assert line["active"] == bool(other.rewards) and line["in_loss"] == [line["active"]] * len(ids)
         question = f"say {sample.labels[0]}"
         if not line["active"]:
@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_plain_transformers(openrlhf, model, reward, re
 def test_off_by_default_and_no_weight_is_another(replay, recorded):
     """Two updates a rollout, so that a second look at a sample would be another."""
     twice = (*SDPO, *TWO_RANKS, "--train.max_epochs", "2")
-    without, seen = replay(*twice), replay(*twice, "--diagnostics.samples", "3")
+    without, seen = replay(*twice), replay(*twice, "--diagnostics.log_samples", "3")
     assert same(without, seen) and not same(seen, recorded)
     assert not list(without.directory.rglob(NAME))
     (file,) = seen.directory.rglob(NAME)
@@ -107,7 +107,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", cases(CASES.keys(), "lora", "dynamic"))
 def test_every_way_to_train_has_its_numbers(replay, case):
-    run = replay(*CASES[case], "--diagnostics.samples", "16")
+    run = replay(*CASES[case], "--diagnostics.log_samples", "16")
     lines = read_samples(run.directory / "tensorboard")
     assert sorted((line["step"], line["sample"]) for line in lines) == [(s, i) for s in (1, 2) for i in range(16)]
     active = [line for line in lines if line["active"]]
@@ -127,7 +127,7 @@ def test_every_way_to_train_has_its_numbers(replay, case):
 
 def test_asynchronous_training_is_recorded(openrlhf, model, reward):
     """Of rows with labels of every type, and dates in every chat."""
-    flags = (*SDPO, "--diagnostics.samples", "16", "--train.async_enable", "--train.num_episodes", "2")
+    flags = (*SDPO, "--diagnostics.log_samples", "16", "--train.async_enable", "--train.num_episodes", "2")
     labels = [5, 0.5, ["a", 1], {"b": 1}, None, True, "x", "2024-05-01"]
     chats = [[{**row["prompt"][0], "time": "2024-05-01T10:00:00Z"}] for row in ROWS]
     rows = [{"prompt": chat, "label": label} for chat, label in zip(chats, labels, strict=True)]
@@ -141,7 +141,7 @@ def test_asynchronous_training_is_recorded(openrlhf, model, reward):
 @pytest.mark.check
 def test_a_restart_goes_on_where_its_checkpoint_was(openrlhf, model, reward, recorded, tmp_path):
     """Two steps, a checkpoint after the first alone; the second step's lines and a broken one are not there twice."""
-    flags = (*SDPO, *TWO_RANKS, "--diagnostics.samples", "2", "--logger.wandb.run_name", "mine", "--ckpt.path",
+    flags = (*SDPO, *TWO_RANKS, "--diagnostics.log_samples", "2", "--logger.wandb.run_name", "mine", "--ckpt.path",
              str(tmp_path / "ckpt"), "--logger.tensorboard_dir", str(tmp_path / "tensorboard"))  # fmt: skip
     file = tmp_path / "tensorboard" / "mine" / NAME
     openrlhf(model, ROWS, reward, *flags, "--ckpt.save_steps", "1", replay=recorded)

@@ -42,7 +42,7 @@ def test_the_teacher_sleeps_with_the_optimizer(openrlhf, model, reward, recorded
     )  # fmt: skip
     found = whereabouts(tmp_path)
     own = {"teacher"} if not tuned else set()
-    parts = {"fp32 weights", "moments", "student"} | own | ({"remainder"} if kind == "ema" else set())
+    parts = {"fp32 weights", "moments", "student"} | own | ({"residual"} if kind == "ema" else set())
     awake = dict.fromkeys(parts, "device")
     assert found["training"] == awake
     assert found["checkpoint"] == {part: "device" if part == "student" else "host" for part in parts}

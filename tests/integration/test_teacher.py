@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sdpo_plugin.testing import tiny_model
 
 STEPS = 24
-PIECE_BYTES = 8192
+MAX_CHUNK_BYTES = 8192
 
 
 # ── the real host ──
@@ -30,12 +30,13 @@ def many_steps(recorded, tmp_path_factory):
 def test_the_average_is_the_one_in_float64(openrlhf, model, reward, recorded, many_steps, monkeypatch, tmp_path, zero):
     run = openrlhf(
         model, ROWS, reward, *SDPO, *zero, "--actor.adam.lr", "1e-6", "--testing.replay", str(many_steps),
-        "--probe.out", str(tmp_path / "found"), "--probe.piece_bytes", str(PIECE_BYTES),
+        "--probe.out", str(tmp_path / "found"), "--probe.piece_bytes", str(MAX_CHUNK_BYTES),
         "--ckpt.save_steps", str(STEPS), "--plugins", "sdpo_plugin.testing", "ema_probe", replay=recorded,
     )  # fmt: skip
     assert len(run.metrics["train/policy_loss"]) == STEPS
     found = [torch.load(file) for file in tmp_path.glob("found.*")]
-    assert len(found) == 2 and all(0 < size <= PIECE_BYTES for rank in found for size in rank["largest"].values())
+    assert len(found) == 2 and all(0 < rank["largest"]["after_optimizer_step"] for rank in found)
+    assert all(size <= MAX_CHUNK_BYTES for rank in found for size in rank["largest"].values())  # saving makes none
     parts = [part for rank in found for part in rank["parts"].values()]
     error, motion = (sum(values).sqrt() for values in zip(*parts, strict=True))
     print(f"{zero}: error {error / motion:.1e} of the motion, {motion:.1e}; {run.seconds:.0f} s")

@@ -102,7 +102,7 @@ def test_the_teacher_reads_each_turn_behind_what_was_said_about_it(played, token
     with_context = [pair for pair in read if FRAME[1:14] in text_of(pair, tokens)]
     assert sorted(with_context) == sorted(expected)
     assert run.metrics["train/self_distillation/token_fraction"][0][1] == pytest.approx(scored / sampled, rel=1e-3)
-    assert 0.0 < scored / sampled < 1.0 and run.metrics["train/teacher/context_gain"][0][1] > 0.0
+    assert 0.0 < scored / sampled < 1.0 and run.metrics["train/teacher/context_kl"][0][1] > 0.0
 
 
 def text_of(pair, tokens):

@@ -11,7 +11,7 @@ def openrlhf_add_arguments(parser):
 
 
 @hookimpl(tryfirst=True)
-def openrlhf_batch(batch):
+def openrlhf_rollout_batch(batch):
     attach, found = batch.attach, {}
 
     def note(name, values):

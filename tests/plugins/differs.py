@@ -11,7 +11,7 @@ def openrlhf_policy_loss(micro_batch):
     if steps["optimizer_step"] == 1 and micro_batch.worker.rank == 1:
         micro_batch.metrics["differs/here"] = 1.0
     elif steps["optimizer_step"] == 1:
-        micro_batch.mean("differs/there", 1.0, 1.0)
+        micro_batch.log_mean("differs/there", 1.0, 1.0)
 
 
 @hookimpl

@@ -4,7 +4,7 @@ import torch
 from largest import LargestTensor
 
 from sdpo_plugin import hookimpl, plugins
-from sdpo_plugin.interface.micro_batch import micro_batch as interface
+from sdpo_plugin.interface import models
 
 
 @hookimpl
@@ -14,7 +14,7 @@ def openrlhf_add_arguments(parser):
 
 
 def fragments(worker):
-    return {name: f.values.double() for name, f in worker.masters.fragments().items()}
+    return {name: f.values.double() for name, f in worker.master_weights.fragments().items()}
 
 
 def teacher_of(worker):
@@ -23,7 +23,7 @@ def teacher_of(worker):
 
 @hookimpl(trylast=True)
 def openrlhf_worker_setup(worker):
-    interface.PIECE_BYTES = worker.args.probe.piece_bytes
+    models.MAX_CHUNK_BYTES = worker.args.probe.piece_bytes
     worker.start, worker.replayed = fragments(worker), fragments(worker)
     teacher, worker.largest = teacher_of(worker), {}
     for name in ("after_optimizer_step", "save"):
@@ -50,7 +50,7 @@ def openrlhf_optimizer_step(worker):
 @hookimpl
 def openrlhf_save_model(worker, path):
     average = {}
-    for name, values in teacher_of(worker).average():
+    for name, values in teacher_of(worker).weights():
         average.setdefault(name, []).append(values)
     parts = {}
     for name, expected in worker.replayed.items():

@@ -30,7 +30,7 @@ def die():
 
 
 @hookimpl(trylast=True)
-def openrlhf_batch(batch):
+def openrlhf_rollout_batch(batch):
     steps["batch"] += 1
     if happens(batch.args, "controller"):
         die()

@@ -4,6 +4,6 @@ from sdpo_plugin import hookimpl
 
 
 @hookimpl
-def openrlhf_model(actor, args):
+def openrlhf_model_built(actor, args):
     for name, parameter in actor.model.named_parameters():
         parameter.requires_grad_(name == "model.norm.weight")

@@ -30,7 +30,7 @@ steps = {"batch": 0, "optimizer_step": 0}
 
 
 @hookimpl(trylast=True)
-def openrlhf_batch(batch):
+def openrlhf_rollout_batch(batch):
     """Between rollout and update."""
     steps["batch"] += 1
     if batch.args.killer.delay is not None and steps["batch"] == 1:

@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wrapt import when_imported
 
-import sdpo_plugin.algorithms.controller_side
+import sdpo_plugin.algorithms.distillation_pass
 import sdpo_plugin.distillation.fused
 from sdpo_plugin import hookimpl, plugins
-from sdpo_plugin.distillation.fused import Scores
-from sdpo_plugin.distillation.loss import Tokens, log_probs
+from sdpo_plugin.distillation.fused import HeadOutput
+from sdpo_plugin.distillation.loss import TokenBatch, log_probs
 
 CHUNK_ROWS = 16
 
@@ -37,7 +37,7 @@ def know_fp32(module):
 
 
 @hookimpl
-def openrlhf_model(actor, args):
+def openrlhf_model_built(actor, args):
     if args.probe.fp32:
         assert next(actor.model.parameters()).dtype == torch.float32
     if args.probe.bucket is not None:
@@ -99,7 +99,7 @@ def openrlhf_worker_setup(worker):
 
 @hookimpl
 def openrlhf_optimizer_step(worker):
-    sdpo_plugin.algorithms.controller_side.linear_distillation = dense
+    sdpo_plugin.algorithms.distillation_pass.linear_distillation = dense
     torch.save(worker.read, f"{worker.args.probe.out}.read{worker.rank}")
     torch.save(worker.teacher_read, f"{worker.args.probe.out}.teacher{worker.rank}")
     if worker.rank == 0:
@@ -133,7 +133,7 @@ def dense(hidden, head, teachers, token_ids, weights, objective, data, temperatu
     """`linear_distillation` as it is defined: all logits at once, autograd."""
     student = log_probs(hidden.float() @ head.weight.float().T / temperature)
     taught = [log_probs(t.hidden.float() @ t.head.weight.detach().float().T / temperature) for t in teachers]
-    tokens = Tokens(student, taught, token_ids, torch.arange(len(token_ids)), data)
+    tokens = TokenBatch(student, taught, token_ids, torch.arange(len(token_ids)), data)
     loss = objective(tokens)
     chosen = tokens.log_probs if kwargs["differentiable_log_probs"] else tokens.log_probs.detach()
-    return Scores((loss * weights).sum(), loss.detach(), chosen, None)
+    return HeadOutput((loss * weights).sum(), loss.detach(), chosen, None)

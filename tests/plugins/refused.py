@@ -1,4 +1,4 @@
-"""A plugin for test_host.py: the policy has a weight that the engine does not know, or one of another dtype."""
+"""A plugin for test_openrlhf.py: the policy has a weight that the engine does not know, or one of another dtype."""
 
 import torch
 

@@ -26,8 +26,8 @@ def note(worker, phase):
     own = getattr(teacher.model, "actor", worker.actor)
     if own is not worker.actor:
         found["teacher"] = places((getattr(p, "ds_tensor", p) for p in own.model.module.parameters()), asleep)
-    if hasattr(teacher, "rest"):
-        found["remainder"] = places(teacher.rest.values(), asleep)
+    if hasattr(teacher, "residual"):
+        found["residual"] = places(teacher.residual.values(), asleep)
     with open(f"{worker.args.whereabouts.out}.{worker.rank}", "a") as file:
         file.write(json.dumps([phase, {name: sorted(where) for name, where in found.items()}]) + "\n")
 

@@ -1,6 +1,7 @@
-"""Builds wheel and sdist, installs them on every Python that is here, and writes docs/installs.md (`make installs`).
+"""Builds wheel and sdist, installs them on every installed Python, and writes
+docs/validation/installs.md (`make installs`).
 
-Without torch, vLLM and OpenRLHF: what is looked at is the package itself, and its start-up file.
+Without torch, vLLM and OpenRLHF: it tests the package itself and its start-up hook.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "installs.md"
+PAGE = ROOT / "docs/validation/installs.md"
 STARTUP = "sdpo_plugin_startup.pth"
 LAUNCH = ("-m", "openrlhf.cli.train_ppo_ray", "--algo", "sdpo")
 SDIST_HAS = {"LICENSE", "Makefile", "README.md", "docs", "pyproject.toml", "recipes", "sdpo_plugin", "tests"}
@@ -22,7 +23,7 @@ LARGEST = 2**20  # of any file in the sdist
 
 
 def run(*command: object, fails: bool = False, **environment: str) -> str:
-    """What it printed. It must end well, or must not."""
+    """The output of a command that must succeed, or must fail (`fails`)."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | environment
     found = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, cwd=tempfile.gettempdir())
     if (found.returncode != 0) != fails:
@@ -31,7 +32,7 @@ def run(*command: object, fails: bool = False, **environment: str) -> str:
 
 
 def pythons() -> list[Path]:
-    """An interpreter of each supported version, and of the one after them, as far as they are here."""
+    """An interpreter of each supported version, and of the next one, if installed."""
     managed = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     found = []
     for minor in (10, 11, 12, 13):
@@ -55,7 +56,7 @@ class Venv:
         return (self.site / STARTUP).exists()
 
     def is_quiet(self) -> None:
-        """Interpreters that have nothing to do with OpenRLHF print nothing and load nothing of ours."""
+        """Interpreters that do not run OpenRLHF print nothing and import nothing of this package."""
         loaded = "import sys; print([name for name in sys.modules if name.startswith('sdpo_plugin')])"
         for flags in ((), ("-I",), ("-S",), ("-E", "-s")):
             assert run(self.python, *flags, "-c", loaded) == "[]\n", flags
@@ -68,7 +69,7 @@ def contents(wheel: Path) -> dict[str, str]:
 
 
 def built(directory: Path) -> tuple[Path, Path]:
-    """Wheel and sdist, in order and equal whether the wheel is made from the tree or from the sdist."""
+    """Wheel and sdist; the wheel has the same contents when built from the tree or from the sdist."""
     tools = Venv(Path(sys.executable), directory / "tools")
     tools.pip("install", "build", "twine")
     run(tools.python, "-m", "build", "--sdist", "--wheel", "-o", directory / "tree", ROOT)
@@ -88,13 +89,13 @@ def built(directory: Path) -> tuple[Path, Path]:
 
 
 def installed(what: tuple[object, ...], venv: Venv, other: Venv) -> None:
-    """Install, look, uninstall, look again. other: another environment, which is pointed at this one."""
+    """Install, check, uninstall, check again. other: another environment, whose PYTHONPATH contains this one."""
     venv.pip("install", *what)
     assert venv.has_startup
     venv.is_quiet()
     assert "Error" in run(venv.python, "-c", "import sdpo_plugin; print(sdpo_plugin.ConfigError)")
     run(venv.python, "-m", "pip", "check")
-    # Without OpenRLHF the command ends as such a command does, in one line that says what is missing.
+    # Without OpenRLHF the command fails with one line that names what is missing.
     assert run(venv.python, *LAUNCH, fails=True).count("\n") == 1
     assert run(other.python, "-c", "print('quiet')", PYTHONPATH=str(venv.site)) == "quiet\n"
     assert "sdpo_plugin" not in run(other.python, *LAUNCH, fails=True)
@@ -115,7 +116,7 @@ def main() -> None:
             if version.startswith("3.13"):
                 venv = Venv(python, here / "wheel")
                 assert "requires a different Python" in venv.pip("install", wheel, fails=True)
-                cells = ["refused by pip: requires Python 3.10 to 3.12"] * 3
+                cells = ["rejected by pip: requires Python 3.10 to 3.12"] * 3
             else:
                 venv, other = Venv(python, here / "venv"), Venv(python, here / "other", "--without-pip")
                 for what in ((wheel,), (sdist,), ("-e", ROOT)):

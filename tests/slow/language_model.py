@@ -1,12 +1,12 @@
-"""What SmolLM2-135M learns of a smart home and what it forgets, by algorithm, with equal generations, over seeds.
+"""What SmolLM2-135M learns of a smart home and what it forgets, by algorithm, with equally many sampled responses.
 
     make .venv/lm && python tests/slow/language_model.py [--seeds 1 2] [--only sdpo 'supervised*']
 
-The recipes of recipes/smart_home, 30 steps of 32 samples, greedy answers to 48 requests that training never has every
-five steps. What is forgotten: the capitals of 48 countries, asked of the model at the end. Supervised fine-tuning is on
-the same commands, 8 a step, measured whenever the others are evaluated. A run is written to
-runs/language_model/NAME-SEED as it ends, and is not repeated. Writes the tables and the picture of docs/demo-lm.md
-(runs/language_model/table.md, docs/language_model.png).
+The recipes of recipes/smart_home, 30 steps of 32 samples, greedy answers to 48 held-out requests every five steps.
+Forgetting: accuracy on the capitals of 48 countries at the end. Supervised fine-tuning is on the same commands, 8 per
+step, measured whenever the others are evaluated. A run is written to runs/language_model/NAME-SEED when it ends, and is
+not repeated. Writes the tables and the picture of
+docs/validation/demo-lm.md (runs/language_model/table.md, docs/validation/language_model.png).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CAPITALS = {
 
 
 def capitals(model: Any, tokenizer: Any) -> float:
-    """Share of the capitals that greedy answers name."""
+    """Fraction of the capitals that greedy answers name."""
     questions = [[{"role": "user", "content": f"What is the capital of {country}?"}] for country in CAPITALS]
     said = answers(model.eval(), tokenizer, questions, max_new_tokens=20)
     return sum(name in text for name, text in zip(CAPITALS.values(), said, strict=True)) / len(CAPITALS)
@@ -101,7 +101,7 @@ def supervised_loss(model: Any, tokenizer: Any, batch: list[dict[str, Any]]) -> 
 
 
 def distilled(recipe: str, flags: tuple[str, ...], directory: Path, name: str, seed: int) -> dict[str, Any]:
-    """A run of OpenRLHF, and what the model that it ends with still knows."""
+    """A run of OpenRLHF, and the accuracy of its final model on the capitals."""
     found = trained(directory, name, seed, RECIPES / recipe, flags)
     model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.bfloat16)
     return found | {"kept": [[STEPS, capitals(model, AutoTokenizer.from_pretrained(directory / "model"))]]}
@@ -160,7 +160,7 @@ def plot(before: dict[str, float], seen: dict[str, list[dict[str, Any]]], path: 
         points = [(dict(run["accuracy"])[step], kept) for run in runs for step, kept in run["kept"]]
         right.plot(*zip(*points, strict=True), "o", color=f"C{i}", label=name)
     left.set(xlabel="step", ylabel="commands, greedy accuracy", ylim=(-0.02, 1.02))
-    right.set(xlabel="commands", ylabel="capitals still known", xlim=(-0.02, 1.02))
+    right.set(xlabel="commands", ylabel="capitals, greedy accuracy", xlim=(-0.02, 1.02))
     for axes in (left, right):
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
@@ -188,7 +188,7 @@ def main() -> None:
     seen = {name: of for name in RUNS if (of := [s for s in summaries if s["name"] == name])}
     before = json.loads(start.read_text())
     (OUT / "table.md").write_text(tables(before, seen))
-    plot(before, seen, ROOT / "docs" / "language_model.png")
+    plot(before, seen, ROOT / "docs/validation/language_model.png")
     print((OUT / "table.md").read_text())
 
 

@@ -1,4 +1,4 @@
-"""What `sdpo_plugin/memory.py` says a policy worker takes, beside what one takes: three sizes, on CPU.
+"""What `launcher/memory.py` says a policy worker takes, beside what one takes: three sizes, on CPU.
 
     python tests/slow/memory.py [--sizes 512x8 1024x8 1024x16]
 
@@ -40,8 +40,11 @@ def arguments(ranks: int, stage: int, teacher: str, rank: int, offload: bool) ->
     return SimpleNamespace(
         algo=SimpleNamespace(name="sdpo"), data=SimpleNamespace(max_len=MAX_LEN),
         actor=SimpleNamespace(num_nodes=1, num_gpus_per_node=ranks, gradient_checkpointing_enable=False),
-        ds=SimpleNamespace(zero_stage=stage, adam_offload=offload, param_dtype="bf16", grad_accum_dtype=None),
-        teacher=SimpleNamespace(kind=teacher, offload=offload, zero_stage=None),
+        ds=SimpleNamespace(
+            zero_stage=stage, adam_offload=offload, param_dtype="bf16", grad_accum_dtype=None, ring_attn_size=1
+        ),
+        teacher=SimpleNamespace(kind=teacher, offload=offload, zero_stage=None, max_tokens_per_gpu=16384),
+        reprompt=SimpleNamespace(max_len=MAX_LEN),
         train=SimpleNamespace(micro_batch_size=8, dynamic_batch_enable=False),
         rollout=SimpleNamespace(max_new_tokens=8),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""host/test_sleep.py at every ZeRO stage that can sleep, full and LoRA, with every teacher that has tensors.
+"""integration/test_sleep.py at every ZeRO stage that can sleep, full and LoRA, with every teacher that has tensors.
 
     make matrix
 """

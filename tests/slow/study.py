@@ -1,11 +1,12 @@
-"""What self-distillation learns from, with equal generations, over seeds: `make study`.
+"""What self-distillation learns from, with equally many sampled responses, over seeds: `make study`.
 
     python tests/slow/study.py [--seeds 1 2 3 4 5] [--only 'sdpo, *' 'grpo, *']
 
-The quickstart's warm-started model, 60 steps of 96 samples a run, greedy answers on the 24 vaults every second step. A
-seed draws the codes of the vaults, too. Every run of a seed comes before the next seed's; a run takes a minute or two,
-is written to runs/study/NAME-SEED as it ends, and is not repeated. One that fails is named and left out. Writes the
-tables and the picture of docs/learning.md from all runs that are there (runs/study/table.md, docs/learning.png).
+The quickstart's warm-started model, 60 steps of 96 samples per run, greedy answers to the 24 vaults every second step.
+A seed also determines the codes of the vaults. All runs of a seed come before the next seed; a run takes a minute or
+two, is written to runs/study/NAME-SEED when it ends, and is not repeated. A run that fails is listed and left out.
+Writes the tables and the picture of docs/validation/learning.md from all runs that are there (runs/study/table.md,
+docs/validation/learning.png).
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "grpo": (),
     "sdpo": ("--algo", "sdpo"),
     "hybrid": ("--algo", "sdpo", "--distill.weight", "0.5"),
-    # The demonstration is the code, in words that the model can read; the recipe's teacher and divergence.
+    # The demonstration is the code, in a template that the model can use; the recipe's teacher and divergence.
     "sdft": ("--algo", "sdft", "--distill.skip_tokens", "0", "--reprompt.template", TEMPLATE),
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is rewarded and told (arguments of `vault_rewards.make`), and how it is sampled."""
+    """The reward and the feedback (arguments of `vault_rewards.make`), and how responses are sampled."""
 
     reward: dict[str, str] = field(default_factory=dict)
     samples_per_prompt: int = 4
@@ -94,17 +95,17 @@ QUESTIONS: dict[str, list[Run]] = {
         *(sampled("sdpo", "feedback only", number) for number in (1, 2)), FEEDBACK_ONLY,
         sampled("sdpo", "feedback only", 8),
     ],
-    # Without feedback nobody learns from one sample: SDPO has no sibling to be shown, GRPO nothing to compare with.
+    # Without feedback, one sample per prompt teaches nothing: SDPO has no sibling to show, GRPO nothing to compare.
     "samples per prompt, sparse success (plain: 8)": [
         *(sampled("sdpo", "sparse success", number) for number in (2, 4)), SPARSE,
         *(sampled("grpo", "sparse success", number) for number in (2, 4)), Run("grpo", "sparse success"),
     ],
     "wrong feedback, feedback only (plain: none)": [
         FEEDBACK_ONLY,
-        *(wrong(f"{share:.0%} random codes", wrong=share) for share in (0.25, 0.5, 0.75)),
+        *(wrong(f"{fraction:.0%} random codes", wrong=fraction) for fraction in (0.25, 0.5, 0.75)),
         wrong("50% one wrong code", wrong=0.5, stubborn=True),
     ],
-    "what the feedback says, partial reward (plain: the code)": [
+    "information in the feedback, partial reward (plain: the code)": [
         PARTIAL, told("right digits, others drawn", "other_digits"), told("right digits, marks", "marks"),
         told("nothing", "None"), Run("grpo", "partial reward"),
     ],
@@ -205,8 +206,11 @@ def core_table(found: Found, task: str) -> str:
     if not grpo:
         return ""
     goal = statistics.mean(summary["accuracy"][-1][1] for summary in grpo.values())
-    heads = [*(f"{step * SAMPLES:,}" for step in SHOWN), "to GRPO's end", "GRPO's / its", "to 50%", "wall, s", "seeds"]
-    lines = ["| generations | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    heads = [
+        *(f"{step * SAMPLES:,}" for step in SHOWN), "to GRPO's final accuracy", "speedup over GRPO", "to 50%",
+        "wall, s", "seeds",
+    ]  # fmt: skip
+    lines = ["| sampled responses | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
     for algorithm in ALGORITHMS:
         summaries = found.get(f"{algorithm}, {task}", [])
         if not summaries:
@@ -230,7 +234,7 @@ def asked(found: Found) -> dict[str, list[Run]]:
 
 def question_table(found: Found, question: str, runs: list[Run]) -> str:
     heads = [*(f"{step * SAMPLES:,}" for step in SHOWN), "seeds"]
-    lines = [question, "", "| generations | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    lines = [question, "", "| sampled responses | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
     for run in runs:
         if summaries := found.get(run.name):
             lines.append(f"| {' | '.join([run.name, *accuracies(summaries), str(len(summaries))])} |")
@@ -245,7 +249,7 @@ def plot(found: Found, path: Path) -> None:
             if summaries := found.get(run.name):
                 label = run.algorithm if title in TASKS else run.name.replace(f", {run.task}", "")
                 band(axes, summaries, label, f"C{i}", SAMPLES)
-        axes.set(xlabel="generations", ylim=(-0.02, 1.02))
+        axes.set(xlabel="sampled responses", ylim=(-0.02, 1.02))
         axes.set_title(title, fontsize="medium")
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
@@ -277,7 +281,7 @@ def main() -> None:
     seen = found()
     tables = [core_table(seen, task) for task in TASKS] + [question_table(seen, *of) for of in asked(seen).items()]
     (OUT / "table.md").write_text("\n\n".join(filter(None, tables)) + "\n")
-    plot(seen, ROOT / "docs" / "learning.png")
+    plot(seen, ROOT / "docs/validation/learning.png")
     print((OUT / "table.md").read_text())
     if failed:
         sys.exit("failed:\n" + "\n".join(failed))

@@ -1,10 +1,10 @@
-"""Every algorithm on the quickstart's task, with equal generations, over seeds: `make variants`.
+"""Every algorithm on the quickstart's task, with equally many sampled responses, over seeds: `make variants`.
 
     python tests/slow/variants.py [--seeds 1 2 3] [--only sdpo srpo]
 
 60 steps of 96 samples each, from the same warm-started model; greedy accuracy on the 24 vaults every 5 steps. A run
-takes one to two minutes, is written to runs/variants/NAME-SEED as it ends, and is not repeated. Writes the table and
-the picture of docs/variants.md (runs/variants/table.md, docs/variants.png).
+takes one to two minutes, is written to runs/variants/NAME-SEED when it ends, and is not repeated. Writes the table and
+the picture of docs/validation/variants.md (runs/variants/table.md, docs/validation/variants.png).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "quickstart"
 OUT = ROOT / "runs" / "variants"
 SHOWN = (10, 20, 30, 40, 50, 60)
-# The recipe of SDPO for all of them: KL(teacher||student) over the whole vocabulary, initial weights teach. What an
-# algorithm must have different is behind its name; SEED stands for the run's.
+# All use the recipe of SDPO: KL(teacher||student) over the whole vocabulary, initial weights as the teacher. The flags
+# are what defines an algorithm; SEED stands for the run's seed.
 RUNS: dict[str, tuple[str, ...]] = {
     "grpo": (),
     "sdpo": ("--algo", "sdpo"),
@@ -43,7 +43,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "rlcsd": ("--algo", "rlcsd", "--teacher.kind", "ema"),  # a copy of the student every 10 steps
     "sdpg": (
         "--algo", "sdpg", "--teacher.kind", "live", "--distill.alpha", "1", "--algo.kl.init_coef", "0.001",
-        "--no-sdpg.positive_only",  # as in the authors' script: no response is right at the start
+        "--no-sdpg.positive_only",  # as in the authors' script: no response is correct at the start
         "--ref.num_gpus_per_node", "1",
     ),
     "opd": (
@@ -54,25 +54,24 @@ RUNS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-# With a part of the reward for each right digit, a policy loss has something to learn from.
+# With a partial reward for each correct digit, a policy loss has a gradient.
 GRADED = ("--reward.remote_url", str(Path(__file__).with_name("vault_rewards.py")))
 WITH_POLICY_LOSS = ("grpo", "sdpo", "srpo", "rlsd", "rlcsd", "sdpg")
 FULL_MARKS = ("--reprompt.success_threshold", "1")
 
 
 def trained(directory: Path, name: str, seed: int, recipe: Path, flags: Sequence[str]) -> dict[str, Any]:
-    """What is to be known about the run in `directory`, trained if it was not."""
+    """The summary of the run in `directory`, which is trained if there is none."""
     summary = directory / "summary.json"
     if summary.exists():
         return json.loads(summary.read_text())
-    shutil.rmtree(directory, ignore_errors=True)  # what a run that was stopped left
+    shutil.rmtree(directory, ignore_errors=True)  # left by a run that was stopped
     directory.mkdir(parents=True)
     paths = {"logger.tensorboard_dir": "tensorboard", "ckpt.output_dir": "model", "ckpt.path": "checkpoints"}
     own = ["--train.seed", str(seed), *(f"--{flag}={directory / at}" for flag, at in paths.items())]
     began = time.monotonic()
     with open(directory / "log.txt", "w") as log:
-        command = [sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", "--platform", "cpu",
-        "--config", str(recipe)]
+        command = [sys.executable, "-m", "sdpo_plugin", "train", "--platform", "cpu", "--config", str(recipe)]
         subprocess.run([*command, *flags, *own], cwd=ROOT, stdout=log, stderr=log, check=True)
     scalars = read_scalars(str(directory / "tensorboard"))
     found = {
@@ -92,7 +91,7 @@ def run(name: str, seed: int, graded: bool) -> dict[str, Any]:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean reward of the greedy answers, over the seeds, with the least and the greatest."""
+    """Mean reward of the greedy answers, mean over seeds (minimum-maximum)."""
     lines = ["| | " + " | ".join(f"step {step}" for step in SHOWN) + " |", "| --- " * (len(SHOWN) + 1) + "|"]
     for name, runs in found.items():
         cells = []
@@ -104,7 +103,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def band(axes: Axes, runs: list[dict[str, Any]], label: str, color: str, per_step: int = 1) -> None:
-    """The mean over seeds, between the least and the greatest; per_step: of the x axis."""
+    """The mean over seeds, with minimum and maximum; per_step: units of the x axis."""
     at = [step * per_step for step, _ in runs[0]["accuracy"]]
     values = list(zip(*([value for _, value in run["accuracy"]] for run in runs), strict=True))
     axes.plot(at, [statistics.mean(v) for v in values], marker="o", markersize=3, label=label, color=color)
@@ -117,8 +116,8 @@ def plot(found: dict[bool, dict[str, list[dict[str, Any]]]], path: Path) -> None
         for name, runs in runs_of.items():
             band(axes, runs, name, f"C{list(RUNS).index(name)}")
         axes.set(
-            title=f"reward: {'a part for each right digit' if graded else 'right or wrong'}",
-            xlabel="step (96 generations each)", ylim=(-0.02, 1.02),
+            title=f"reward: {'a fraction for each correct digit' if graded else 'correct or wrong'}",
+            xlabel="step (96 sampled responses each)", ylim=(-0.02, 1.02),
         )
         axes.legend()
         axes.grid(alpha=0.3)
@@ -142,7 +141,7 @@ def main() -> None:
                 bar.update()
     tables = [table(runs) for runs in found.values() if runs]
     OUT.joinpath("table.md").write_text("\n\n".join(tables) + "\n")
-    plot(found, ROOT / "docs" / "variants.png")
+    plot(found, ROOT / "docs/validation/variants.png")
     print(*tables, sep="\n\n")
 
 

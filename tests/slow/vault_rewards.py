@@ -1,4 +1,4 @@
-"""Other rewards and other feedback for the quickstart's vaults. As it is: a part of the reward for each right digit."""
+"""Other rewards and feedback for the quickstart's vaults. The default is a partial reward for each correct digit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def whole(answer: str, code: str) -> float:
 
 
 def first_digit(answer: str, code: str) -> float:
-    """One guess in ten is right, and the rest of the answer is not looked at, but for its length."""
+    """One guess in ten is correct. The rest of the answer is ignored, except for its length."""
     return float(len(answer) == len(code) and answer[0] == code[0])
 
 
@@ -31,13 +31,13 @@ def right_digits(answer: str, code: str) -> float:
 
 
 def other_digits(answer: str, code: str) -> str:
-    """A code drawn from those that which digits are right leaves possible: what the model can read of Mastermind."""
+    """A random code that keeps the correct digits and changes all others: Mastermind in the model's own format."""
     guessed = answer.ljust(len(code))
     return "".join(a if a == b else random.choice(DIGITS.replace(a, "")) for a, b in zip(guessed, code, strict=False))
 
 
 def marks(answer: str, code: str) -> str:
-    """The same knowledge in marks that the model never saw: the right digits, and `?` for the others."""
+    """The same information in a format that the model has never seen: the correct digits, and `?` for the others."""
     guessed = answer.ljust(len(code))
     return "".join(a if a == b else "?" for a, b in zip(guessed, code, strict=False))
 
@@ -55,8 +55,8 @@ def make(
 ) -> Callable[[list[str], list[str], list[str]], dict[str, Any]]:
     """A reward function of OpenRLHF's signature.
 
-    reward: of an answer to a code. told: what the feedback on a wrong answer says was expected; None: no feedback.
-    wrong: the share of the feedback that names a random code instead, or the vault's `opposite` if `stubborn`.
+    reward: the reward of an answer. told: the code that the feedback on a wrong answer contains; None: no feedback.
+    wrong: the fraction of feedback that contains a random code instead, or the vault's `opposite` if `stubborn`.
     """
 
     def feedback(answer: str, code: str) -> str | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from largest import LargestTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_plugin.config import ConfigError
@@ -44,11 +45,13 @@ class Output(dict):
 class Engine(torch.nn.Module):
     """Of DeepSpeed's engine, what the policy model touches."""
 
-    device = torch.device("cpu")
-
     def __init__(self, module):
         super().__init__()
         self.module = module
+
+    @property
+    def device(self):
+        return next(self.module.parameters()).device
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
@@ -61,6 +64,7 @@ def tapped(**options) -> PolicyActor:
     return actor
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("options", [{}, {"final_logit_softcapping": 2.0}, {"logit_scale": 0.25}])
 def test_scale_and_bound_of_the_logits_are_read_from_the_text_part_of_a_configuration(options):
     actor = tapped(**options)
@@ -73,6 +77,7 @@ def test_a_model_without_a_head_is_named():
         tapped(head=False)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
 def test_frequencies_that_deepspeed_has_rounded_are_those_of_the_model_again(kind):
     config = AutoConfig.for_model(
@@ -95,6 +100,7 @@ def test_frequencies_that_deepspeed_has_rounded_are_those_of_the_model_again(kin
     assert torch.equal(model(ids).logits, logits)
 
 
+@pytest.mark.usefixtures("device")
 def test_what_the_head_computes_is_an_output_of_the_model():
     """Whoever hooks gradients on the outputs, as DeepSpeed does, meets the backward pass."""
     actor, seen = tapped(), []
@@ -110,6 +116,7 @@ def test_what_the_head_computes_is_an_output_of_the_model():
     assert seen == ["output", "weight"]
 
 
+@pytest.mark.usefixtures("device")
 def test_passes_of_few_tokens_read_what_one_reads():
     torch.manual_seed(0)
     actor = tapped()
@@ -126,3 +133,29 @@ def test_batches_hold_every_sequence_once_within_the_tokens(lengths, max_tokens)
     batches = batches_within(lengths, max_tokens)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= max_tokens for b in batches)
+
+
+class WithoutItsHead(Model):
+    """Multiplies with its head's weight, and never calls the head."""
+
+    def forward(self, ids, attention_mask, position_ids):
+        return Output(logits=torch.nn.functional.linear(self.embedding(ids), self.lm_head.weight))
+
+
+def test_a_model_that_never_calls_its_head_is_named():
+    actor = PolicyActor(Engine(WithoutItsHead()))
+    actor.packing_samples = False
+    with pytest.raises(ConfigError, match="the logits of a WithoutItsHead are not made of its LM head's weight"):
+        actor.tap_head()
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_check_of_the_head_makes_no_float32_copy_of_it(dtype):
+    model = Model()
+    model.embedding, model.lm_head = torch.nn.Embedding(16, 64), torch.nn.Linear(64, 100_000)
+    actor = PolicyActor(Engine(model.to(dtype)))
+    actor.packing_samples = False
+    with LargestTensor() as largest:
+        actor.tap_head()
+    assert largest.bytes <= 16 * 2**20 < 4 * model.lm_head.weight.numel()

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import RepromptConfig
-from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, prompt_as_read, teacher_prompt_ids
+from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts
+from sdpo_plugin.distillation.prompts import prompt_as_read
+from sdpo_plugin.distillation.teacher_prompt import teacher_prompt_ids
 
 
 def test_the_context_of_a_plain_prompt_is_inside_the_input_template(model):
@@ -14,7 +16,7 @@ def test_the_context_of_a_plain_prompt_is_inside_the_input_template(model):
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from sdpo_plugin.interface.micro_batch import prompt_messages
+    from sdpo_plugin.interface.rollout_batch import prompt_messages
     from sdpo_plugin.openrlhf_adapter.controller.rollout import PromptDataset
 
     data = SimpleNamespace(

@@ -1,6 +1,7 @@
 """The algorithm on a fake worker: what the teacher reads, which tokens count, and who follows whom."""
 
 import math
+import pickle
 import re
 from types import SimpleNamespace
 
@@ -8,10 +9,15 @@ import pytest
 import torch
 from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES, gradient
 
+from sdpo_plugin import hookimpl, plugins
+from sdpo_plugin.algorithms.opd import OPD
 from sdpo_plugin.algorithms.sdpo import SDPO
 from sdpo_plugin.config import ConfigError, DistillConfig
 from sdpo_plugin.distillation.loss import per_token_loss
-from sdpo_plugin.interface.micro_batch import NEEDS, Read, RolloutBatch, combined_needs, teacher_inputs
+from sdpo_plugin.interface import rollout_batch as rollout_module
+from sdpo_plugin.interface.micro_batch import REQUIREMENTS, combined_requirements
+from sdpo_plugin.interface.rollout_batch import RolloutBatch, SentRow
+from sdpo_plugin.interface.scoring import ScoringRequest, teacher_inputs
 from sdpo_plugin.testing import fake_worker
 
 
@@ -30,8 +36,9 @@ def per_token(micro_batch) -> float:
     return total / count
 
 
+@pytest.mark.usefixtures("device")
 def test_everything_behind_the_prompt_is_replayed():
-    reads = [Read(i, PROMPTS[i], ACTION[i].bool()) for i in range(2)]
+    reads = [ScoringRequest(i, PROMPTS[i], ACTION[i].bool()) for i in range(2)]
     sequences, attention, rows, scored = teacher_inputs(SEQUENCES, ACTION, reads)
     assert sequences.tolist() == [[7, 7, 7, 7, 2, 11, 12, 13], [8, 5, 21, 22, 9, 9, 23, 0]]
     assert attention.tolist() == [[1] * 8, [1] * 7 + [0]]
@@ -39,15 +46,17 @@ def test_everything_behind_the_prompt_is_replayed():
     assert torch.stack(scored, dim=1).tolist() == ACTION[:2].nonzero().tolist()
 
 
+@pytest.mark.usefixtures("device")
 def test_without_any_context_two_tokens_stand_in():
     sequences, _, rows, (samples, positions) = teacher_inputs(SEQUENCES, ACTION, [])
     assert sequences.tolist() == [[1, 2]] and not rows.any() and len(samples) == len(positions) == 0
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("mode", ["full", "topk", "sampled"])
 def test_the_loss_is_the_definition_on_the_tokens_with_a_context(mode):
     options = {"mode": mode, "alpha": 1.0, "topk": 5}
-    worker = fake_worker(distill=options | {"mean": "tokens"})
+    worker = fake_worker(distill=options | {"loss_agg_mode": "token-mean"})
     plugin = algorithm(worker)
     got = step(worker, plugin)
     expected = []
@@ -65,19 +74,20 @@ def test_the_loss_is_the_definition_on_the_tokens_with_a_context(mode):
     assert per_token(got) == pytest.approx(got.loss.item())
 
 
+@pytest.mark.usefixtures("device")
 def test_samples_without_a_context_are_read_only_where_something_else_wants_them():
     worker = fake_worker()
     got = step(worker, algorithm(worker))
-    assert got.samples.tolist() == [True, True, False] and len(got.scores.log_probs) == 6
+    assert got.sample_mask.tolist() == [True, True, False] and len(got.head_output.log_probs) == 6
     for options in ({"distill": {"weight": 0.5}}, {"actor": {"entropy_coef": 0.0}}, {"actor": {"aux_loss_coef": 0.1}}):
         worker = fake_worker(**options)
         got = step(worker, algorithm(worker))
-        assert got.samples is None and len(got.scores.log_probs) == 8
+        assert got.sample_mask is None and len(got.head_output.log_probs) == 8
 
 
 def needs(**options):
     args = fake_worker(**options).args
-    return SDPO(args).openrlhf_needs(args) if SDPO.acts(args) else None
+    return SDPO(args).openrlhf_requirements(args) if SDPO.is_enabled(args) else None
 
 
 def corrected(level):
@@ -95,30 +105,33 @@ def corrected(level):
     ],
 )  # fmt: skip
 def test_old_log_probabilities_are_made_only_where_something_reads_them(options, wanted):
-    assert combined_needs([needs(**options)])["old_log_probs"] is wanted
+    assert combined_requirements([needs(**options)])["old_log_probs"] is wanted
 
 
 def test_what_one_plugin_needs_is_there_whoever_else_has_no_use_for_it():
     algorithm = needs()
-    assert combined_needs([]) == {"old_log_probs": True, "log_probs": True, "samples": True, "entropy": False}
-    assert combined_needs([algorithm, None]) == dict.fromkeys(NEEDS, False)
-    for order in ([algorithm, dict.fromkeys(NEEDS, True)], [dict.fromkeys(NEEDS, True), algorithm]):
-        assert combined_needs(order) == dict.fromkeys(NEEDS, True)
-    with pytest.raises(ConfigError, match="openrlhf_needs: a plugin names logits; choose from old_log_probs, log_"):
-        combined_needs([{"logits": True}])
+    assert combined_requirements([]) == {
+        "old_log_probs": True, "log_probs": True, "all_samples": True, "entropy": False
+    }  # fmt: skip
+    assert combined_requirements([algorithm, None]) == dict.fromkeys(REQUIREMENTS, False)
+    for order in ([algorithm, dict.fromkeys(REQUIREMENTS, True)], [dict.fromkeys(REQUIREMENTS, True), algorithm]):
+        assert combined_requirements(order) == dict.fromkeys(REQUIREMENTS, True)
+    with pytest.raises(ConfigError, match="openrlhf_requirements: a plugin names logits; choose from old_log_probs, "):
+        combined_requirements([{"logits": True}])
 
 
+@pytest.mark.usefixtures("device")
 def test_log_probabilities_that_nobody_needs_can_be_read_but_not_differentiated():
     worker = fake_worker()
     got = step(worker, algorithm(worker))
     assert got.log_probs.sum() < 0
-    with pytest.raises(ConfigError, match='return {"log_probs": True} from openrlhf_needs'):
+    with pytest.raises(ConfigError, match='return {"log_probs": True} from openrlhf_requirements'):
         got.log_probs.sum().backward()
 
 
 def losses(worker, **log_probs):
     data = {"teacher_prompt": PROMPTS, "loss_mask": MASKS}
-    return worker.micro_batch(algorithm(worker), SEQUENCES, ATTENTION, ACTION, **data, **log_probs).scores
+    return worker.micro_batch(algorithm(worker), SEQUENCES, ATTENTION, ACTION, **data, **log_probs).head_output
 
 
 def of_tokens(*values) -> torch.Tensor:
@@ -127,6 +140,7 @@ def of_tokens(*values) -> torch.Tensor:
                                                     torch.tensor(values))
 
 
+@pytest.mark.usefixtures("device")
 def test_the_rollout_correction_is_the_student_s_ratio_to_the_engine_with_one_update():
     """min(student / engine, 2) of each token, where the policy before the update is the student itself."""
     plain = losses(fake_worker())
@@ -137,6 +151,7 @@ def test_the_rollout_correction_is_the_student_s_ratio_to_the_engine_with_one_up
     torch.testing.assert_close(got.token_loss[:6], plain.token_loss[:6] * factors, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.usefixtures("device")
 def test_ratio_and_rollout_correction_are_two_factors_with_several_updates():
     """min(student / old, 2) * min(old / engine, 2), each clipped by itself; neither is counted twice."""
     plain, several = losses(fake_worker(distill={"is_clip": None})), {"train": {"max_epochs": 2}}
@@ -154,28 +169,31 @@ def test_ratio_and_rollout_correction_are_two_factors_with_several_updates():
 
 
 def test_a_rollout_without_log_probabilities_is_named():
-    with pytest.raises(ConfigError, match="is_correction_level token: the rollout brought no log-probabilities; give"):
+    with pytest.raises(ConfigError, match="is_correction_level token: the rollout has no log-probabilities; give"):
         losses(fake_worker(algo=corrected("token")))
 
 
-@pytest.mark.parametrize(("mean", "shares"), [("samples", [1 / 9] * 6), ("tokens", [1 / 6] * 6)])
-def test_both_means(mean, shares):
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(("mode", "shares"), [("seq-mean-token-mean", [1 / 9] * 6), ("token-mean", [1 / 6] * 6)])
+def test_both_means(mode, shares):
     """Three samples, of three, three and two tokens; the third has no context and counts in the mean over samples."""
-    worker = fake_worker(distill={"mean": mean})
+    worker = fake_worker(distill={"loss_agg_mode": mode})
     got = step(worker, algorithm(worker))
-    torch.testing.assert_close(got.loss.detach(), (got.scores.token_loss[:6] * torch.tensor(shares)).sum())
-    assert per_token(got) == pytest.approx(got.scores.token_loss[:6].mean().item())
+    torch.testing.assert_close(got.loss.detach(), (got.head_output.token_loss[:6] * torch.tensor(shares)).sum())
+    assert per_token(got) == pytest.approx(got.head_output.token_loss[:6].mean().item())
 
 
+@pytest.mark.usefixtures("device")
 def test_a_sample_s_mean_is_over_its_tokens_in_the_loss():
     """One of three, three of three and none of two."""
     one = MASKS[0] & (MASKS[0].cumsum(0) == 2)
     worker = fake_worker()
     got = step(worker, algorithm(worker), masks=[one, *MASKS[1:]])
     shares = torch.tensor([1 / 3] + [1 / 9] * 3)
-    torch.testing.assert_close(got.loss.detach(), (got.scores.token_loss[[1, 3, 4, 5]] * shares).sum())
+    torch.testing.assert_close(got.loss.detach(), (got.head_output.token_loss[[1, 3, 4, 5]] * shares).sum())
 
 
+@pytest.mark.usefixtures("device")
 def test_hybrid_mixes_gradients_and_zero_is_the_host():
     parts = {}
     for weight in (0.0, 0.25, 1.0):
@@ -183,9 +201,10 @@ def test_hybrid_mixes_gradients_and_zero_is_the_host():
         # At weight 0 no algorithm is registered; made all the same, it leaves the loss alone.
         parts[weight] = gradient(worker, step(worker, algorithm(worker)).loss)
     torch.testing.assert_close(parts[0.25], 0.75 * parts[0.0] + 0.25 * parts[1.0], atol=1e-6, rtol=1e-5)
-    assert SDPO.acts(fake_worker().args) and not SDPO.acts(fake_worker(distill={"weight": 0.0}).args)
+    assert SDPO.is_enabled(fake_worker().args) and not SDPO.is_enabled(fake_worker(distill={"weight": 0.0}).args)
 
 
+@pytest.mark.usefixtures("device")
 def test_a_batch_without_context_has_a_zero_loss_that_backpropagates():
     worker = fake_worker()
     empty = [torch.tensor([], dtype=torch.long)] * 3
@@ -194,6 +213,7 @@ def test_a_batch_without_context_has_a_zero_loss_that_backpropagates():
     assert got.metrics["self_distillation/empty_target_batch"] == 1.0
 
 
+@pytest.mark.usefixtures("device")
 def test_a_micro_batch_without_any_response_token_has_metrics():
     worker = fake_worker()
     nothing = torch.zeros_like(ACTION)
@@ -212,7 +232,7 @@ def rollout_batch(model):
     from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()
-    from sdpo_plugin.openrlhf_adapter.controller.rollout import max_positions
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import max_seq_len
 
     tokenizer = AutoTokenizer.from_pretrained(model)
 
@@ -229,8 +249,8 @@ def rollout_batch(model):
             )
         experience = SimpleNamespace(index=list(range(len(samples))), rewards=torch.tensor(rewards), info={})
         args = fake_worker(**options).args
-        batch = RolloutBatch(samples, [experience], args, tokenizer, max_positions(str(model)))
-        SDPO(args).openrlhf_batch(batch)
+        batch = RolloutBatch(samples, [experience], args, tokenizer, max_seq_len(str(model)))
+        SDPO(args).openrlhf_rollout_batch(batch)
         read = [tokenizer.decode(ids) for ids in experience.info["plugin/teacher_prompt"]]
         masks = [mask.sum().item() for mask in experience.info["plugin/loss_mask"]]
         return read, masks, {name.removeprefix("self_distillation/"): value for name, value in batch.metrics.items()}
@@ -301,6 +321,136 @@ def test_a_generation_prompt_has_the_chat_template_s_arguments(model):
     assert tokenizer.decode(ids) == "<|user|>Q? it is 4<|assistant|>in short: "
 
 
+@hookimpl
+def openrlhf_answer(response, record, args):
+    """A plugin's own: what follows the last colon; a response without one has no answer."""
+    return response.rpartition(":")[2] if ":" in response else ""
+
+
+def test_answers_are_found_by_a_plugin_or_as_the_maths_environment_does(model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def answers(*responses, plugin=None, demonstration="consensus"):
+        args = fake_worker(reprompt={"demonstration": demonstration}).args
+        args.plugins = []
+        args.algo.name = None
+        manager = plugins.activate(args)
+        if plugin is not None:
+            manager.register(plugin)
+        samples = []
+        for response, truncated in responses:
+            ids = tokenizer(f"<|user|>Q?<|assistant|>{response}", add_special_tokens=False)["input_ids"]
+            mask = torch.ones(1, len(ids) - 1, dtype=torch.long)
+            mask[0, :3] = 0
+            samples.append(SimpleNamespace(
+                sequences=torch.tensor([ids]), truncated=torch.tensor([truncated]), feedback=None, turns=[],
+                action_mask=mask, record={"prompt": "Q?"},
+            ))  # fmt: skip
+        batch = RolloutBatch(samples, [], args, tokenizer, math.inf)
+        return [rollout.answer for rollout in SDPO(args).rollouts(batch)]
+
+    half = ("so it is \\boxed{0.5}", False), ("The answer is 1/2.", False), ("\\boxed{0.5}", True), ("hm", False)
+    assert answers(*half) == ["1/2", "1/2", None, "hm"]
+    assert answers(*half, demonstration="first") == [None] * 4
+    own = SimpleNamespace(openrlhf_answer=openrlhf_answer)
+    assert answers(("it: 4", False), ("\\boxed{4}", False), plugin=own) == [" 4", None]
+
+
+THINKS = "{% if thinks is defined %}<{{ thinks }}>{% endif %}"
+
+
+def test_the_teacher_s_prompts_have_chat_template_arguments_of_their_own(model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template += THINKS + "{{ style }}"
+
+    def prompts(own, algorithm=SDPO, template="{prompt}{feedback}", feedback=" no", **config):
+        text = "<|user|>Q?<|assistant|><no>short"
+        ids = tokenizer(text + "4", add_special_tokens=False)["input_ids"]
+        sample = SimpleNamespace(
+            sequences=torch.tensor([ids]), truncated=torch.tensor([False]), feedback=feedback, turns=[], prompts=[text],
+            action_mask=torch.tensor([[0] * (len(ids) - 2) + [1]]), record={"prompt": "Q?"},
+        )  # fmt: skip
+        experience = SimpleNamespace(index=[0], rewards=torch.zeros(1), info={})
+        reprompt = {"chat_template_kwargs": own, "template": template, "feedback_template": "{feedback_raw}", **config}
+        args = fake_worker(reprompt=reprompt, data={"chat_template_kwargs": '{"thinks": "no", "style": "short"}'}).args
+        batch = RolloutBatch([sample], [experience], args, tokenizer, 512)
+        assert batch.prompt(0) == [{"role": "user", "content": "Q?"}]  # the student's has not changed
+        algorithm(args).openrlhf_rollout_batch(batch)
+        found = (experience.info.get(f"plugin/{name}") for name in ("teacher_prompt", "bare_prompt"))
+        return [None if ids is None else tokenizer.decode(ids[0]) for ids in found]
+
+    assert prompts(None) == ["<|user|>Q? no<|assistant|><no>short", None]
+    own = '{"thinks": "yes"}'
+    assert prompts(own) == ["<|user|>Q? no<|assistant|><yes>short", "<|user|>Q?<|assistant|><yes>short"]
+    assert prompts(own, feedback=None) == ["", None]
+    # With the student's prompt alone, another model may still have another template.
+    assert prompts(None, OPD, "{prompt}", None)[0] == "<|user|>Q?<|assistant|><no>short"
+    assert prompts(own, OPD, "{prompt}", None)[0] == "<|user|>Q?<|assistant|><yes>short"
+
+
+def test_the_context_kl_is_of_the_context_alone():
+    """Where the teacher's chat template has other arguments, so has its prompt without a context."""
+    worker = fake_worker()
+    bare = [torch.tensor([9, 9, 9]), torch.tensor([5, 9]), torch.tensor([], dtype=torch.long)]
+    failed = [torch.tensor(True)] * 3
+    found = []
+    for own in ({}, {"bare_prompt": bare}, {"bare_prompt": PROMPTS}):
+        data = {"teacher_prompt": PROMPTS, "loss_mask": MASKS, "failed": failed, **own}
+        got = worker.micro_batch(algorithm(worker), SEQUENCES, ATTENTION, ACTION, **data)
+        found.append(float(got.means["teacher/context_kl"][0]))
+    student, other, same = found
+    assert student > 0.0 and other > 0.0 and other != pytest.approx(student) and same == pytest.approx(0.0, abs=1e-5)
+
+
+def test_an_asynchronous_run_sends_the_columns_that_are_read():
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
+
+    cpu.enable()
+    from sdpo_plugin.openrlhf_adapter.controller.rollout import sent_columns
+
+    row = {"prompt": "Q?", "privileged_context": "4", "note": "n" * 10_000, "tests": "t" * 10_000, "level": None}
+    own = SimpleNamespace(openrlhf_record_columns=hookimpl(lambda args: ["note", "unheard_of"]))
+
+    def sent(template=None, plugin=None):
+        args = fake_worker(reprompt={} if template is None else {"template": template}).args
+        args.plugins = []
+        manager = plugins.activate(args)
+        if plugin is not None:
+            manager.register(plugin)
+        return pickle.loads(pickle.dumps(SentRow(row, sent_columns(args))))
+
+    assert sent() == {"prompt": "Q?"} and len(pickle.dumps(sent())) < 500
+    assert sent("{prompt}{privileged_context}") == {"prompt": "Q?", "privileged_context": "4"}
+    found = sent(plugin=own)
+    assert found == {"prompt": "Q?", "note": "n" * 10_000} and found.get("unheard_of", 1) == 1
+    for read in (lambda: found["tests"], lambda: found.get("level")):
+        with pytest.raises(KeyError, match="asynchronous runs send only the columns .* openrlhf_record_columns"):
+            read()
+    with pytest.raises(KeyError, match="^'unheard_of'$"):
+        found["unheard_of"]
+
+
+def test_a_vocabulary_is_not_rebuilt_for_each_sample(rollout_batch, monkeypatch):
+    """`len(tokenizer)` does it: 50 ms at 151,643 tokens, for each of a thousand samples."""
+    from transformers import PreTrainedTokenizerFast
+
+    asked, length = [], PreTrainedTokenizerFast.__len__
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__len__", lambda self: (asked.append(1), length(self))[1])
+    read, *_ = rollout_batch(["right", "wrong"] * 8, [1.0, 0.0] * 8)
+    assert read[1] and len(asked) <= 1
+
+
+def test_siblings_share_what_was_made_of_their_prompt(rollout_batch, monkeypatch):
+    made, own = [], rollout_module.prompt_as_read
+    monkeypatch.setattr(rollout_module, "prompt_as_read", lambda *args: (made.append(1), own(*args))[1])
+    rollout_batch(["right", "wrong"] * 8, [1.0, 0.0] * 8)
+    assert len(made) == 1
+
+
 def test_skipped_tokens_leave_the_loss():
     args = fake_worker(distill={"skip_tokens": 2}).args
     sample, experience = SimpleNamespace(action_mask=ACTION[1:2]), SimpleNamespace(index=[0], rewards=torch.zeros(1))
@@ -309,6 +459,7 @@ def test_skipped_tokens_leave_the_loss():
     assert not SDPO(args).loss_mask(batch, 0, active=[False]).any()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("kind", "follows"), [("live", 1.0), ("base", 0.0), ("ema", 0.25)])
 def test_teachers_follow_the_student(kind, follows):
     worker = fake_worker(teacher={"kind": kind, "update_rate": 0.25})

@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import ConfigError, DiagnosticsConfig, DistillConfig, RepromptConfig, TeacherConfig
+from sdpo_plugin.algorithms import no_reward
+from sdpo_plugin.config import (
+    ConfigError,
+    DiagnosticsConfig,
+    DistillConfig,
+    RepromptConfig,
+    TeacherConfig,
+)
 from sdpo_plugin.openrlhf_adapter.launcher import launch, recipe
 
 
 def host_parser() -> argparse.ArgumentParser:
-    """A stand-in with the host flags these tests name; the real parser is reached in test_host.py."""
+    """A stand-in with the host flags these tests name; the real parser is reached in test_openrlhf.py."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--actor.model_name_or_path")
     parser.add_argument("--actor.adam.lr", type=float, default=1e-6)
@@ -23,7 +30,7 @@ def host_parser() -> argparse.ArgumentParser:
     parser.add_argument("--actor.muon.nesterov", action="store_true", default=True)
     parser.add_argument("--actor.muon.no_nesterov", dest="actor.muon.nesterov", action="store_false")
     for flag, value in {
-        "ds.lora.rank": 0, "ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1,
+        "ds.lora.rank": 0, "ds.zero_stage": 2, "ds.zpg": 1, "ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1,
         "data.max_images_per_prompt": 0, "ds.enable_sleep": False, "algo.kl.init_coef": 0.0,
         "ds.lora.target_modules": "", "algo.advantage.is_correction_level": "off",
         "algo.advantage.is_correction_mode": "mask", "algo.advantage.is_correction_gating": "ratio",
@@ -58,17 +65,17 @@ def parse(*arguments: str) -> argparse.Namespace:
         (TeacherConfig, {"update_rate": 1.0}, r"--teacher.update_rate 1.0: .* give --teacher.kind live, or --"),
         (TeacherConfig, {"update_rate": 1.0, "kind": "trust_region", "sync_steps": 2}, r"give --teacher.kind live$"),
         (TeacherConfig, {"max_tokens_per_gpu": 0}, r"--teacher.max_tokens_per_gpu 0: give a positive integer"),
-        (TeacherConfig, {"kind": "model"}, r"--teacher.kind model: give --teacher.model_name_or_path, too"),
-        (TeacherConfig, {"model_name_or_path": "x"}, r"_or_path x: --teacher.kind ema does not read it; give"),
+        (TeacherConfig, {"kind": "model"}, r"--teacher.kind model: .*; give --teacher.model_name_or_path"),
+        (TeacherConfig, {"model_name_or_path": "x"}, r"_path x: not used by --teacher.kind ema; give --teacher.kind"),
         (
             TeacherConfig, {"kind": "model", "model_name_or_path": "x", "zero_stage": 2},
-            r"--teacher.zero_stage 2: a model that is only read is whole or partitioned; give 0 or 3",
+            r"--teacher.zero_stage 2: the teacher is either whole .* give 0 or 3",
         ),
         (TeacherConfig, {"kind": "frozen"}, r"--teacher.kind frozen: choose one of live, base, ema"),
         (RepromptConfig, {"max_len": 0}, r"--reprompt.max_len 0: give a positive integer"),
         (RepromptConfig, {"template": "{solution}"}, r"--reprompt.template .*must contain \{prompt\}"),
         (DiagnosticsConfig, {"interval": 0}, r"--diagnostics.interval 0"),
-        (DiagnosticsConfig, {"samples": -1}, r"--diagnostics.samples -1: give an integer >= 0"),
+        (DiagnosticsConfig, {"log_samples": -1}, r"--diagnostics.log_samples -1: give an integer >= 0"),
     ],
 )
 def test_out_of_range(group, values, message):
@@ -81,17 +88,20 @@ def test_out_of_range(group, values, message):
     [
         (["--algo", "spdo"], r"--algo spdo: unknown algorithm; choose one of .*sdpo"),
         (["--algo", "sdpo", "--distill.weight", "2"], r"--distill.weight 2.0: give a number in \[0, 1\]"),
-        (["--algo", "sdpo", "--ds.deepcompile"], r"--ds.deepcompile is not supported .*leave it out"),
-        (["--algo", "sdpo", "--ds.ring_attn_size", "2"], r"--ds.ring_attn_size is not supported .*size 1"),
+        (["--algo", "sdpo", "--ds.deepcompile"], r"--ds.deepcompile is not supported .*leave the flag out"),
+        (["--algo=sdpo", "--ds.zpg=8", "--ds.lora.rank=4", "--ds.zero_stage=3"], r"zpg 8: .* would stay as it began; "),
+        (["--algo", "sdpo", "--ds.tensor_parallel_size", "2"], r"--ds.tensor_parallel_size is not supported .*size 1"),
         (["--algo", "sdpo", "--teacher.kind", "base", "--teacher.save"], r"--teacher.save True: .* --teacher.kind ema"),
         (["--algo", "sdpo", "--train.async_enable", "--rollout.deterministic"], r"--rollout.deterministic True: "),
-        (["--algo", "sdpo", "--diagnostics.samples", "4"], r"samples 4: .* give --logger.tensorboard_dir"),
-        (["--diagnostics.samples", "4"], r"--diagnostics.samples 4: without --algo .* give --algo sdpo"),
-        (["--algo=sdpo", "--diagnostics.samples=4", "--distill.weight=0"], r"weight 0 .* give a weight above 0"),
+        (["--algo", "sdpo", "--diagnostics.log_samples", "4"], r"samples 4: .* give --logger.tensorboard_dir"),
+        (["--diagnostics.log_samples", "4"], r"--diagnostics.log_samples 4: without --algo .* give --algo sdpo"),
+        (["--algo=sdpo", "--diagnostics.log_samples=4", "--distill.weight=0"], r"weight 0 .* give a weight above 0"),
         (["--data.chat_template_kwargs", "enable_thinking=false"], r"kwargs enable_thinking=false: not a JSON object"),
         (["--data.chat_template_kwargs", "[1]"], r"--data.chat_template_kwargs \[1\]: not a JSON object"),
-        (["--data.chat_template_kwargs", '{"tokenize": true}'], r"OpenRLHF sets tokenize itself; leave it out"),
+        (["--data.chat_template_kwargs", '{"tokenize": true}'], r"OpenRLHF sets tokenize itself; leave tokenize out"),
         (["--data.chat_template_kwargs", '{"x": 1}'], r'kwargs {"x": 1}: .* give --data.apply_chat_template'),
+        (["--algo=sdpo", "--reprompt.chat_template_kwargs", "x"], r"--reprompt.chat_template_kwargs x: not a JSON ob"),
+        (["--algo=sdpo", "--reprompt.chat_template_kwargs", '{"x": 1}'], r'--reprompt.* give --data.apply_chat_temp'),
         (["--algo", "sdpo", "--algo.advantage.is_correction_level", "seq"], r"level seq, .*; give .*_mode mask"),
         (["--algo", "sdpo", "--algo.advantage.is_correction_gating", "tv"], r"gating tv: .*; give .*_mode mask"),
         (
@@ -106,6 +116,25 @@ def test_out_of_range(group, values, message):
 def test_command_line(arguments, message):
     with pytest.raises(ConfigError, match=message):
         parse(*arguments)
+
+
+def test_a_consensus_needs_no_reward_function():
+    """Unless a policy loss, or an algorithm that looks at rewards, needs one."""
+    label_free = ["--reprompt.demonstration", "consensus"]
+
+    parser = host_parser()
+    for flag in ("reward.remote_url", "reward.model_name_or_path", "train.agent_func_path"):
+        parser.add_argument(f"--{flag}")
+
+    def reward(*arguments):
+        return vars(launch.parse(copy.deepcopy(parser), list(arguments), on_cpu=False))["reward.remote_url"]
+
+    assert reward("--algo", "sdpo", *label_free) == no_reward.PATH
+    assert reward("--algo", "sdpo", *label_free, "--reward.remote_url", "mine.py") != no_reward.PATH
+    for other in (["sdpo"], ["sdpo", *label_free, "--distill.weight", "0.5"], ["srpo", *label_free]):
+        assert reward("--algo", *other) is None
+    with pytest.raises(ConfigError, match="--reprompt.demonstration consensus: --algo sdzero shows no demonstration"):
+        reward("--algo", "sdzero", *label_free)
 
 
 @pytest.mark.parametrize("weight", ["0.5", "1"])
@@ -155,7 +184,7 @@ def test_recipe_is_a_command_line_that_comes_first(tmp_path):
 @pytest.mark.parametrize(
     ("text", "flag", "value"),
     [
-        ("diagnostics: {guard: off}", "diagnostics.guard", "off"),
+        ("diagnostics: {on_collapse: off}", "diagnostics.on_collapse", "off"),
         ("algo: {advantage: {is_correction_level: off}}", "algo.advantage.is_correction_level", "off"),
         ("distill: {topk: 0100}", "distill.topk", 100),
         ("distill: {topk: 1_000}", "distill.topk", 1000),
@@ -213,9 +242,9 @@ def test_chat_template_arguments_are_json_in_a_recipe_too(tmp_path):
         ("data: {chat_template_kwargs: {enable_thinking: false}}", "did you mean data.chat_template_kwargs?"),
         ("distil: {alpha: 1}", "unknown key distil.alpha; did you mean distill.alpha?"),
         ("actor: {adam: {rl: 1}}", "unknown key actor.adam.rl; did you mean actor.adam.lr?"),
-        ("vllm: {enforce_eager: 3}", "vllm.enforce_eager: 3 is not true or false"),
-        ("vllm: {enforce_eager: }", "vllm.enforce_eager: null is not true or false"),
-        ("actor: {adam: {lr: null}}", "actor.adam.lr: null is no value of it; give one, or leave the key out"),
+        ("vllm: {enforce_eager: 3}", "vllm.enforce_eager: 3 is neither true nor false; give one"),
+        ("vllm: {enforce_eager: }", "vllm.enforce_eager: null is neither true nor false; give one"),
+        ("actor: {adam: {lr: null}}", "actor.adam.lr: null is not a valid value; give a value, or leave the key out"),
         ("teacher: ", "unknown key teacher"),
         ("[1, 2]", "expected nested keys, found list"),
         ("a: [", "--config"),
@@ -252,8 +281,7 @@ def test_an_algorithm_s_defaults_are_below_recipe_and_command_line(monkeypatch, 
 
 
 def test_the_options_page_is_current():
-    shown = subprocess.run([sys.executable, "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "options"],
-    capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-m", "sdpo_plugin", "options"], capture_output=True, text=True)
     assert (Path(__file__).parents[2] / "docs" / "options.md").read_text() == shown.stdout
 
 
@@ -268,6 +296,7 @@ def test_the_variants_have_the_published_defaults():
         "sdft": {"distill.alpha": 0.0, "teacher.update_rate": 0.01, "distill.skip_tokens": 3, "distill.mode": "full"},
         "opsd": {"distill.alpha": 0.0, "distill.kl_clip": 0.05, "rollout.temperature": 1.1, "rollout.top_p": 0.95,
                  "distill.skip_tokens": 0, "teacher.kind": "base", "algo.advantage.is_correction_level": "off"},
+        "sdzero": {"distill.alpha": 1.0, "distill.topk": 64, "distill.support": "teacher", "teacher.kind": "base"},
     }  # fmt: skip
     for algorithm, values in published.items():
         args = vars(launch.parse(copy.deepcopy(parser), ["--algo", algorithm], on_cpu=False))
@@ -284,4 +313,4 @@ def test_a_kl_penalty_that_nothing_reads_is_pointed_out(caplog):
     parse(*penalty, "--distill.weight", "0.5")
     assert not caplog.records
     parse(*penalty)
-    assert "--algo.kl.init_coef 0.01: a penalty on rewards, which nothing reads" in caplog.text
+    assert "--algo.kl.init_coef 0.01: a penalty on rewards, which has no effect" in caplog.text

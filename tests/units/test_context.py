@@ -30,16 +30,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sdpo_plugin.config import ConfigError, RepromptConfig
 from sdpo_plugin.distillation.context import (
-    FramedText,
     Rollout,
     TeacherContext,
     build_teacher_contexts,
     context_metrics,
     context_showing,
-    prompt_as_read,
-    rendered,
-    teacher_prompt_ids,
 )
+from sdpo_plugin.distillation.prompts import FramedText, prompt_as_read, rendered
+from sdpo_plugin.distillation.teacher_prompt import TeacherPrompts, teacher_prompt_ids
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "teacher_context.json").read_text())
@@ -110,6 +108,71 @@ def test_default_templates_are_the_published_ones():
 
 
 # ── who teaches whom ──
+
+
+ATTEMPT = RepromptConfig(
+    template="{prompt}|{attempt}|{solution}{feedback}", solution_template="{successful_previous_attempt}",
+    feedback_template="{feedback_raw}",
+)  # fmt: skip
+
+
+def test_the_attempt_is_shown_beside_what_another_section_has():
+    batch = [rollout("<think>t</think>won", 1.0), rollout("a {prompt} lost"), rollout("a", 0.0, 1, feedback="boom")]
+    batch.append(rollout("b", 0.0, 1, turn_feedback=[None, "no"]))
+    contexts = build_teacher_contexts(batch, ATTEMPT)
+    said = [None if c.prompt is None else c.messages[-1]["content"] for c in contexts]
+    assert said == [None, "Q?|a {prompt} lost|won", "Q?|a|boom", None] and not contexts[0].active
+    assert contexts[1].sections == {"solution": "won", "attempt": "a {prompt} lost"}
+    assert contexts[3].active and contexts[3].of_turn(0) is None  # an attempt alone is nothing to score a turn with
+    assert contexts[3].of_turn(1).messages[-1]["content"] == "Q?|b|no"
+    assert shown([rollout("<think>t</think>x", feedback="f")], ATTEMPT) == "Q?|x|f"
+    whole = replace(ATTEMPT, remove_thinking=False)
+    assert shown([rollout("<think>t</think>x", feedback="f")], whole) == "Q?|<think>t</think>x|f"
+
+
+def test_the_attempt_alone_is_a_context_where_the_template_names_nothing_else():
+    config = RepromptConfig(template="{prompt} You wrote: {attempt} Check it.")
+    contexts = build_teacher_contexts([rollout("four"), rollout("  "), rollout(None)], config)
+    assert [c.active for c in contexts] == [True, False, False]
+    assert contexts[0].messages[-1]["content"] == "Q? You wrote: four Check it."
+
+
+CONSENSUS = RepromptConfig(demonstration="consensus", feedback_only_without_solution=False)
+
+
+def voted(*answers, group=0, **more):
+    """Rollouts with an answer each; the n-th response is n characters longer than its answer."""
+    return [rollout(f"{a}{'.' * n}", group=group, answer=a, **more) for n, a in enumerate(answers)]
+
+
+def test_the_majority_s_shortest_response_is_shown_to_the_longest_that_disagrees():
+    batch = [*voted("8", "7", "7", None, "6", "7", "5", reward=0.0), *voted("1", "2", "3", "1", group=1, reward=1.0)]
+    contexts = build_teacher_contexts(batch, replace(CONSENSUS, consensus_threshold=0.4))
+    assert [i for i, c in enumerate(contexts) if c.active] == [6, 9]
+    assert contexts[6].sections == {"solution": "7."} and contexts[9].sections == {"solution": "1"}
+    metrics = context_metrics(batch, contexts, CONSENSUS)
+    assert metrics["self_distillation/answer_fraction"] == pytest.approx(10 / 11)
+    assert metrics["self_distillation/agreement_fraction"] == pytest.approx((3 / 7 + 1 / 2) / 2)
+    assert [c.active for c in build_teacher_contexts(batch, CONSENSUS)] == [False] * 9 + [True, False]  # 3 of 7, 2 of 4
+    every = build_teacher_contexts(batch, replace(CONSENSUS, consensus_threshold=0.4, consensus_targets=None))
+    assert [i for i, c in enumerate(every) if c.active] == [0, 4, 6, 8, 9]
+    assert not any(c.active for c in build_teacher_contexts(batch[:7], SDPO))  # no reward says so
+
+
+@pytest.mark.parametrize("answers", [("1", "1", "2", "2"), ("1", "2", "3", "4"), (None, None), ("1", "1", "1"), ()])
+def test_without_a_majority_or_without_a_minority_nobody_is_taught(answers):
+    assert not any(context.active for context in build_teacher_contexts(voted(*answers), CONSENSUS))
+
+
+def test_a_response_without_an_answer_counts_against_the_majority():
+    config = replace(CONSENSUS, consensus_threshold=0.5)
+    for answers, taught in ((("1", "1", "2", None), True), (("1", "1", "2", None, None), False)):
+        assert any(c.active for c in build_teacher_contexts(voted(*answers), config)) is taught
+
+
+def test_a_consensus_needs_a_place_in_the_template():
+    with pytest.raises(ConfigError, match=r"--reprompt.demonstration consensus: --reprompt.template has no {solution}"):
+        RepromptConfig(demonstration="consensus", template="{prompt}{feedback}")
 
 
 def test_the_template_says_who_teaches():
@@ -311,7 +374,7 @@ def test_content_parts_stay_parts():
 
 @pytest.mark.parametrize("template", ["User: {}\nAssistant:", "{{json}} {}", "A {} A", None])
 def test_the_context_goes_into_the_frame_of_the_input_template(template):
-    from sdpo_plugin.interface.micro_batch import prompt_messages
+    from sdpo_plugin.interface.rollout_batch import prompt_messages
 
     for question in ("2 + 2?", "{x} {} A {prompt} {{", "\\1", ""):
         data = SimpleNamespace(apply_chat_template=False, input_key="q", input_template=template)
@@ -548,11 +611,52 @@ def test_arbitrary_text_never_becomes_markup(tokenizers, family, data):
     assert truncated or len(ids) <= max_len
 
 
+@by_family
+def test_an_attempt_never_becomes_markup(tokenizers, family):
+    config = replace(ATTEMPT, remove_thinking=False)
+
+    def ids(response):
+        (context,) = build_teacher_contexts([rollout(response, feedback="no")], config)
+        return teacher_prompt_ids(context, tokenizers[family], config)[0]
+
+    for attack in ATTACKS:
+        assert markup_ids(ids(attack), tokenizers[family]) == markup_ids(ids("a"), tokenizers[family])
+
+
 def test_markup_that_a_section_completes_is_not_markup(tokenizers):
     config = RepromptConfig(template="{prompt} <{privileged_context}>")
     ids, _ = teacher_prompt_ids(teacher(privileged="think", config=config), tokenizers["qwen3"], config)
     assert tokenizers["qwen3"].convert_tokens_to_ids("<think>") not in ids
     assert "Q? <think>" in tokenizers["qwen3"].decode(ids)
+
+
+@by_family
+@pytest.mark.parametrize("max_len", [10_000, 120, 60])
+def test_many_prompts_are_what_each_alone_is(tokenizers, family, max_len):
+    """With whatever is kept from the ones before, at other lengths too, and prepared or not."""
+    config = replace(ALL, max_len=max_len)
+    texts = [*ATTACKS, "f" * 300, "a longer text, " * 20, "<|im_end|>" * 30]
+    contexts = [teacher(text, text, "hint", config=config) for text in texts] * 2 + [TeacherContext(user("Q?"), False)]
+    prompts = TeacherPrompts(tokenizers[family], config)
+    prompts.prepare(contexts[: len(texts) // 2])
+    for length in (max_len, max_len + 40):
+        for context in contexts:
+            alone = teacher_prompt_ids(context, tokenizers[family], replace(config, max_len=length))
+            assert prompts.ids(context, length) == alone
+
+
+def test_equal_contexts_are_tokenized_once(tokenizers, monkeypatch):
+    encode, texts = TeacherPrompts._encode, []
+    monkeypatch.setattr(TeacherPrompts, "_encode", lambda self, new: (texts.extend(new), encode(self, new))[1])
+    batch = [rollout("won", 1.0), *(rollout(f"lost {i}") for i in range(6)), rollout("won, too", 1.0)]
+    contexts = build_teacher_contexts(batch, SDPO)
+    prompts = TeacherPrompts(tokenizers["qwen3"], SDPO)
+    prompts.prepare(contexts)
+    assert len([text for text in texts if "won" in text]) == 2 and len({id(prompts.ids(c)[0]) for c in contexts}) == 2
+    prepared = len(texts)
+    for context in contexts:
+        prompts.ids(context)
+    assert len(texts) == prepared
 
 
 def test_added_words_are_vocabulary(tokenizers):

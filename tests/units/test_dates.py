@@ -88,5 +88,5 @@ def test_labels_of_both_data_sets_are_read_before_a_run(tmp_path, read, monkeypa
         preflight.data(args)
     assert str(error.value) == (
         f"--data.label_key a: {flag} {tmp_path}/{bad}.jsonl: no response can satisfy the label of 1 of 2 rows "
-        "(mine.py): row 1 has 3: it is small; correct what is there, or leave such rows out"
+        "(mine.py): row 1 has 3: it is small; correct these labels, or remove the rows"
     )

@@ -22,7 +22,7 @@ from documented import DOCS, FENCE, PAGES, ROOT, commands, first_cells, inline, 
 from sdpo_plugin import plugins
 from sdpo_plugin.config import GROUPS, RepromptConfig, RewardConfig
 from sdpo_plugin.distillation.context import context_metrics
-from sdpo_plugin.monitoring.collapse import ALARM, length_metrics
+from sdpo_plugin.monitoring.collapse import WARNING, length_metrics
 from sdpo_plugin.openrlhf_adapter import failures
 from sdpo_plugin.openrlhf_adapter.launcher import cli
 
@@ -67,9 +67,25 @@ def built(site) -> dict[Path, Html]:
     return {path: Html(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"}
 
 
-def test_every_page_is_in_the_menu(site, built):
+def test_every_page_is_in_the_menu_or_on_the_page_of_results(site, built):
     menu = {link.partition("#")[0] for link in built[site / "index.html"].links}
-    assert {f"{page.stem}.html" for page in DOCS.glob("*.md")} - {"index.html"} <= menu
+    evidence = {link.partition("#")[0] for link in built[site / "results.html"].links}
+    pages = {str(page.relative_to(DOCS).with_suffix(".html")) for page in DOCS.rglob("*.md")}
+    assert pages - {"index.html"} <= menu | evidence
+    assert 20 <= len(pages & menu) <= 28
+
+
+def test_links_have_titles(built):
+    """The text of a link is what the page is called, not its file's name."""
+    named = re.compile(r"<a [^>]*>([\w./-]+\.md)</a>")
+    assert {page.name: found for page in built if (found := named.findall(page.read_text()))} == {}
+
+
+def test_commands_are_highlighted_and_formulas_need_no_script(site):
+    page = (site / "loss.html").read_text()
+    assert page.count("<math") > 20 and "$`" not in page and "language-math" not in page
+    assert 'class="language-bash' in (site / "install.html").read_text()
+    assert "language-bash" in (site / "data.html").read_text()  # a listing without a language
 
 
 def test_links_and_anchors_lead_somewhere(site, built):
@@ -90,8 +106,8 @@ def test_links_and_anchors_lead_somewhere(site, built):
 
 def test_what_is_outside_docs_is_part_of_the_site(site, built):
     assert "recipes/gsm8k/index.html" in built[site / "recipes.html"].links
-    shown = (site / "sdpo_plugin/algorithms/teacher.py.html").read_text()
-    assert "class TrustRegionTeacher" in re.sub("<[^>]+>", "", shown)
+    source = (site / "sdpo_plugin/algorithms/teacher.py.html").read_text()
+    assert "class TrustRegionTeacher" in re.sub("<[^>]+>", "", source)
 
 
 def test_nothing_is_loaded_from_elsewhere(site, built):
@@ -169,8 +185,8 @@ def logged() -> set[str]:
             if isinstance(node, ast.Subscript) and getattr(node.value, "attr", "") == "metrics":
                 found |= {text_of(node.slice)} - {None}
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_counted":
-                found.add(ALARM + node.args[0].value.replace(" ", "_"))
-    return found - made - {"self_distillation/watch"}  # a key of the checkpoint
+                found.add(WARNING + node.args[0].value.replace(" ", "_"))
+    return found - made - {"self_distillation/collapse_monitor"}  # a key of the checkpoint
 
 
 METRICS = (DOCS / "metrics.md").read_text()
@@ -178,7 +194,8 @@ NAMED = {metric for cell in first_cells(METRICS) for metric in re.findall(r"`([\
 
 
 def test_the_page_names_the_metrics_that_are_logged_and_no_others():
-    prefixes = ("self_distillation/", "teacher/", "reward_skipped", "turn_limit", "token_limit", ALARM)
+    of_rollout = ("rollout/reward_skipped", "rollout/turn_limit", "rollout/token_limit")
+    prefixes = ("self_distillation/", "teacher/", *of_rollout, WARNING)
     ours = {metric for metric in NAMED if metric.startswith(prefixes)}
     assert ours == logged()
 
@@ -189,6 +206,65 @@ def test_openrlhf_s_metrics_on_the_page_are_in_openrlhf():
         pattern = re.escape(metric).replace("NAME", r"\{ds\}").replace("passN", r"pass\{n_samples_per_prompt\}")
         last = metric.rpartition("/")[2] if metric in ("return", "response_length", "total_length") else pattern
         assert re.search(rf"(?<![\w/]){last}(?!\w)", source), metric
+
+
+@pytest.mark.parametrize("page", PAGES, ids=where)
+def test_the_metrics_of_a_page_are_logged(page):
+    named = set(re.findall(r"`((?:self_distillation|teacher|warning)/\w+)`", FENCE.sub("", page.read_text())))
+    assert named <= logged()
+
+
+# ── names of the code ──
+
+
+@cache
+def identifiers() -> set[str]:
+    """Every class, function, attribute and argument of the package, its tests and scripts, and the pages' listings."""
+    folders = ("sdpo_plugin", "tests", "recipes")
+    sources = [path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    sources += [listing for page in DOCS.rglob("*.md") for listing in modules(str(page.relative_to(DOCS))).values()]
+    return {word for text in sources for word in re.findall(r"[A-Za-z_]\w*", text)}
+
+
+@cache
+def of_openrlhf() -> set[str]:
+    return {word for path in OPENRLHF.rglob("*.py") for word in re.findall(r"[A-Z]\w+", path.read_text())}
+
+
+THEIRS = {"MistralCommonBackend", "SDPOTrainer", "SDFTTrainer", "DistillationTrainer", "RayJob"}  # of other libraries
+
+
+@pytest.mark.parametrize("page", PAGES, ids=where)
+def test_the_names_of_a_page_are_in_the_code(page):
+    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text()))
+    classes = {span for span in spans if re.fullmatch(r"[A-Z][a-z]+\w*[A-Z]\w*", span)}
+    assert classes <= identifiers() | of_openrlhf() | THEIRS
+    hooks = {span for span in spans if re.fullmatch(r"openrlhf_\w+(\(.*\))?", span)}
+    assert {hook.partition("(")[0] for hook in hooks} <= identifiers()
+    dotted = {span.partition("(")[0] for span in spans if re.match(r"(batch|micro_batch|worker|tokens)\.\w+", span)}
+    assert {name for name in dotted if name.rpartition(".")[2] not in identifiers()} == set()
+    for span in spans:
+        if re.fullmatch(r"sdpo_plugin(\.\w+)+(\(\))?", span):
+            module, _, name = span.removesuffix("()").rpartition(".")
+            assert hasattr(importlib.import_module(module), name) or importlib.util.find_spec(f"{module}.{name}"), span
+        if re.fullmatch(r"(sdpo_plugin|tests|recipes|docs|\.ci)/[\w./-]+", span):
+            assert (ROOT / span).exists(), span
+
+
+def test_the_defaults_of_the_algorithms_are_those_of_the_code():
+    """The table of algorithms.md: what `--algo` changes, and nothing else."""
+    text = (DOCS / "algorithms.md").read_text().partition("## Defaults per algorithm")[2]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    table = {row[0].strip("`-"): row[1:] for row in rows if len(row) == len(header)}
+    offered = plugins.algorithms(plugins.load()[0])
+    general = {f"{group.prefix}.{field.name}": field.default for group in GROUPS for field in dataclasses.fields(group)}
+    assert {name.strip("`") for name in header[1:-1]} == offered.keys()
+    for k, name in enumerate(header[1:-1]):
+        changed = {key: value for key, value in offered[name.strip("`")].defaults.items() if "template" not in key}
+        assert changed.keys() <= table.keys()
+        stated = {key: cells[k] for key, cells in table.items() if cells[k] != "–"}
+        assert stated == {key: str(value) for key, value in changed.items()}
+    assert all(str(general[key]) == cells[-1] for key, cells in table.items() if key in general)
 
 
 # ── messages ──
@@ -219,11 +295,10 @@ def test_every_warning_of_the_watch_is_on_the_page():
 
 
 def test_the_exit_codes_are_those_of_the_code():
-    rows = dict(re.findall(r"^\| (\d) \| (.+?) \|$", TROUBLES, re.MULTILINE))
-    source = dict(re.findall(r"^\| (\d)    \| (.+?) *\|$", failures.__doc__, re.MULTILINE))
-    assert rows.keys() == source.keys() == {"0", "1", "2", "3", "4", "5"}
-    for code, meaning in source.items():
-        assert re.match(r"\w+", meaning)[0] == re.match(r"\w+", rows[code])[0]
+    row = re.compile(r"^\| (\d+) \| (.+?) \|$", re.MULTILINE)
+    found = {int(code): meaning for code, meaning in row.findall((DOCS / "cli.md").read_text())}
+    assert found == failures.EXIT_CODES
+    assert {int(code) for code, _ in row.findall(TROUBLES)} == found.keys() - {130}
 
 
 # ── flags and commands ──
@@ -244,8 +319,8 @@ def flags() -> set[str]:
     for group in groups:
         names = [f"{group.prefix}.{field.name}" for field in dataclasses.fields(group)]
         found |= {f"--{name}" for name in names} | {f"--no-{name}" for name in names}
-    for page in DOCS.glob("*.md"):
-        for listing in modules(page.name).values():
+    for page in DOCS.rglob("*.md"):
+        for listing in modules(str(page.relative_to(DOCS))).values():
             found |= set(ADDED.findall(listing))
             prefix = re.search(r'^    prefix = "(\w+)"', listing, re.MULTILINE)
             for field in re.findall(r"(\w+): \w+ = option\(", listing) if prefix else ():
@@ -277,13 +352,14 @@ def test_the_commands_of_a_page_name_what_is_there(page):
         if program == "make":
             assert first in targets, command
         elif program == "openrlhf-sdpo":
-            assert f"openrlhf-sdpo {first}" in cli.USAGE, command
+            assert first in cli.COMMANDS or first in ("--help", "--version"), command
         elif program == "python" and first == "-m":
             assert importlib.util.find_spec(rest[0]), command
         elif program == "python" and "/" in first:
             assert (ROOT / first).exists(), command
         elif program == "pip" and first == "install":
-            assert set(",".join(re.findall(r"\[([\w,]+)\]", command)).split(",")) - {""} <= set(extras), command
+            named = ",".join(re.findall(r"(?<!openrlhf)\[([\w,]+)\]", command))
+            assert set(named.split(",")) - {""} <= set(extras), command
 
 
 def test_the_defaults_on_the_page_for_newcomers_are_ours():
@@ -302,6 +378,17 @@ def test_the_defaults_on_the_page_for_newcomers_are_ours():
 
 
 # ── listings ──
+
+
+def test_the_reward_function_of_the_first_page_says_what_it_is_said_to_say():
+    found: dict = {}
+    listing = next(text for kind, text in FENCE.findall((ROOT / "README.md").read_text()) if kind == "python")
+    exec(listing, found)
+    asked = [found["reward_func"]([f"Q?{answer}"], ["Q?"], ["10"]) for answer in ("It has 9", "10", "many")]
+    assert [answer["rewards"].item() for answer in asked] == [0.0, 1.0, 0.0]
+    assert [answer["feedback"] for answer in asked] == [
+        ["The answer is 10, you gave 9."], [None], ["The answer is 10, you gave no number."]
+    ]  # fmt: skip
 
 
 def test_the_reward_function_of_the_data_page_says_what_it_is_said_to_say():

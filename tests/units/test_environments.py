@@ -84,14 +84,14 @@ def test_right_calls(response):
         ("[weather.get(city='Oslo', days=2, wind=1)]", "Call 1, weather.get: wind is not to be given."),
         ("[get(city='Oslo', days=2)]", "Call 1, get: this function is not to be called. Right is weather.get."),
         ("[]", "0 calls were made; it takes 1: weather.get."),
-        ("It rains.", "The response is no list of calls such as [name(argument=value)]. It cannot be read."),
+        ("It rains.", "The response is not a list of calls such as [name(argument=value)]. It cannot be read."),
         ("[weather.get('Oslo', 2)]", "weather.get: give arguments by name."),
         ("[weather.get(city=open('/etc/passwd').read(), days=2)]", "arguments are values, not expressions."),
         ("Action: weather.get\nAction Input: Oslo", "weather.get: its Action Input is not JSON: Expecting value"),
         ('Action: weather.get\nAction Input: ["Oslo"]', "weather.get: its Action Input is not an object."),
-        ("[weather.get(city='Oslo')] + [1]", "It is no list of calls."),
+        ("[weather.get(city='Oslo')] + [1]", "It is not a list of calls."),
         ("[weather.get(**{'city': 'Oslo'})]", "weather.get: give arguments by name."),
-        ('{"name": 3}', "no list of calls"), ("[" * 9999, "no list of calls"),
+        ('{"name": 3}', "not a list of calls"), ("[" * 9999, "not a list of calls"),
     ],
 )  # fmt: skip
 def test_wrong_calls_are_told_apart(response, told):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.distillation import fused, products
 from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation_loss, linear_log_probs
-from sdpo_plugin.distillation.loss import LOG_ZERO, Tokens, distillation_loss, objective_of, per_token_loss
+from sdpo_plugin.distillation.loss import LOG_ZERO, TokenBatch, distillation_loss, objective_of, per_token_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "self_distillation_loss.json").read_text())
 quick = settings(deadline=None, max_examples=25, derandomize=True)
@@ -154,6 +154,7 @@ def test_recorded_cases(case, dtype):
     ], 1e-6)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("cfg", CONFIGS, ids=str)
 def test_contract_equals_the_dense_loss(cfg, temperature):
@@ -201,6 +202,7 @@ def test_any_function_of_loss_log_probs_and_entropy_is_differentiated(head, seed
     assert_same([got, *torch.autograd.grad(got, case.leaves)], [expected, *torch.autograd.grad(expected, case.leaves)])
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("head", HEADS)
 def test_log_probs_alone(head):
     case = Case(**HEADS[head])
@@ -242,6 +244,7 @@ def test_chunk_size_changes_nothing(cfg, dtype, monkeypatch):
         assert_same(result, results[0], 1e-6)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("cfg", CONFIGS[:7], ids=str)
 def test_one_tensor_may_be_both_heads(cfg):
     case = Case()
@@ -254,6 +257,7 @@ def test_one_tensor_may_be_both_heads(cfg):
     )
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("differentiable", [False, True])
 @pytest.mark.parametrize("cfg", CONFIGS[:5], ids=str)
 def test_weights_may_depend_on_the_student_s_own_log_probabilities(cfg, differentiable):
@@ -273,6 +277,7 @@ def test_weights_may_depend_on_the_student_s_own_log_probabilities(cfg, differen
 
 
 # Rounded logits choose other top-k tokens, so that mode is compared where the products are float32.
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     "cfg, native", [(CONFIGS[1], False), (CONFIGS[1], True), (CONFIGS[4], True), (CONFIGS[5], False)], ids=str
 )
@@ -297,6 +302,7 @@ def test_16_bit_is_close_to_float32(cfg, dtype, differentiable, native, monkeypa
         assert (got.float() - expected).norm() <= 0.02 * expected.norm()
 
 
+@pytest.mark.usefixtures("device")
 def test_16_bit_gradients_are_summed_in_float32():
     # 4096 equal rows: a bf16 sum would stall long before the end.
     case = Case(n=1, dtype=torch.bfloat16)
@@ -309,6 +315,7 @@ def test_16_bit_gradients_are_summed_in_float32():
     torch.testing.assert_close(*gradients, rtol=0.01, atol=0)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("tokens", [2_000, 100_000])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_gradients_are_rounded_after_the_loss_scale(dtype, tokens):
@@ -326,7 +333,7 @@ def test_16_bit_gradients_are_rounded_after_the_loss_scale(dtype, tokens):
     exact.old = None
     expected = torch.autograd.grad(exact.dense(CONFIGS[1], 1.0)[0], exact.leaves, scale)
     for a, b in zip(got, expected, strict=True):
-        error = (a.float() - b).norm() / b.norm()
+        error = ((a.float() - b).norm() / b.norm()).item()
         print(f"{dtype}, {tokens} tokens: relative error {error:.1e}")
         assert a.dtype == dtype and error <= torch.finfo(dtype).eps
 
@@ -349,6 +356,7 @@ def test_masked_rows_are_inert(seed, cfg, poison):
     assert_same([poisoned, *torch.autograd.grad(poisoned, case.leaves)], clean, 0)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_rows_without_weight_or_gradient_are_inert(differentiable):
     case, cfg = Case(), CONFIGS[3]
@@ -367,6 +375,7 @@ def test_rows_without_weight_or_gradient_are_inert(differentiable):
     assert_same(run(), clean, 0)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("cfg", CONFIGS[:7], ids=str)
 def test_an_empty_mask_is_a_zero_that_backpropagates(cfg):
     case = Case()
@@ -377,6 +386,7 @@ def test_an_empty_mask_is_a_zero_that_backpropagates(cfg):
     assert all(x.grad is not None and not x.grad.any() for x in case.leaves)
 
 
+@pytest.mark.usefixtures("device")
 def test_no_rows_at_all():
     case = Case(n=0)
     scores = linear_distillation(*case.arguments, case.weights, CONFIGS[0], with_entropy=True)
@@ -421,6 +431,7 @@ def test_tokens_that_a_bias_forbids_count_as_in_the_definition(head, seed, cfg, 
 # Gradients and nothing more
 
 
+@pytest.mark.usefixtures("device")
 def test_only_what_needs_a_gradient_gets_one():
     case, cfg = Case(bias=True), CONFIGS[0]
     loss = linear_distillation(*case.arguments, case.weights, cfg).loss
@@ -435,6 +446,7 @@ def test_only_what_needs_a_gradient_gets_one():
     assert not linear_distillation(*case.arguments, case.weights, cfg).loss.requires_grad
 
 
+@pytest.mark.usefixtures("device")
 def test_a_loss_can_be_backpropagated_as_long_as_its_graph_is_kept():
     case = Case()
     loss = linear_distillation_loss(*case.contract(CONFIGS[0]))
@@ -446,11 +458,12 @@ def test_a_loss_can_be_backpropagated_as_long_as_its_graph_is_kept():
         torch.autograd.grad(loss, case.leaves)
 
 
+@pytest.mark.usefixtures("device")
 def test_the_second_weight_of_a_teacher_s_head_adds_its_logits():
     case, cfg = Case(bias=True), DistillConfig(mode="full", alpha=0.5)
     other_hidden, other = torch.randn_like(case.hidden), torch.randn_like(case.head.weight)
     combined = torch.cat([case.teacher_hidden, other_hidden], -1)
-    head = replace(case.teacher_head, beside=other)
+    head = replace(case.teacher_head, second_weight=other)
     got = linear_distillation(case.hidden, case.head, combined, head, case.token_ids, case.weights, cfg, case.old)
     teacher = case.teacher_hidden @ case.teacher_head.weight.T + case.teacher_head.bias + other_hidden @ other.T
     student = case.hidden @ case.head.weight.T + case.head.bias
@@ -561,10 +574,11 @@ def by_entropy(tokens):
 
 def against_a_wrong_one(tokens):
     """A policy gradient by the difference of two teachers."""
-    right, wrong = map(tokens.of_sampled, tokens.teachers)
+    right, wrong = map(tokens.gather_sampled, tokens.teachers)
     return -(right - wrong) * tokens.log_probs
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("differentiable", [False, True])
 @pytest.mark.parametrize("objective", [by_entropy, against_a_wrong_one])
 def test_any_loss_of_tokens_has_the_gradient_of_its_definition(objective, differentiable):
@@ -577,7 +591,8 @@ def test_any_loss_of_tokens_has_the_gradient_of_its_definition(objective, differ
         temperature=0.7, differentiable_log_probs=differentiable, chunk_size=4,
     )
     logits = [(h.logits(x @ h.weight.T) / 0.7).log_softmax(-1) for x, h in ((case.hidden, case.head), *teachers)]
-    tokens = Tokens(logits[0], [x.detach() for x in logits[1:]], case.token_ids, torch.arange(13), {"reward": reward})
+    teachers = [x.detach() for x in logits[1:]]
+    tokens = TokenBatch(logits[0], teachers, case.token_ids, torch.arange(13), {"reward": reward})
     losses = objective(tokens)
     torch.testing.assert_close(scores.token_loss[case.weights != 0], losses[case.weights != 0].detach())
     dense = torch.autograd.grad((losses * case.weights).sum(), case.leaves)

@@ -61,3 +61,25 @@ def test_chunks_fill_a_24th_of_a_gpu(device_bytes, vocab, rows):
 
     assert gpu_rows(device_bytes, 4 * vocab) == rows
     assert rows == 16 or 2.5 * 4 * vocab * rows <= device_bytes / 24
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_teacher_wakes_at_the_end_only_to_be_saved(monkeypatch, saves):
+    from sdpo_plugin.openrlhf_adapter.platform import cpu
+
+    cpu.enable()
+    from sdpo_plugin.openrlhf_adapter.worker.teacher_model import SeparateTeacher
+    from sdpo_plugin.openrlhf_adapter.worker.worker import PolicyWorker
+
+    seen: list[str] = []
+    monkeypatch.setattr(PolicyWorker.__mro__[1], "save_model", lambda _: seen.append("student"))
+    worker = PolicyWorker.__new__(PolicyWorker)
+    worker.args = SimpleNamespace(ckpt=SimpleNamespace(output_dir="out"))
+    worker.actor = SimpleNamespace(model=SimpleNamespace(module=torch.nn.Linear(1, 1)))
+    worker.sleeper = SimpleNamespace(wake=lambda: seen.append("awake"))
+    worker.strategy, worker.tokenizer = SimpleNamespace(save_model=lambda *_: seen.append("teacher")), None
+    actor = SimpleNamespace(hidden_states=None, gathered_head=None)
+    teacher = SeparateTeacher(worker, actor)
+    worker.hook = SimpleNamespace(openrlhf_save_model=lambda worker, path: teacher.export(path) if saves else None)
+    worker.save_model()
+    assert seen == (["student", "awake", "teacher"] if saves else ["student"])

@@ -33,17 +33,17 @@ def test_every_hook_has_its_place_on_the_page():
 
 def test_what_is_active_is_told_as_the_page_says(tmp_path):
     (tmp_path / "toy.py").write_text(modules()["toy"])
-    shown = run("sdpo_plugin.openrlhf_adapter.launcher.cli", "plugins", "--plugins", "toy", path=tmp_path).stdout
+    shown = run("sdpo_plugin", "plugins", "--plugins", "toy", path=tmp_path).stdout
     expected = re.search(r"--plugins toy\n(.*?)```", PAGE, re.DOTALL)[1]
     assert shown == expected
 
 
 @pytest.mark.check
 def test_the_page_s_package_is_found_and_can_be_left_out(installed):
-    command = ("sdpo_plugin.openrlhf_adapter.launcher.cli", "plugins")
+    command = ("sdpo_plugin", "plugins")
     assert "toy (openrlhf-toy 1.0)\n  hooks   openrlhf_add_arguments" in run(*command, path=installed).stdout
     narrowed = run(*command, path=installed, OPENRLHF_PLUGINS="sdpo").stdout
-    assert "toy (openrlhf-toy 1.0), not active: OPENRLHF_PLUGINS=sdpo leaves it out" in narrowed
+    assert "toy (openrlhf-toy 1.0), not active: excluded by OPENRLHF_PLUGINS=sdpo" in narrowed
 
 
 @pytest.mark.check
@@ -74,7 +74,7 @@ def test_a_plugin_that_cannot_be_loaded_is_named_and_left_out(installed, tmp_pat
     ("signature", "message"),
     [
         ("openrlhf_polcy_loss(micro_batch)", "--plugins misspelt: unknown hook 'openrlhf_polcy_loss'"),
-        ("openrlhf_batch(batch, rollouts)", r"--plugins misspelt: .*openrlhf_batch(.|\n)*rollouts"),
+        ("openrlhf_rollout_batch(batch, rollouts)", r"--plugins misspelt: .*openrlhf_rollout_batch(.|\n)*rollouts"),
     ],
 )
 def test_a_hook_or_an_argument_that_does_not_exist_is_named(tmp_path, monkeypatch, signature, message):

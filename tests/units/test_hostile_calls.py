@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo_plugin.distillation import thinking as thoughts
+from sdpo_plugin.distillation import thinking
 from sdpo_plugin.environments import fences, python_calls, reading, reasoning, structure, tool_calls, tools
 from sdpo_plugin.environments.tool_calls import GEMMA, WRAPPERS
 
 TOKENS = sorted({
-    *(tag for pair in thoughts.JUDGED_TAGS for tag in pair),
+    *(tag for pair in thinking.JUDGED_TAGS for tag in pair),
     *WRAPPERS, *WRAPPERS.values(), *GEMMA, *GEMMA.values(), "<|python_tag|>",
     "[TOOL_CALLS]", "functools[", "[ARGS]", "[CALL_ID]", "<|tool_call_begin|>", "<|tool_call_argument_begin|>",
     "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "to=functions.f", "<|message|>", "✿FUNCTION✿:", "✿ARGS✿:", "Action:",
@@ -29,7 +29,7 @@ TOKENS = sorted({
 })  # fmt: skip
 TEXTS = st.lists(st.sampled_from(TOKENS) | st.text(max_size=8), max_size=14).map("".join)
 FUNCTIONS = {
-    "thoughts": thoughts.visible, "fences": fences.texts, "printable": reading.printable,
+    "thoughts": thinking.visible, "fences": fences.texts, "printable": reading.printable,
     "calls": tool_calls.parse, "python": python_calls.python_calls, "text": lambda text: tool_calls.Text(text).value(),
     "json": structure.parse, "answer": reasoning.answer_of, "literal": reasoning.is_literal,
     "expression": reasoning.is_expression, "equal": lambda text: tools.equal(text, text + "!"),

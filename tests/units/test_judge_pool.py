@@ -60,7 +60,8 @@ def test_other_threads_go_on_meanwhile(pool):
     while thread.is_alive():
         ticks.append(time.monotonic())
         time.sleep(0.01)
-    assert max(b - a for a, b in zip(ticks, ticks[1:], strict=False)) < 0.5
+    # One that held the interpreter would do so for seconds; a loaded machine pauses a thread for half of one.
+    assert max(b - a for a, b in zip(ticks, ticks[1:], strict=False)) < 2.0
 
 
 def test_a_process_is_reused_and_knows_neither_torch_nor_open_files(pool):

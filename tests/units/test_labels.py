@@ -58,14 +58,14 @@ def test_the_first_labels_that_cannot_be_satisfied_are_named(mine):
     assert str(error.value) == (
         "--data.label_key label: --data.prompt_dataset rows.jsonl: no response can satisfy the label of 4 of 7 rows "
         "(mine.py): row 1 has 'one': it is no number (str); row 3 has 'two': it is no number (str); row 4 has None: it "
-        "is no number (NoneType); correct what is there, or leave such rows out"
+        "is no number (NoneType); correct these labels, or remove the rows"
     )
     with pytest.raises(ConfigError, match=r"of 1 of 1 rows \(mine.py\): row 0 has \['x{78}\.\.\.: it is no number"):
         check([["x" * 200]], str(mine))
 
 
 def test_a_label_that_is_not_given_is_the_flag_s_matter(mine):
-    with pytest.raises(ConfigError, match="--data.label_key is not given, and mine.py judges by labels; name the c"):
+    with pytest.raises(ConfigError, match="mine.py needs labels; give --data.label_key with the column"):
         check([1], str(mine), label_key=None)
 
 
@@ -87,8 +87,8 @@ def test_a_long_data_set_is_read_as_far_as_there_is_time(mine, monkeypatch, caps
     monkeypatch.setattr(label_check, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     check(list(range(1000)), str(mine))
     said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("rows.jsonl: 10 of 1000 labels are read by mine.py") and len(said) > 5
-    assert said[-1].endswith("rows.jsonl: 120 of 1000 labels were read in 120 s; the others are not")
+    assert said[0].endswith("rows.jsonl: 10 of 1000 labels checked by mine.py") and len(said) > 5
+    assert said[-1].endswith("rows.jsonl: 120 of 1000 labels were checked in 120 s; the rest are not checked")
 
 
 def test_the_same_text_is_read_once(mine):
@@ -99,7 +99,7 @@ def test_the_same_text_is_read_once(mine):
 
 
 def test_a_library_that_is_missing_is_no_label_s_fault(mine):
-    with pytest.raises(ConfigError, match=r"--reward.remote_url .*mine.py: it cannot judge here \(No module named"):
+    with pytest.raises(ConfigError, match=r"--reward.remote_url .*mine.py: cannot run on this machine \(No module"):
         check(["library"], str(mine))
 
 
@@ -135,6 +135,6 @@ def test_an_environment_s_labels_have_their_dates_as_text(label, text, tmp_path,
 def test_a_reward_server_is_sent_json(label):
     check([1, "x", None, [1], {"a": 2}], "http://h/judge")
     check([label], "reward.py")
-    with pytest.raises(ConfigError, match=r"_key label: .* row 1 has .*, a (datetime|bytes|set|dict); a reward server"):
+    with pytest.raises(ConfigError, match=r"_key label: .* row 1 has .*, a (datetime|bytes|set|dict), which cannot"):
         check([1, label], "http://h/judge")
     check([1, label], "http://h/judge", label_key=None)

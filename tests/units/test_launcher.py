@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdpo_plugin.openrlhf_adapter import patch_points as seams
+from sdpo_plugin.openrlhf_adapter import patch_points
 from sdpo_plugin.openrlhf_adapter.launcher.startup import redirect
 
 
 def test_only_the_hosts_launcher_with_our_flags_is_redirected():
     run = ["python", "-u", "-m", "openrlhf.cli.train_ppo_ray"]
-    ours = ["python", "-u", "-m", "sdpo_plugin.openrlhf_adapter.launcher.cli", "train"]
+    ours = ["python", "-u", "-m", "sdpo_plugin", "train"]
     assert redirect([*run, "--algo", "sdpo", "--x", "1"], []) == [*ours, "--algo", "sdpo", "--x", "1"]
     assert redirect([*run, "--algo=sdpo"], []) == [*ours, "--algo=sdpo"]
     assert redirect([*run, "--config", "r.yaml"], []) == [*ours, "--config", "r.yaml"]
@@ -42,20 +42,19 @@ def test_the_command_works_verbatim_and_shows_one_help():
     command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", "--algo", "sdpo", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for flag in ("--actor.adam.lr", "--algo.advantage.estimator", "--algo NAME", "--distill.alpha", "--teacher.kind",
-                 "--reprompt.template", "--diagnostics.guard", "--config"):  # fmt: skip
+                 "--reprompt.template", "--diagnostics.on_collapse", "--config"):  # fmt: skip
         assert flag in shown, flag
 
 
 def test_bad_configuration_is_one_line_on_the_command_line(openrlhf, tmp_path):
     done = openrlhf.command("train", "--algo", "sdpo", "--teacher.update_rate", "1", directory=tmp_path)
-    error = "--teacher.update_rate 1.0: this teacher would be the student; give --teacher.kind live, or --teacher.sync"
+    error = "--teacher.update_rate 1.0: the teacher would be equal to the student; give --teacher.kind live, or --tea"
     assert done.returncode == 2
     assert done.stderr.rstrip().splitlines()[-1].startswith(f"openrlhf-sdpo: error: {error}")
 
 
 def test_the_command_without_torch_says_how_to_install_it():
-    main = "from sdpo_plugin.openrlhf_adapter.launcher.cli import main; main(['plugins'])"
-    code = f"import sys; sys.modules['torch'] = None; {main}"
+    code = "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['plugins']; import sdpo_plugin.__main__"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith("openrlhf-sdpo: error: torch is not installed; pip install")
     assert len(run.stderr.splitlines()) == 1
@@ -100,20 +99,20 @@ def test_a_cluster_too_slow_to_start_is_started_once_more(monkeypatch):
 
 def test_a_host_whose_seams_moved_is_refused_by_name():
     moved = [
-        seams.Seam("openrlhf.utils.agent:SingleTurnAgentExecutor.no_such_method"),
-        seams.Seam("openrlhf.utils.config:hierarchize", ("args", "schema")),
-        seams.Seam("openrlhf.no_such_module:Engine"),
-        seams.Seam("openrlhf.utils.config:hierarchize", ("args",)),
+        patch_points.PatchPoint("openrlhf.utils.agent:SingleTurnAgentExecutor.no_such_method"),
+        patch_points.PatchPoint("openrlhf.utils.config:hierarchize", ("args", "schema")),
+        patch_points.PatchPoint("openrlhf.no_such_module:Engine"),
+        patch_points.PatchPoint("openrlhf.utils.config:hierarchize", ("args",)),
     ]
-    with pytest.raises(seams.SeamError) as error:
-        seams.check(moved)
+    with pytest.raises(patch_points.IncompatibleOpenRLHF) as error:
+        patch_points.check(moved)
     message = str(error.value)
     assert "openrlhf 0.11.2 cannot be extended; tested with 0.11.2" in message
     assert "openrlhf.utils.agent:SingleTurnAgentExecutor.no_such_method: not found" in message
     assert "openrlhf.utils.config:hierarchize: takes (args), expected also (schema)" in message
     assert "openrlhf.no_such_module:Engine: not found" in message and message.count("hierarchize") == 1
-    with pytest.raises(seams.SeamError, match="--actor.loss_agg_mode: no such flag"):
-        seams.check_flags({flag for flag in seams.FLAGS if flag != "actor.loss_agg_mode"})
+    with pytest.raises(patch_points.IncompatibleOpenRLHF, match="--actor.loss_agg_mode: no such flag"):
+        patch_points.check_flags({flag for flag in patch_points.FLAGS if flag != "actor.loss_agg_mode"})
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
-"""What a logger is given and what not,
-and what happens without it. Runs are logged in tests/integration/test_loggers.py."""
+"""What a logger is given and what not, and what happens without it. With runs: integration/test_loggers.py."""
 
 import argparse
 import sys
@@ -56,8 +55,8 @@ def test_a_logger_that_fails_stops_nothing(tmp_path, caplog):
     pytest.importorskip("mlflow", reason="MLflow is not installed (extra mlflow)")
     args = parsed("--logger.mlflow.uri", f"sqlite:///{tmp_path}/mlflow.db")
     states = {}
-    loggers.openrlhf_load_states(states, args)
-    loggers.openrlhf_save_states(states, args)
+    loggers.openrlhf_load_controller_state(states, args)
+    loggers.openrlhf_save_controller_state(states, args)
     run = states["loggers"]["mlflow"]
     client = loggers._runs["mlflow"].client
     loggers.openrlhf_log({"a b/ö#": 1.0}, 1, False)
@@ -66,7 +65,7 @@ def test_a_logger_that_fails_stops_nothing(tmp_path, caplog):
     client.delete_run(run)
     loggers.openrlhf_log({"reward": 1.0}, 2, False)
     assert "--logger.mlflow: this is not logged: " in caplog.text
-    loggers.openrlhf_end(None)
+    loggers.openrlhf_train_end(None)
 
     with pytest.raises(ConfigError, match="--logger.mlflow: the run cannot be logged"):
-        loggers.openrlhf_load_states({"loggers": {"mlflow": "no such run"}}, args)
+        loggers.openrlhf_load_controller_state({"loggers": {"mlflow": "no such run"}}, args)

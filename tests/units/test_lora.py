@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdpo_plugin.algorithms.compatibility import refuse
+from sdpo_plugin.algorithms.compatibility import reject_unsupported
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.openrlhf_adapter.platform import cpu
 from sdpo_plugin.testing import fake_worker
@@ -28,5 +28,5 @@ def test_only_the_policy_s_model_is_announced(model, monkeypatch):
 def test_openrlhf_s_own_average_and_lora_are_refused():
     args = fake_worker(train={"enable_ema": True, "async_enable": False}).args
     args.ds = SimpleNamespace(lora=SimpleNamespace(rank=4))
-    with pytest.raises(ConfigError, match="--train.enable_ema with --ds.lora.rank 4: .*leave it out"):
-        refuse(args)
+    with pytest.raises(ConfigError, match="--train.enable_ema with --ds.lora.rank 4: .*leave --train.enable_ema out"):
+        reject_unsupported(args)

@@ -49,6 +49,7 @@ def with_gradient(loss_of, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 # Recorded cases
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['mode']}-{c['alpha']}-{c['topk']}-{c['loss_agg']}")
 def test_recorded_cases(case, dtype):
@@ -126,6 +127,7 @@ def test_equals_the_sums_written_out(cfg, kl_clip, is_clip):
     torch.testing.assert_close(losses, torch.tensor(by_hand, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("device")
 def test_union_counts_a_shared_token_once():
     # Both put their top 2 on tokens 0 and 1: the union is {0, 1}, the same as either support alone.
     student = torch.tensor([[5.0, 4.0, 0.0, 0.1, 0.2]], dtype=torch.float64)
@@ -138,6 +140,7 @@ def test_union_counts_a_shared_token_once():
         torch.testing.assert_close(union, alone)
 
 
+@pytest.mark.usefixtures("device")
 def test_importance_ratio_is_one_without_old_log_probs():
     student, teacher, ids, _ = draw(1, 4, 9)
     own = torch.log_softmax(student, -1).gather(-1, ids[:, None]).squeeze(-1)
@@ -148,6 +151,7 @@ def test_importance_ratio_is_one_without_old_log_probs():
         )
 
 
+@pytest.mark.usefixtures("device")
 def test_importance_ratio_is_bounded_and_detached():
     student, teacher, ids, _ = draw(1, 4, 9)
     plain, plain_gradient = with_gradient(lambda x: per_token_loss(x, teacher, ids, config("full")), student)
@@ -160,6 +164,7 @@ def test_importance_ratio_is_bounded_and_detached():
         torch.testing.assert_close(gradient, plain_gradient * ratio)
 
 
+@pytest.mark.usefixtures("device")
 def test_token_weights_scale_tokens_but_not_the_denominator():
     student, teacher, ids, _ = draw(2, 2, 3, 7)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -239,6 +244,7 @@ def test_masked_tokens_are_inert(seed, cfg, poison):
     assert not poisoned[1][~mask].any()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("cfg", CONFIGS, ids=lambda c: f"{c.mode}-{c.alpha}-{c.support}-{c.add_tail}")
 def test_an_empty_mask_is_a_zero_that_backpropagates(cfg):
     student, teacher, ids, old = draw(0, 2, 3, 11)
@@ -280,6 +286,7 @@ def test_gradcheck(cfg, kl_clip):
     )
 
 
+@pytest.mark.usefixtures("device")
 def test_gradient_of_the_sampled_form_is_the_log_ratio_times_the_score():
     student, teacher, ids, _ = draw(3, 4, 9)
     _, gradient = with_gradient(lambda x: per_token_loss(x, teacher, ids, config("sampled")), student)
@@ -288,12 +295,14 @@ def test_gradient_of_the_sampled_form_is_the_log_ratio_times_the_score():
     torch.testing.assert_close(gradient, ratio * (torch.nn.functional.one_hot(ids, 9) - s.exp()))
 
 
+@pytest.mark.usefixtures("device")
 def test_the_teacher_gets_no_gradient():
     student, teacher, ids, _ = draw(0, 4, 9)
     per_token_loss(student.requires_grad_(), teacher.requires_grad_(), ids, config()).sum().backward()
     assert student.grad is not None and teacher.grad is None
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_arithmetic_is_float32_or_float64(dtype):
     student, teacher, ids, old = draw(0, 2, 4, 9, dtype=dtype)
@@ -305,6 +314,7 @@ def test_arithmetic_is_float32_or_float64(dtype):
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("device")
 def test_the_mean_of_many_bf16_mask_entries_is_exact():
     student, teacher, ids, _ = draw(0, 1, 1001, 5, dtype=torch.bfloat16)
     losses = per_token_loss(student, teacher, ids, config())
@@ -312,6 +322,7 @@ def test_the_mean_of_many_bf16_mask_entries_is_exact():
     torch.testing.assert_close(loss, losses.mean())
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_clip_bounds_each_share_from_above(alpha):
     student, teacher, _, _ = draw(5, 50, 30, scale=1.0)

@@ -133,3 +133,16 @@ def test_an_answer_that_is_too_long_is_not_compared():
     long = "1+" * 1_000 + "1"
     assert judge(f"\\boxed{{{long}}}", "1001") == (0.0, f"The final answer {long} is wrong.")
     assert not answers.equal("1", long)
+
+
+SAME = (
+    ("0.50", "\\frac{1}{2}", "1/2", "\\dfrac{1}{2}", "50\\%", "50 percent"), ("1,234", "$1,234$ dollars", "1234.0"),
+    ("2,3", "3 and 2", "$3$, $2$"), ("-\\frac{3}{4}", "−0.75"), ("\\text{Paris}", "paris."), ("x^2 + 1", "x^2+1"),
+    ("5;10",), ("10;5",), ("(1,2)",), ("\\frac{1}{0}",), ("9" * 100,), ("1e999999999",), ("7 cm", "7"),
+)  # fmt: skip
+
+
+def test_answers_that_are_counted_as_one():
+    forms = [{answers.canonical(text) for text in same} for same in SAME]
+    assert all(len(form) == 1 for form in forms) and len(set().union(*forms)) == len(SAME)
+    assert all(answers.canonical(text) == "" for text in ("", " ", ",", "x" * 3_000))

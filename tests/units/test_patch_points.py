@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sdpo_plugin.openrlhf_adapter import patch_points as seams
+from sdpo_plugin.openrlhf_adapter import patch_points
 from sdpo_plugin.openrlhf_adapter.platform import cpu
 
-HOST = Path(seams.__file__).parent
+HOST = Path(patch_points.__file__).parent
 # What the host layer binds anew, and modules that it only does that in.
 MODULES = {"ppo_actor", "ppo_trainer", "ppo_trainer_async", "vllm_engine"}
 
@@ -21,12 +21,12 @@ def installed():
 
 
 def declared(at: str) -> bool:
-    return any(seam.at == at for seam in seams.SEAMS)
+    return any(point.at == at for point in patch_points.PATCH_POINTS)
 
 
 def test_the_installed_openrlhf_fits():
-    seams.check()
-    assert len(seams.SEAMS) > 40
+    patch_points.check()
+    assert len(patch_points.PATCH_POINTS) > 40
 
 
 def test_no_override_is_undeclared():
@@ -58,18 +58,18 @@ def test_no_name_is_bound_undeclared():
                     if target.value.id in MODULES:
                         bound.add(f"{target.value.id}:{target.attr}")
     assert "ppo_actor:DataLoader" in bound and "ppo_trainer:PPOTrainer" in bound
-    missing = {name for name in bound if not any(seam.at.endswith("." + name) for seam in seams.SEAMS)}
+    missing = {name for name in bound if not any(point.at.endswith("." + name) for point in patch_points.PATCH_POINTS)}
     assert not missing
 
 
 def test_what_is_missing_has_a_stand_in_and_is_named(monkeypatch):
-    monkeypatch.setattr(seams, "SEAMS", [])
+    monkeypatch.setattr(patch_points, "PATCH_POINTS", [])
 
-    class Ours(seams.seam("openrlhf.trainer.ppo_trainer:NoSuchTrainer")):
-        @seams.overrides("samples")
+    class Ours(patch_points.patch_point("openrlhf.trainer.ppo_trainer:NoSuchTrainer")):
+        @patch_points.overrides("samples")
         def train(self, samples):
             return samples
 
     assert Ours().train(1) == 1
-    with pytest.raises(seams.SeamError, match="NoSuchTrainer: not found"):
-        seams.check()
+    with pytest.raises(patch_points.IncompatibleOpenRLHF, match="NoSuchTrainer: not found"):
+        patch_points.check()

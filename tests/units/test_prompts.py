@@ -17,10 +17,11 @@ from sdpo_plugin import plugins
 from sdpo_plugin.algorithms.sdft import SDFT
 from sdpo_plugin.algorithms.sdpo import SDPO
 from sdpo_plugin.config import ConfigError, RepromptConfig
-from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, teacher_prompt_ids
+from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts
 from sdpo_plugin.distillation.prompts import FramedText, prompt_as_read, rendered, require_printed, text_tokenizer
-from sdpo_plugin.interface.micro_batch import RolloutBatch, prompt_messages
-from sdpo_plugin.monitoring.recorder import pieces
+from sdpo_plugin.distillation.teacher_prompt import teacher_prompt_ids
+from sdpo_plugin.interface.rollout_batch import RolloutBatch, prompt_messages
+from sdpo_plugin.monitoring.recorder import token_texts
 from sdpo_plugin.testing import fake_worker
 
 CONFIG = RepromptConfig(template="{prompt} | {feedback}", feedback_template="{feedback_raw}")
@@ -50,7 +51,7 @@ def text(*texts, **more):
     return [{"type": "text", "text": one, **more} for one in texts]
 
 
-def teacher_reads(chat, tokenizer, feedback="no") -> str:
+def teacher_text(chat, tokenizer, feedback="no") -> str:
     (context,) = build_teacher_contexts([Rollout(0, chat, "r", 0.0, feedback)], CONFIG)
     return tokenizer.decode(teacher_prompt_ids(context, tokenizer, CONFIG)[0])
 
@@ -72,7 +73,7 @@ def test_a_processor_reads_as_its_tokenizer_does(tokenizer, question):
         own = tokenizer(rendered(prompt, tokenizer), add_special_tokens=False)["input_ids"]
         assert prompt_as_read(prompt, own, processor) is prompt
         assert prompt_as_read(prompt, [*own, 9], processor) == prompt_as_read(prompt, [*own, 9], tokenizer)
-    assert pieces(own, processor) == pieces(own, tokenizer)
+    assert token_texts(own, processor) == token_texts(own, tokenizer)
     assert RolloutBatch([], [], None, processor, 512).tokenizer is inner
 
 
@@ -122,7 +123,7 @@ def test_mistral_common_s_tokenizer_is_refused_by_name(preflight, tmp_path):
     plain, chat = tokenizer(marked_up, add_special_tokens=False), tokenizer.apply_chat_template([user("Q?")])
     assert len(plain["input_ids"]) > len(chat["input_ids"])
     with pytest.raises(ConfigError, match="MistralCommonBackend"):
-        teacher_reads("Q?", tokenizer)
+        teacher_text("Q?", tokenizer)
 
 
 # ── shapes of rows and of templates ──
@@ -157,7 +158,7 @@ def test_every_template_prints_every_row_for_student_and_teacher(tokenizer, temp
     before = copy.deepcopy(chat)
     require_printed(chat, tokenizer)
     assert rendered(chat, tokenizer) == f"{expected}<|assistant|>"
-    assert teacher_reads(chat, tokenizer) == f"{expected} | no<|assistant|>"
+    assert teacher_text(chat, tokenizer) == f"{expected} | no<|assistant|>"
     assert chat == before
 
 
@@ -166,7 +167,7 @@ def test_several_parts_are_joined_by_line_breaks_where_the_template_reads_text(t
     tokenizer.chat_template = FRAME.format(content=TEMPLATES[template])
     chat = [user(text("A 'cat'.", "Why?"))]
     assert rendered(chat, tokenizer) == f"<|user|>A 'cat'.{between}Why?<|assistant|>"
-    assert teacher_reads(chat, tokenizer) == f"<|user|>A 'cat'.{between}Why? | no<|assistant|>"
+    assert teacher_text(chat, tokenizer) == f"<|user|>A 'cat'.{between}Why? | no<|assistant|>"
 
 
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": None}}}]}
@@ -182,7 +183,7 @@ def test_a_tool_call_needs_no_content(preflight, tokenizer, call, template):
     preflight.prompts("rows.jsonl", [chat], args)
     expected = '<|user|>a<|assistant|>{"x": null}<|tool|>7<|user|>Why?'
     assert rendered(chat, tokenizer) == f"{expected}<|assistant|>"
-    assert teacher_reads(chat, tokenizer) == f"{expected} | no<|assistant|>"
+    assert teacher_text(chat, tokenizer) == f"{expected} | no<|assistant|>"
 
 
 @pytest.mark.parametrize(
@@ -198,8 +199,8 @@ def test_the_last_turn_needs_content(preflight, last):
     "template, chat, said",
     [
         ("{{ raise_exception('no system') if m.role == 'system' }}{{ m.content }}",
-         [{"role": "system", "content": "S"}, user("Q?")], "refuses .* roles system, user .TemplateError: no system"),
-        ("{{ m.content.nothing.more }}", [user("Q?")], "refuses .*UndefinedError"),
+         [{"role": "system", "content": "S"}, user("Q?")], "rejects .* roles system, user .TemplateError: no system"),
+        ("{{ m.content.nothing.more }}", [user("Q?")], "rejects .*UndefinedError"),
         ("{{ 'Hello' if m.role == 'user' }}", [user("Q?")], "does not print the text of the last turn"),
         ("{{ m.content[0].text }}", [user(text("a", "Q?"))], "does not print the text of the last turn"),
         ("{{ m.content }}", [user([{"type": "image"}, *text("Q?")])], "does not print the text of the last turn"),
@@ -215,7 +216,7 @@ def test_a_template_that_does_not_read_a_row_is_named(tokenizer, template, chat,
 def test_a_context_that_the_template_drops_is_an_error(tokenizer):
     tokenizer.chat_template = FRAME.format(content="{{ m.content[:2] }}")
     with pytest.raises(ConfigError, match="does not print the feedback section"):
-        teacher_reads([user("Q?")], tokenizer)
+        teacher_text([user("Q?")], tokenizer)
 
 
 # ── templates that print the date ──
@@ -228,7 +229,7 @@ def test_a_prompt_keeps_its_date(tokenizer):
     tokenizer.chat_template = DATED
     first = rendered([user("Q?")], tokenizer)
     assert rendered([user("Q?")], tokenizer) == first
-    assert teacher_reads([user("Q?")], tokenizer) == first.replace("Q?", "Q? | no")
+    assert teacher_text([user("Q?")], tokenizer) == first.replace("Q?", "Q? | no")
     elsewhere = rendered([user("Q?")], tokenizer, {"strftime_now": lambda format: "1 Jan"})
     assert elsewhere.startswith("<|system|>Today is 1 Jan.")
 
@@ -247,14 +248,14 @@ def test_a_prompt_of_another_day_is_the_row_s(tokenizer):
 
     read = prompt_as_read(chat, ids, tokenizer)  # without the text as it was generated
     assert read == FramedText(as_generated.removesuffix("Q?<|assistant|>"), "Q?", "<|assistant|>")
-    assert teacher_reads(read, tokenizer) == as_generated.replace("Q?", "Q? | no")
+    assert teacher_text(read, tokenizer) == as_generated.replace("Q?", "Q? | no")
 
 
 def test_an_agent_s_own_chat_is_read_with_the_context_in_its_last_turn(tokenizer):
     tokenizer.chat_template = DATED
     own = "<|system|>A game.<|user|>Go?<|assistant|>No.<|user|>Q, again?<|assistant|>"
     read = prompt_as_read([user("Q?")], tokenizer(own, add_special_tokens=False)["input_ids"], tokenizer)
-    assert teacher_reads(read, tokenizer) == own.replace("again?", "again? | no")
+    assert teacher_text(read, tokenizer) == own.replace("again?", "again? | no")
 
 
 # ── rows on their way to the student ──
@@ -283,13 +284,13 @@ def test_student_teacher_and_checks_read_one_prompt(preflight, tokenizer, conten
     (_, student, _, _) = records[0]
     whole = content if isinstance(content, str) else content[0]["text"]
     assert str(student) == f"<|user|>{whole}<|assistant|>" == rendered(prompt_messages(records.rows[0], args), given)
-    assert teacher_reads(records.rows[0]["prompt"], tokenizer) == f"<|user|>{whole} | no<|assistant|>"
+    assert teacher_text(records.rows[0]["prompt"], tokenizer) == f"<|user|>{whole} | no<|assistant|>"
 
 
 @pytest.mark.parametrize("content", [[{"type": "image"}, *text("Why?")], [{"type": "text", "text": None}]], ids=repr)
 def test_parts_that_are_no_text_are_refused(content):
     args = fake_worker().args
-    with pytest.raises(ConfigError, match="--data.input_key prompt: row 1 has a part that is no text.*text only"):
+    with pytest.raises(ConfigError, match="--data.input_key prompt: row 1 has a part that is not text.*text only"):
         SDPO(args).openrlhf_dataset({"prompt": [[user("a")], [user(content)]]}, False, args)
 
 
@@ -325,6 +326,20 @@ def test_rows_that_the_template_refuses_are_named_before_a_run(preflight, tokeni
                     preflight.chats(args, tokenizer)
             else:
                 preflight.chats(args, tokenizer)
+
+
+def test_rows_are_rendered_with_the_teacher_s_arguments_too(preflight, tokenizer, tmp_path):
+    tokenizer.chat_template = FRAME.format(content="{{ raise_exception('no depth') if deep }}{{ m.content }}")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": [user("Q?")]}) + "\n")
+    for own in (None, '{"deep": true}'):
+        args = arguments(prompt_dataset=f"{tmp_path}/rows.jsonl", max_samples=1e8)
+        args.reprompt.chat_template_kwargs = own
+        plugins.activate(args)
+        if own is None:
+            preflight.chats(args, tokenizer)
+            continue
+        with pytest.raises(ConfigError, match=r"rows.jsonl, row 0: .*no depth"):
+            preflight.chats(args, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES
 
 from sdpo_plugin.algorithms.sdft import SDFT
 from sdpo_plugin.algorithms.sdpo import SDPO
-from sdpo_plugin.distillation.context import FramedText, Rollout
+from sdpo_plugin.distillation.context import Rollout
 from sdpo_plugin.distillation.fused import Head
-from sdpo_plugin.interface.micro_batch import ATTACHED, RolloutBatch, Turn
-from sdpo_plugin.monitoring.recorder import ASKED, chosen, likeliest, pieces
+from sdpo_plugin.distillation.prompts import FramedText
+from sdpo_plugin.interface.rollout_batch import RolloutBatch, Turn
+from sdpo_plugin.interface.transport import ATTACHED, REQUESTED
+from sdpo_plugin.monitoring.recorder import RECORDED, chosen, likeliest, token_texts
 from sdpo_plugin.monitoring.sample_file import read_samples
 from sdpo_plugin.testing import fake_worker
 
@@ -77,16 +79,16 @@ def lines(tokenizer, tmp_path):
             ))  # fmt: skip
         rewards = torch.tensor([0.0 if reward is None else reward for _, reward, *_ in samples])
         experience = SimpleNamespace(index=list(range(len(found))), rewards=rewards, info={})
-        options = {"diagnostics": {"samples": 9}, **options}
+        options = {"diagnostics": {"log_samples": 9}, **options}
         logger = {"tensorboard_dir": str(tmp_path), "wandb": SimpleNamespace(run_name="run")}
         args = fake_worker(logger=logger, **options).args
         batch = RolloutBatch(found, [experience], args, tokenizer, math.inf, step)
         plugin = algorithm(args)
-        plugin.openrlhf_load_states({"global_step": step - 1}, args)
-        plugin.openrlhf_batch(batch)
-        asked = {i for i, sample in enumerate(experience.info[ATTACHED + "asked/" + ASKED]) if len(sample)}
-        batch.take({(ASKED, step, i): told for i, told in enumerate(answers) if told is not None})
-        plugin.openrlhf_trained(batch)
+        plugin.openrlhf_load_controller_state({"global_step": step - 1}, args)
+        plugin.openrlhf_rollout_batch(batch)
+        asked = {i for i, sample in enumerate(experience.info[ATTACHED + REQUESTED + RECORDED]) if len(sample)}
+        batch.collect_reports({(RECORDED, step, i): told for i, told in enumerate(answers) if told is not None})
+        plugin.openrlhf_after_training_step(batch)
         written = {line["sample"]: line for line in read_samples(tmp_path)}
         assert asked == set(written) == set(range(len(samples)))
         return [written[i] for i in range(len(samples))]
@@ -125,11 +127,11 @@ def test_what_was_cut_is_named_with_its_place(lines):
     template = "{prompt}{privileged_context}{feedback}."
     options = {"reprompt": {"template": template, "max_len": 140}}
     _, wrong = lines([("ab", 1.0, None), ("cd", 0.0, "F" * 50)], **options)
-    ((name, (place,)),) = wrong["cut"].items()
+    ((name, (place,)),) = wrong["truncated_at"].items()
     before, after = wrong["teacher_prompt"][:place], wrong["teacher_prompt"][place:]
     assert name == "feedback" and before.endswith("FF") and after.lstrip().startswith(".<|"), (before, after)
     assert "F" * 50 not in wrong["teacher_prompt"]
-    assert lines([("ab", 1.0, None), ("cd", 0.0, "F")], reprompt={"template": template})[1]["cut"] == {}
+    assert lines([("ab", 1.0, None), ("cd", 0.0, "F")], reprompt={"template": template})[1]["truncated_at"] == {}
 
 
 def test_of_turns_the_first_read_is_shown_and_all_feedback(lines):
@@ -170,7 +172,7 @@ def test_pieces_keep_the_spaces_of_sentencepiece():
     own = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     own.pre_tokenizer, own.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>")
-    assert pieces([1, 3, 2, 1, 99], wrapped) == [" the", "re", " ", " the", ""]
+    assert token_texts([1, 3, 2, 1, 99], wrapped) == [" the", "re", " ", " the", ""]
 
 
 # ── the policy worker ──
@@ -178,7 +180,7 @@ def test_pieces_keep_the_spaces_of_sentencepiece():
 
 def step(worker, plugin, asked=(0, 1, 2), **more):
     asked = [torch.tensor([1, 10 + i] if i in asked else []) for i in range(3)]
-    given = {"teacher_prompt": PROMPTS, "loss_mask": MASKS, "asked/" + ASKED: asked, **more}
+    given = {"teacher_prompt": PROMPTS, "loss_mask": MASKS, REQUESTED + RECORDED: asked, **more}
     return worker.micro_batch(plugin, SEQUENCES, ATTENTION, ACTION, **given)
 
 
@@ -198,45 +200,50 @@ def scored(worker, i, prompt):
     return logits.log_softmax(-1)[sampled], SEQUENCES[i, first:length][sampled]
 
 
+@pytest.mark.usefixtures("device")
 def test_a_worker_tells_what_both_made_of_the_tokens():
     worker = fake_worker()
     step(worker, algorithm(worker))
-    assert set(worker.answers) == {(ASKED, 1, 10 + i) for i in range(3)}
+    assert set(worker.reports) == {(RECORDED, 1, 10 + i) for i in range(3)}
     for i in range(2):
-        told = worker.answers[ASKED, 1, 10 + i]
+        told = worker.reports[RECORDED, 1, 10 + i]
         (student, ids), (teacher, _) = scored(worker, i, None), scored(worker, i, PROMPTS[i])
         assert told["student"] == pytest.approx(student.gather(1, ids[:, None])[:, 0].tolist(), abs=1e-5)
         assert told["teacher"] == pytest.approx(teacher.gather(1, ids[:, None])[:, 0].tolist(), abs=1e-5)
         values, likely = teacher.topk(5)
         assert told["ids"] == likely.tolist()
         torch.testing.assert_close(torch.tensor(told["log_probs"]), values)
-    assert worker.answers[ASKED, 1, 12] == {}  # no teacher, so the student has not read it; no engine's numbers
+    assert worker.reports[RECORDED, 1, 12] == {}  # no teacher, so the student has not read it; no engine's numbers
 
 
+@pytest.mark.usefixtures("device")
 def test_only_those_asked_about_and_only_once():
     worker = fake_worker()
     plugin = algorithm(worker)
     step(worker, plugin, asked=(1,))
-    assert set(worker.answers) == {(ASKED, 1, 11)}
-    before = worker.answers[ASKED, 1, 11]
+    assert set(worker.reports) == {(RECORDED, 1, 11)}
+    before = worker.reports[RECORDED, 1, 11]
     with torch.no_grad():
         worker.actor.lm_head.weight.mul_(2.0)
     step(worker, plugin)
-    assert worker.answers[ASKED, 1, 11] is before and set(worker.answers) == {(ASKED, 1, 10 + i) for i in range(3)}
+    assert worker.reports[RECORDED, 1, 11] is before
+    assert set(worker.reports) == {(RECORDED, 1, 10 + i) for i in range(3)}
 
 
+@pytest.mark.usefixtures("device")
 def test_the_student_is_the_one_before_the_first_update():
     worker = fake_worker(train={"max_epochs": 2})
     old = torch.rand(ACTION.shape) - 2
     plugin = algorithm(worker)
     asked = [torch.tensor([1, 10 + i]) for i in range(3)]
-    given = {"teacher_prompt": PROMPTS, "loss_mask": MASKS, "asked/" + ASKED: asked}
+    given = {"teacher_prompt": PROMPTS, "loss_mask": MASKS, REQUESTED + RECORDED: asked}
     engine = torch.rand(ACTION.shape) - 9
     worker.micro_batch(plugin, SEQUENCES, ATTENTION, ACTION, old_log_probs=old, rollout_log_probs=engine, **given)
     for i, known in enumerate((old, old, engine)):  # the last one is not read, having no teacher
-        assert worker.answers[ASKED, 1, 10 + i]["student"] == pytest.approx(known[i][ACTION[i].bool()].tolist())
+        assert worker.reports[RECORDED, 1, 10 + i]["student"] == pytest.approx(known[i][ACTION[i].bool()].tolist())
 
 
+@pytest.mark.usefixtures("device")
 def test_turns_that_no_teacher_read_are_empty():
     worker = fake_worker()
     spans = [torch.zeros(7, 2, dtype=torch.long) for _ in range(3)]
@@ -245,7 +252,7 @@ def test_turns_that_no_teacher_read_are_empty():
     masks = [MASKS[0].clone(), torch.zeros(7, dtype=torch.bool), torch.zeros(7, dtype=torch.bool)]
     masks[0][at[0]] = False
     step(worker, algorithm(worker), teacher_spans=spans, loss_mask=masks)
-    told = worker.answers[ASKED, 1, 10]
+    told = worker.reports[RECORDED, 1, 10]
     assert told["teacher"][0] is None and told["ids"][0] == told["log_probs"][0] == [] and len(told["student"]) == 3
     assert None not in told["teacher"][1:] and all(len(ids) == 5 for ids in told["ids"][1:])
 
@@ -256,20 +263,21 @@ def test_by_default_nothing_is_computed_or_sent(monkeypatch):
     plugin = algorithm(worker)
     assert plugin.recorder is None
     worker.micro_batch(plugin, SEQUENCES, ATTENTION, ACTION, teacher_prompt=PROMPTS, loss_mask=MASKS)
-    assert not worker.answers
+    assert not worker.reports
     sample = SimpleNamespace(action_mask=ACTION[:1])
     batch = RolloutBatch([sample], [], worker.args, None, math.inf)
-    plugin.openrlhf_trained(batch)
-    assert not batch.answers
+    plugin.openrlhf_after_training_step(batch)
+    assert not batch.reports
 
 
+@pytest.mark.usefixtures("device")
 def test_a_loss_is_the_same_whoever_looks():
     found = []
     for asked in ((), (0, 1, 2)):
         worker = fake_worker(distill={"mode": "full"})
         got = step(worker, algorithm(worker), asked=asked)
         found.append([got.loss.detach(), *torch.autograd.grad(got.loss, worker.actor.lm_head.parameters())])
-        assert bool(worker.answers) is bool(asked)
+        assert bool(worker.reports) is bool(asked)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -53,10 +53,10 @@ def test_the_page_holds_what_the_runs_logged(tmp_path):
     assert steps == [step for step, _ in logged] and values == pytest.approx([value for _, value in logged], abs=1e-4)
     assert base["axes"]["generations"][:3] == [96, 192, 288] and base["axes"]["step"] == list(range(1, 61))
     assert dict(base["timing"]).keys() == {"generation", "make_experience", "ppo_train", "broadcast", "other"}
-    assert [chart["title"] for chart in curves["sections"]["watch"]][:2] == ["Context gain", "Advantage on failures"]
-    assert base["alarms"] == [] and base["watched"]
-    assert ema["alarms"] == [[step, "collapse"] for step in (20, 25, 30, 35, 40)]
-    assert min(ema["curves"]["gain share"][1]) < 0.1 < 0.85 < min(base["curves"]["gain share"][1])
+    assert [chart["title"] for chart in curves["sections"]["monitor"]][:2] == ["Context KL", "Log ratio on failures"]
+    assert base["warnings"] == [] and base["monitored"]
+    assert ema["warnings"] == [[step, "collapse"] for step in (20, 25, 30, 35, 40)]
+    assert min(ema["curves"]["context KL fraction"][1]) < 0.1 < 0.85 < min(base["curves"]["context KL fraction"][1])
     assert samples["runs"][0]["recorded"] == 40 and samples["runs"][1]["recorded"] == 0
     first = samples["runs"][0]["shown"][0]
     made = made_run.sample(1)
@@ -167,7 +167,7 @@ def test_what_cannot_be_reported_is_one_message(tmp_path, capsys, arguments):
 def test_a_line_that_is_no_sample_is_named(tmp_path):
     samples = [made_run.sample(1), made_run.sample(2, 7, student=[0.0])]
     made_run.record(made_run.log(tmp_path, made_run.curves(3)), samples)
-    with pytest.raises(ConfigError, match=r"samples\.jsonl, step 2, sample 7: not as docs/report\.md says"):
+    with pytest.raises(ConfigError, match=r"samples\.jsonl, step 2, sample 7: not in the format of"):
         written(tmp_path, str(tmp_path))
 
 
@@ -250,6 +250,6 @@ def test_a_sample_that_was_not_recorded_is_named(recorded):
 
 def test_a_cut_has_a_sign_in_its_place_in_terminal_and_page():
     """JavaScript counts an emoji twice, and what could act is written longer than it was."""
-    one = made_run.sample(1, teacher_prompt="\U0001f600\x1b ab", cut={"feedback": [3], "solution": []})
-    assert terminal.teacher_prompt(one).plain == "\U0001f600\u27e8U+001B\u27e9 [... feedback cut here ...]ab"
+    one = made_run.sample(1, teacher_prompt="\U0001f600\x1b ab", truncated_at={"feedback": [3], "solution": []})
+    assert terminal.teacher_prompt(one).plain == "\U0001f600\u27e8U+001B\u27e9 [... feedback truncated here ...]ab"
     assert page._places(one["teacher_prompt"], [3, 30_000]) == [len("..") + len("<U+001B>") + 1]

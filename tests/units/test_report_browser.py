@@ -4,6 +4,7 @@ python tests/units/test_report_browser.py    makes the pictures in tests/data an
 """
 
 import io
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -43,7 +44,7 @@ def pages(directory: Path) -> dict[str, str]:
     silent = {"student": [], "teacher": [], "alternatives": [], "active": False, "teacher_prompt": None}
     read = made_run.sample(1)["teacher_prompt"]
     cut = {"feedback": [read.index(", got")], "solution": []}
-    samples = [made_run.sample(1, prompt=chat, cut=cut), made_run.sample(2, **silent)]
+    samples = [made_run.sample(1, prompt=chat, truncated_at=cut), made_run.sample(2, **silent)]
     made_run.record(made_run.log(directory / "messages", made_run.curves(3)), samples)
     samples = [made_run.hostile(1), made_run.sample(2, **LONG)]
     made_run.record(made_run.log(directory / "hostile", made_run.curves(3)), samples)
@@ -109,7 +110,7 @@ def texts(tab, selector: str) -> list[str]:
 def test_curves_over_steps_generations_and_wall_time(visit, addresses):
     tab = visit(addresses["two"])
     tab.wait_for_selector("#learning .chart svg")
-    assert len(texts(tab, "#learning .chart")) == 4 and len(texts(tab, "#watch .chart")) == 6
+    assert len(texts(tab, "#learning .chart")) == 4 and len(texts(tab, "#monitor .chart")) == 6
     ends = {}
     for axis in ("step", "generations", "hours"):
         tab.check(f"#axes input[value={axis}]", force=True)
@@ -120,19 +121,19 @@ def test_curves_over_steps_generations_and_wall_time(visit, addresses):
     assert tab.get_attribute("#learning .chart", "aria-label").startswith("Accuracy, of the evaluation. base:")
 
 
-def test_the_watch_shows_range_and_alarm(visit, addresses):
+def test_the_collapse_monitor_shows_range_and_warnings(visit, addresses):
     tab = visit(addresses["two"])
-    said = tab.inner_text("#alarms")
-    assert "ema 0.05, step 20: the teacher reads its context less and less, and 4 more times" in said
-    assert "base: no alarm rang" in said
-    tab.query_selector("#watch .chart").scroll_into_view_if_needed()
+    said = tab.inner_text("#warnings")
+    assert "ema 0.05, step 20: the teacher uses its context less and less, and 4 more times" in said
+    assert "base: no warnings" in said
+    tab.query_selector("#monitor .chart").scroll_into_view_if_needed()
     band, ring = (
-        tab.wait_for_selector(f"#watch .chart:nth-of-type(1) svg {mark}", state="attached").bounding_box()
-        for mark in ("path[fill='var(--healthy)']", "line[stroke='var(--alarm)']")
+        tab.wait_for_selector(f"#monitor .chart:nth-of-type(1) svg {mark}", state="attached").bounding_box()
+        for mark in ("path[fill='var(--healthy)']", "line[stroke='var(--warning)']")
     )
     assert band["x"] < ring["x"] < band["x"] + band["width"]  # at step 20 of 60
     tab.uncheck("#shown label:nth-of-type(2) input")
-    tab.wait_for_selector("#watch .chart:nth-of-type(1) svg line[stroke='var(--alarm)']", state="detached")
+    tab.wait_for_selector("#monitor .chart:nth-of-type(1) svg line[stroke='var(--warning)']", state="detached")
 
 
 def test_filters_choose_samples(visit, addresses):
@@ -156,7 +157,11 @@ def test_filters_choose_samples(visit, addresses):
 def test_a_token_shows_the_teachers_alternatives(visit, addresses):
     tab = visit(addresses["two"])
     token = "#detail .tokens:not(.few) .token"
-    assert "Point at a token" in tab.inner_text(".inspector")
+    labels = tab.eval_on_selector_all(token, "nodes => nodes.map((node) => node.ariaLabel)")
+    found = [re.search(r": ([+−][\d.]+), ", label) for label in labels]
+    sizes = [abs(float(value[1].replace("−", "-"))) if value else -1.0 for value in found]
+    shown = tab.eval_on_selector_all(token, "nodes => nodes.findIndex((node) => node.classList.contains('now'))")
+    assert sizes[shown] == max(sizes) > 0  # the most disputed token, until another is selected
     tab.hover(f"{token} >> nth=1")
     assert tab.inner_text(".inspector li:first-child").split() == ["8", "98%"]
     tab.click(f"{token} >> nth=4")
@@ -191,9 +196,9 @@ def test_the_same_prompt_over_the_steps(visit, addresses):
 
 def test_the_context_is_marked_behind_messages_too(visit, addresses):
     tab = visit(addresses["messages"])
-    assert "Cut to fit: feedback, solution." in tab.inner_text("#detail .lead .cut")
+    assert "Truncated to fit: feedback, solution." in tab.inner_text("#detail .lead .truncated")
     marked = tab.inner_text("#detail .text mark").strip()
-    assert marked.startswith("The attempt before was wrong: expected 4821✂ feedback cut here ✂, got")
+    assert marked.startswith("The attempt before was wrong: expected 4821✂ feedback truncated here ✂, got")
 
 
 def test_the_list_is_walked_with_the_keyboard(visit, addresses):
@@ -209,8 +214,8 @@ def test_the_list_is_walked_with_the_keyboard(visit, addresses):
 def test_what_is_missing_is_said(visit, addresses):
     tab = visit(addresses["bare"])
     said = tab.inner_text("main")
-    for words in ("The runs logged neither evaluations nor rewards", "One step was logged", "no alarms were logged",
-                  "The runs logged no times", "no samples were recorded; --diagnostics.samples N"):  # fmt: skip
+    for words in ("The runs logged neither evaluations nor rewards", "One step was logged", "no warning metrics",
+                  "The runs logged no times", "no samples were recorded; --diagnostics.log_samples N"):  # fmt: skip
         assert words in said, words
     assert not tab.query_selector("svg") and tab.is_hidden(".panes") and tab.is_disabled("[value=generations]")
 

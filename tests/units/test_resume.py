@@ -15,8 +15,10 @@ from sdpo_plugin.openrlhf_adapter.worker.checkpoint import (
     mark_whole,
     mend_latest,
     name_latest,
+    named_latest,
     prune,
     require_readable,
+    require_source,
 )
 
 FLAGS = {"--ds.zero_stage": 2, "--ds.lora.rank": 0}
@@ -78,7 +80,7 @@ def test_what_cannot_be_resumed_is_named_and_an_older_one_offered(tmp_path):
     with pytest.raises(ConfigError, match="states.pt has 10 bytes of 1,000; .*: echo global_step9 >"):
         require_readable(str(tmp_path), FLAGS)
     (tmp_path / "global_step9" / "states.pt").unlink()
-    with pytest.raises(ConfigError, match="no other one is whole; to start anew give another --ckpt.path"):
+    with pytest.raises(ConfigError, match="no other checkpoint is complete; give another --ckpt.path"):
         require_readable(str(tmp_path), FLAGS)
     for tag in ("global_step9", "global_step10"):  # as OpenRLHF alone writes it
         (tmp_path / tag / "whole").unlink()
@@ -113,3 +115,31 @@ def test_a_restored_optimizer_has_the_settings_that_are_given():
         restored.optimizer.step()
         restored.lr_scheduler.step()
         assert restored.lr_scheduler.get_last_lr() == [group["lr"]] == [given[0] / 5]
+
+
+def test_a_universal_checkpoint_is_of_one_step_with_its_teacher(tmp_path):
+    """DeepSpeed loads what `latest_universal` names; the rest is in the checkpoint that was converted."""
+    require_source(str(tmp_path / "a run that starts anew"))
+    with pytest.raises(ConfigError, match="has no latest_universal; convert a checkpoint there to NAME_universal"):
+        require_source(str(tmp_path))
+    for tag in ("global_step10", "global_step10_universal", "global_step20"):
+        (tmp_path / tag).mkdir()
+    for tag in ("global_step10", "global_step20"):
+        mark_whole(str(tmp_path), tag, FLAGS)
+        name_latest(str(tmp_path), tag)
+    (tmp_path / "latest_universal").write_text("global_step10_universal")
+    assert named_latest(str(tmp_path)) == "global_step20"
+    assert named_latest(str(tmp_path), universal=True) == "global_step10"
+    require_source(str(tmp_path))
+    require_readable(str(tmp_path), {}, universal=True)
+    (tmp_path / "global_step10").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="there is no .*global_step10, which has the teacher"):
+        require_source(str(tmp_path))
+
+
+def test_universal_checkpoints_are_not_pruned(tmp_path):
+    tags = ["global_step1", "global_step1_universal", "global_step2", "global_step3"]
+    for tag in tags:
+        (tmp_path / tag).mkdir()
+    prune(str(tmp_path), 2, "global_step3", lambda path: None)
+    assert {path.name for path in tmp_path.iterdir()} == set(tags) - {"global_step1"}

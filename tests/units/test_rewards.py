@@ -44,7 +44,7 @@ def test_the_mean_of_the_others_stands_for_a_reward(rewards, expected):
     from sdpo_plugin.openrlhf_adapter.controller.rollout import rewarded
 
     samples = [sample(reward) for reward in rewards]
-    share = rewarded(samples, per_prompt=2, config=RewardConfig(on_error="skip", max_skipped=0.5))
+    share = rewarded(samples, per_prompt=2, config=RewardConfig(on_error="skip", max_skipped_fraction=0.5))
     assert share == rewards.count(None) / 4
     assert [s.rewards.item() for s in samples] == [s.info["score"].item() for s in samples] == expected
     assert len({tuple(sorted(s.info)) for s in samples}) == 1  # OpenRLHF logs what all of them have
@@ -54,10 +54,11 @@ def test_a_batch_without_a_reward_is_an_error():
     from sdpo_plugin.openrlhf_adapter.controller.rollout import rewarded
     from sdpo_plugin.openrlhf_adapter.failures import RewardError
 
-    with pytest.raises(RewardError, match="--reward.max_skipped 0.1: 2 of 2 samples have no reward, the last one"):
+    with pytest.raises(RewardError, match="max_skipped_fraction 0.1: 2 of 2 samples have no reward, the last one"):
         rewarded([sample(None), sample(None)], per_prompt=2, config=RewardConfig(on_error="skip"))
-    with pytest.raises(RewardError, match="--reward.max_skipped 1: 2 of 2 samples have no reward"):
-        rewarded([sample(None), sample(None)], per_prompt=2, config=RewardConfig(on_error="skip", max_skipped=1.0))
+    with pytest.raises(RewardError, match="--reward.max_skipped_fraction 1: 2 of 2 samples have no reward"):
+        config = RewardConfig(on_error="skip", max_skipped_fraction=1.0)
+        rewarded([sample(None), sample(None)], per_prompt=2, config=config)
 
 
 def fetched(reward_func, **config):
@@ -86,7 +87,7 @@ def test_a_call_that_failed_is_made_again():
             raise answer
         return answer
 
-    assert fetched(reward_func, attempts=2)["rewards"] == 1.0 and not answers
+    assert fetched(reward_func, max_attempts=2)["rewards"] == 1.0 and not answers
 
 
 class Unreadable(Exception):
@@ -238,7 +239,7 @@ def test_logs_of_some_samples_are_filled_with_their_mean():
         one.skipped = None
         samples.append(one)
     samples[2].skipped, samples[2].rewards, samples[2].scores, samples[2].info = "it raised", None, None, {}
-    config = RewardConfig(on_error="skip", max_skipped=0.5)
+    config = RewardConfig(on_error="skip", max_skipped_fraction=0.5)
     assert rewarded(samples, per_prompt=2, config=config) == 0.25
     fill_logs(samples)
     assert [list(sample.info) for sample in samples] == [["reward", "score", "a", "b", "c"]] * 4

@@ -44,7 +44,7 @@ def test_a_run_that_went_on_elsewhere_is_one(tmp_path):
     found = read_samples(tmp_path)
     assert [(s["step"], s["of"]) for s in found] == [(1, "ppo_1"), (2, "ppo_1"), (3, "ppo_2"), (4, "ppo_2")]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="--diagnostics.samples"):
+    with pytest.raises(FileNotFoundError, match="--diagnostics.log_samples"):
         read_samples(tmp_path / "empty")
 
 

@@ -14,5 +14,5 @@ def test_a_missing_column_is_named():
 
     args = fake_worker().args
     rows = Rows(prompt=[[{"role": "user", "content": "a"}]])
-    with pytest.raises(ConfigError, match="privileged_key privileged_context: the data set has no such column; it has"):
+    with pytest.raises(ConfigError, match="privileged_key privileged_context: the dataset has no such column; it has"):
         SDFT(args).openrlhf_dataset(rows, False, args)

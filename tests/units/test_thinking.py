@@ -15,6 +15,7 @@ from sdpo_plugin.distillation.thinking import (
     JUDGED_TAGS,
     KNOWN_TAGS,
     response_text,
+    response_texts,
     tags_with,
     visible,
     without_thoughts,
@@ -78,7 +79,7 @@ def test_forms_of_one_s_own():
     assert demonstrated(response, thinking_tags=tags) == ("4", False)
     assert demonstrated("<plan>x", thinking_tags=tags) == ("<plan>x", True)
     for wrong in ("", "<plan>", "<a> </a> <b>"):
-        with pytest.raises(ConfigError, match="--reprompt.thinking_tags .*opening and closing tags in turn"):
+        with pytest.raises(ConfigError, match="--reprompt.thinking_tags .*pairs of an opening and a closing tag"):
             RepromptConfig(thinking_tags=wrong)
 
 
@@ -157,3 +158,22 @@ def test_without_such_tokens_a_response_is_decoded_as_ever():
     own.pre_tokenizer, own.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>")
     assert response_text([0, 1, 2, 0], wrapped) == wrapped.decode([0, 1, 2, 0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("cleans", [True, False])
+def test_many_responses_are_decoded_as_each_alone_is(cleans):
+    """WordPiece, of which transformers cleans up spaces after the Rust library, and a tag in one of them."""
+    words = ["a", "dog", ".", "don", "'", "t", "<pad>", "<unk>", "[THINK]", "[/THINK]"]
+    own = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    own.pre_tokenizer, own.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece(cleanup=False)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=own, unk_token="<unk>", pad_token="<pad>", clean_up_tokenization_spaces=cleans,
+        additional_special_tokens=["[THINK]", "[/THINK]"],
+    )  # fmt: skip
+    responses = [[0, 1, 2, 6], [3, 4, 5], [], [8, 0, 9, 1, 2], [0] * 3]
+    texts = response_texts(responses, wrapped)
+    assert texts == [response_text(ids, wrapped) for ids in responses]
+    assert [texts[i] for i in (0, 1, 2, 4)] == [
+        wrapped.decode(responses[i], skip_special_tokens=True) for i in (0, 1, 2, 4)
+    ]
+    assert texts[0] == ("a dog." if cleans else "a dog .") and texts[3].startswith("[THINK]a[/THINK]")

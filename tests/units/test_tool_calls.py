@@ -126,27 +126,27 @@ CALL = json.dumps([{"f": {"x": [1]}}])
 @pytest.mark.parametrize(
     "response, told",
     [
-        ('{"name": "f", "params": {"x": 1}}', '"params" is no key of a call; it has name and arguments.'),
-        ('{"name": "f", "argumnts": {}}', '"argumnts" is no key of a call'),
-        ('[{"name": "f", "arguments": {"x": 1}, "why": ""}]', '"why" is no key of a call'),
-        ('<tool_call>{"nme": "f", "arguments": {"x": 1}}</tool_call>', '"nme" is no key of a call'),
-        ('{"function": {"name": "f", "args": {"x": 1}}}', '"args" is no key of a call'),
-        ('{"tool_calls": [{"name": "f", "kwargs": {"x": 1}}]}', '"kwargs" is no key of a call'),
+        ('{"name": "f", "params": {"x": 1}}', '"params" is not a key of a call; the keys are name and arguments.'),
+        ('{"name": "f", "argumnts": {}}', '"argumnts" is not a key of a call'),
+        ('[{"name": "f", "arguments": {"x": 1}, "why": ""}]', '"why" is not a key of a call'),
+        ('<tool_call>{"nme": "f", "arguments": {"x": 1}}</tool_call>', '"nme" is not a key of a call'),
+        ('{"function": {"name": "f", "args": {"x": 1}}}', '"args" is not a key of a call'),
+        ('{"tool_calls": [{"name": "f", "kwargs": {"x": 1}}]}', '"kwargs" is not a key of a call'),
         ('{"name": "f", "arguments": {"x": 1}, "parameters": {}}', "A call has arguments and parameters; it takes one"),
         ('{"name": "f", "arguments": "{"}', "Expecting property name"),
         ('{"name": "f", "arguments": "[1]"}', "The arguments of a call are an object."),
         ('{"name": "f", "arguments": {"x": NaN}}', "NaN is not JSON."),
         ('{"name": "f", "arguments": {"x": 1e999}}', "The number 1e999 is too large."),
         ('{"name": "f"}', "Call 1, f: x is missing."),
-        ('<tool_call>{"name": "f", "arguments": {"x": 1}} too</tool_call>', "Behind a call stands 'too</tool_call>'."),
-        ("<function=f>\n<paramater=x>1</paramater>\n</function>", "Behind a call stands '<paramater=x>"),
+        ('<tool_call>{"name": "f", "arguments": {"x": 1}} too</tool_call>', "A call is followed by 'too</tool_call>'."),
+        ("<function=f>\n<paramater=x>1</paramater>\n</function>", "A call is followed by '<paramater=x>"),
         ("<tool_call>\n<f>1</f>\n</tool_call>", "It cannot be read."),
-        ("<|tool_call_begin|>f", "There is no name with arguments behind <|tool_call_begin|>."),
+        ("<|tool_call_begin|>f", "There is no name with arguments after <|tool_call_begin|>."),
         ("<start_function_call>f{x:1}", "A call is call:name{argument:value}."),
         ('[TOOL_CALLS]f[ARGS]{"x": }', "f: its arguments are not JSON: Expecting value"),
         ("f(x=2 - 1)", "f: arguments are values, not expressions."),
-        ("[f]", "something in it is no call"),
-        ("x = f(x=1)", "It is no list of calls."),
+        ("[f]", "one element is not a call"),
+        ("x = f(x=1)", "It is not a list of calls."),
         ("(lambda: 1)()", "A function is called by its name."),
     ],
 )  # fmt: skip
@@ -154,7 +154,7 @@ def test_what_cannot_be_read(response, told):
     reward, feedback = asked(tools, response, CALL)
     assert reward == 0.0 and told in feedback
     assert asked(tools, response, CALL, detail="outcome")[1] in (
-        "The response is no list of calls such as [name(argument=value)].", "The calls are wrong."
+        "The response is not a list of calls such as [name(argument=value)].", "The calls are wrong."
     )  # fmt: skip
 
 
@@ -253,8 +253,8 @@ def test_labels_that_can_be_met(label):
         ([{"f": {}}], "a label must be text, a JSON list of calls, not a list: use json.dumps"),
         (3, "not a int"), (None, "not a NoneType"),
         ("f(x=1)", "a label must be a JSON list of calls"), ("3", "A call is an object with name and arguments."),
-        ('["f"]', "A call is an object"), ('[{"f": 3}]', '"f" is no key of a call'),
-        ('[{"f": {}, "g": {}}]', '"f" is no key of a call'), ('[{"f": {"x": [NaN]}}]', "NaN is not JSON"),
+        ('["f"]', "A call is an object"), ('[{"f": 3}]', '"f" is not a key of a call'),
+        ('[{"f": {}, "g": {}}]', '"f" is not a key of a call'), ('[{"f": {"x": [NaN]}}]', "NaN is not JSON"),
         ('[{"f": {"x": []}}]', "argument x of f has no right value"),
         ('[{"f": {"x": [{"a": []}]}}]', "no call can be right: Call 1, f: x is not"),
         ('[{"f": {"x": [' + "[" * 3000 + "]" * 3000 + "]}}]", "a label must be a JSON list of calls"),

@@ -17,7 +17,8 @@ from sdpo_plugin.algorithms.srpo import SRPO, SrpoConfig
 from sdpo_plugin.config import DistillConfig, RepromptConfig, RewardConfig
 from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, context_metrics
 from sdpo_plugin.distillation.loss import per_token_loss
-from sdpo_plugin.interface.micro_batch import Read, RolloutBatch, Turn, teacher_inputs
+from sdpo_plugin.interface.rollout_batch import RolloutBatch, Turn
+from sdpo_plugin.interface.scoring import ScoringRequest, teacher_inputs
 from sdpo_plugin.openrlhf_adapter.platform import cpu
 from sdpo_plugin.testing import fake_worker
 
@@ -224,7 +225,7 @@ def attached(tokenizer):
                   "input_key": "prompt", "chat_template_kwargs": "{}"}}  # fmt: skip
         args = fake_worker(**groups).args
         batch = RolloutBatch([sample], [experience], args, tokenizer, positions)
-        algorithm(args).openrlhf_batch(batch)
+        algorithm(args).openrlhf_rollout_batch(batch)
         data = {name.removeprefix("plugin/"): values[0] for name, values in experience.info.items()}
         prompts, predicted = data["teacher_prompt"], sample.sequences[0, 1:]
         spans = data.get("teacher_spans", torch.tensor([[0, len(prompts)]]).expand(len(predicted), 2))
@@ -301,7 +302,8 @@ MASKS = [spans[:, 1] > 0 for spans in SPANS]
 
 def test_a_read_ends_with_the_last_token_that_it_scores():
     first = torch.tensor([0, 0, 1, 1, 0, 0, 0]).bool()
-    reads = [Read(1, torch.tensor([8, 5]), first), Read(1, torch.tensor([6, 6, 6]), ACTION[1].bool() & ~first)]
+    second = ACTION[1].bool() & ~first
+    reads = [ScoringRequest(1, torch.tensor([8, 5]), first), ScoringRequest(1, torch.tensor([6, 6, 6]), second)]
     sequences, attention, rows, scored = teacher_inputs(SEQUENCES, ACTION, reads)
     assert sequences.tolist() == [[8, 5, 21, 22, 0, 0, 0, 0], [6, 6, 6, 21, 22, 9, 9, 23]]
     assert attention.sum(dim=1).tolist() == [4, 8]
@@ -312,7 +314,7 @@ def test_a_read_ends_with_the_last_token_that_it_scores():
 @pytest.mark.parametrize("first_sample_s_mask", [MASKS[0], torch.zeros(4, dtype=torch.bool)])
 def test_every_token_s_loss_is_against_its_own_read(first_sample_s_mask):
     options = {"mode": "full", "alpha": 0.5}
-    worker = fake_worker(distill={**options, "mean": "tokens"})
+    worker = fake_worker(distill={**options, "loss_agg_mode": "token-mean"})
     plugin = SDPO(worker.args)
     plugin.openrlhf_worker_setup(worker)
     masks = [first_sample_s_mask, *MASKS[1:]]
@@ -323,7 +325,7 @@ def test_every_token_s_loss_is_against_its_own_read(first_sample_s_mask):
     def logits(tokens, position):
         return worker.actor.lm_head(worker.actor.states(torch.tensor([tokens])))[:, position]
 
-    expected, gain = [], []
+    expected, kl = [], []
     for i, mask in enumerate(masks):
         first = int(ACTION[i].nonzero()[0]) + 1
         for p in mask.nonzero()[:, 0].tolist():
@@ -331,12 +333,12 @@ def test_every_token_s_loss_is_against_its_own_read(first_sample_s_mask):
             student = logits(SEQUENCES[i, : p + 1].tolist(), -1)
             teacher = logits([*PROMPTS[i][begin:end].tolist(), *SEQUENCES[i, first : p + 1].tolist()], -1).detach()
             expected.append(per_token_loss(student, teacher, SEQUENCES[i, p + 1 : p + 2], DistillConfig(**options)))
-            gain.append((teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum())
+            kl.append((teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum())
     torch.testing.assert_close(got.loss, torch.cat(expected).mean())
-    total, count = got.means["teacher/context_gain"]
-    assert count == len(gain) and total == pytest.approx(float(sum(gain).detach()), rel=1e-4)
+    total, count = got.means["teacher/context_kl"]
+    assert count == len(kl) and total == pytest.approx(float(sum(kl).detach()), rel=1e-4)
     read_at = torch.nn.utils.rnn.pad_sequence([*SPANS, torch.zeros(7, 2)], batch_first=True)[:3, :, 1] > 0
-    assert torch.equal(plugin.token_data(got)["active"], got.per_token(read_at))
+    assert torch.equal(plugin.token_data(got)["active"], got.to_response_tokens(read_at))
 
 
 def test_a_variant_with_several_contexts_reads_each_by_its_own_turns():

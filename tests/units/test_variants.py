@@ -12,6 +12,7 @@ from sdpo_plugin.algorithms.rlcsd import RLCSD, RlcsdConfig
 from sdpo_plugin.algorithms.rlsd import RLSD, RlsdConfig
 from sdpo_plugin.algorithms.sdpg import SDPG, SdpgConfig
 from sdpo_plugin.algorithms.sdpo import SDPO
+from sdpo_plugin.algorithms.sdzero import SDZERO, SdzeroConfig
 from sdpo_plugin.algorithms.srpo import SRPO, SrpoConfig
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.distillation.context import Rollout
@@ -35,16 +36,17 @@ def made(algorithm, config=None, **distill):
     return worker, plugin
 
 
-def run(worker, plugin, prompts=PROMPTS, masks=MASKS, rewards=(1.0, 0.0, 0.0), advantages=ADVANTAGES, **data):
+def run(worker, plugin, prompts=PROMPTS, masks=MASKS, rewards=(1.0, 0.0, 0.0), advantages=None, **data):
+    advantages = ADVANTAGES if advantages is None else advantages
     data |= {"teacher_prompt": prompts, "loss_mask": masks, "reward": [torch.tensor(r) for r in rewards]}
     old = torch.zeros(ACTION.shape)
     return worker.micro_batch(plugin, SEQUENCES, ATTENTION, ACTION, advantages, old, **data)
 
 
-def distributions(worker, plugin, prompts=PROMPTS):
+def distributions(worker, plugin, prompts=None):
     """(sample, student, teacher [V], sampled token) of each response token that has a teacher."""
     found = []
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(PROMPTS if prompts is None else prompts):
         length, first = int(ATTENTION[i].sum()), int(ACTION[i].nonzero()[0]) + 1
         for p in ACTION[i].nonzero()[:, 0].tolist() if len(prompt) else ():
             def at(actor, ids, position):
@@ -60,10 +62,11 @@ def distributions(worker, plugin, prompts=PROMPTS):
 # ── SRPO ──
 
 
+@pytest.mark.usefixtures("device")
 def test_srpo_routes_failures_with_a_teacher_to_distillation_and_all_others_to_the_policy_loss():
     """Of three samples the first is a success, the second failed with a teacher, the third failed without."""
     config = SrpoConfig(beta=2.0)
-    worker, plugin = made(SRPO, config, mode="full", alpha=0.0, mean="tokens")
+    worker, plugin = made(SRPO, config, mode="full", alpha=0.0, loss_agg_mode="token-mean")
     shown = [NONE, PROMPTS[1], NONE]
     got = run(worker, plugin, shown, masks=RESPONSE)
     assert got.policy_weights.tolist() == [1.0, 0.0, 1.0]
@@ -80,6 +83,7 @@ def test_srpo_routes_failures_with_a_teacher_to_distillation_and_all_others_to_t
     assert got.means["self_distillation/token_weight"][1] == 3
 
 
+@pytest.mark.usefixtures("device")
 def test_srpo_is_the_policy_loss_where_all_succeed():
     worker, plugin = made(SRPO, SrpoConfig())
     got = run(worker, plugin, [NONE] * 3, masks=RESPONSE)
@@ -89,7 +93,7 @@ def test_srpo_is_the_policy_loss_where_all_succeed():
 def test_srpo_shows_nothing_to_successes_and_counts_all_response_tokens():
     args = fake_worker(srpo={"beta": 1.0}).args
     rollouts = [Rollout(0, "Q?", text, reward) for text, reward in (("r1", 1.0), ("r2", 1.0), ("w", 0.0), ("x", None))]
-    (shown,) = SRPO(args).contexts(None, rollouts)
+    (shown,) = SRPO(args).teacher_contexts(None, rollouts)
     assert [c.active for c in shown] == [False, False, True, True]
     batch = SimpleNamespace(response_mask=lambda i: RESPONSE[i])
     assert SRPO(args).loss_mask(batch, 0, [False]).tolist() == RESPONSE[0].tolist()
@@ -110,6 +114,7 @@ def shared_out(got, worker, plugin, config, step):
     return expected
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("step", "config"), [(1, RlsdConfig()), (26, RlsdConfig()), (99, RlsdConfig(decay_steps=0))])
 def test_rlsd_shares_an_advantage_out_without_changing_its_sign(step, config):
     worker, plugin = made(RLSD, config)
@@ -129,6 +134,7 @@ def run_at(worker, plugin, step, **options):
     return run(worker, plugin, **options)
 
 
+@pytest.mark.usefixtures("device")
 def test_rlsd_is_the_policy_loss_when_its_share_is_gone():
     worker, plugin = made(RLSD, RlsdConfig(decay_steps=10))
     got = run_at(worker, plugin, 11)
@@ -138,6 +144,7 @@ def test_rlsd_is_the_policy_loss_when_its_share_is_gone():
 # ── RLCSD ──
 
 
+@pytest.mark.usefixtures("device")
 def test_rlcsd_contrasts_a_right_with_wrong_hints():
     """The second wrong hint is there for the first sample only."""
     config = RlcsdConfig(wrong_hints=2, temperature=0.5, scale=0.5, threshold=0.1)
@@ -160,7 +167,7 @@ def test_rlcsd_contrasts_a_right_with_wrong_hints():
 def test_rlcsd_shows_failed_siblings_but_never_the_response_itself():
     args = fake_worker(rlcsd=vars(RlcsdConfig(wrong_hints=2)), reprompt=RLCSD_TEMPLATES).args
     group = [Rollout(0, "Q?", text, reward) for text, reward in (("r1", 1.0), ("r2", 1.0), ("w1", 0.0), ("w2", 0.0))]
-    right, *wrong = RLCSD(args).contexts(None, [*group, Rollout(1, "R?", "w3", 0.0)])
+    right, *wrong = RLCSD(args).teacher_contexts(None, [*group, Rollout(1, "R?", "w3", 0.0)])
     shown = [[c.sections.get("solution") for c in contexts] for contexts in (right, *wrong)]
     assert shown == [["r2", "r1", "r1", "r1", None], ["w1", "w1", "w2", "w1", None], ["w2", "w2", None, None, None]]
     batch = SimpleNamespace(response_mask=lambda i: RESPONSE[0], samples=[SimpleNamespace(truncated=False)])
@@ -174,6 +181,7 @@ RLCSD_TEMPLATES = {k.removeprefix("reprompt."): v for k, v in RLCSD.defaults.ite
 # ── SDPG ──
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("positive_only", [False, True])
 def test_sdpg_adds_the_reverse_kl_to_the_policy_loss(positive_only):
     config = SdpgConfig(beta=0.5, positive_only=positive_only)
@@ -189,6 +197,7 @@ def test_sdpg_adds_the_reverse_kl_to_the_policy_loss(positive_only):
 # ── Focal Self-Distillation ──
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("focus", [0.0, 1.0, 2.0])
 def test_fsd_weighs_tokens_by_their_total_variation(focus):
     worker, plugin = made(FSD, FsdConfig(focus=focus), mode="full", alpha=0.0)
@@ -227,12 +236,18 @@ def test_a_weight_that_would_be_ignored_is_refused(algorithm):
     groups = {group.prefix: vars(group()) for group in algorithm.options}
     args = fake_worker(distill={"weight": 0.5}, **groups).args
     plugin = algorithm(args)
-    with pytest.raises(ConfigError, match=f"--distill.weight 0.5: --algo {algorithm.name} joins .*; give 1, or 0"):
+    with pytest.raises(ConfigError, match=f"--distill.weight 0.5: --algo {algorithm.name} combines .*; give 1, or 0"):
         plugin.openrlhf_configure(full(args))
 
 
+def test_a_template_that_would_be_ignored_is_rejected():
+    args = full(fake_worker(sdzero=vars(SdzeroConfig()), reprompt={"template": "{prompt} {attempt}"}).args)
+    with pytest.raises(ConfigError, match="--reprompt.template .*--algo sdzero does not use it"):
+        SDZERO(args).openrlhf_configure(args)
+
+
 def full(args):
-    """`args` with what `compatibility.refuse` reads."""
+    """`args` with what `compatibility.reject_unsupported` reads."""
     args.train.enable_ema, args.ds = False, SimpleNamespace(
         lora=SimpleNamespace(rank=0), ring_attn_size=1, tensor_parallel_size=1, deepcompile=False, enable_sleep=False
     )
@@ -241,9 +256,10 @@ def full(args):
     return args
 
 
+@pytest.mark.usefixtures("device")
 def test_a_hybrid_weighs_each_sample_as_one_weight_would():
-    """`join` with one weight for all samples is `--distill.weight`."""
+    """`loss_coefficients` with one weight for all samples is `--distill.weight`."""
     worker, plugin = made(SDPO, weight=0.25)
     got = run(worker, plugin)
     assert got.policy_weights.tolist() == [0.75] * 3
-    torch.testing.assert_close(got.loss, -0.75 * (ADVANTAGES * got.log_probs).sum() / 8 + got.scores.loss)
+    torch.testing.assert_close(got.loss, -0.75 * (ADVANTAGES * got.log_probs).sum() / 8 + got.head_output.loss)

@@ -14,19 +14,19 @@ from sdpo_plugin.config import StopTraining
 from sdpo_plugin.monitoring.masking import masked
 from sdpo_plugin.openrlhf_adapter import dates
 from sdpo_plugin.openrlhf_adapter.controller.rollout import ExperienceMaker, SamplesGenerator, training_then_evaluation
-from sdpo_plugin.openrlhf_adapter.patch_points import overrides, seam
+from sdpo_plugin.openrlhf_adapter.patch_points import overrides, patch_point
 
-_BASE = seam("openrlhf.trainer.ppo_trainer:BasePPOTrainer")
-_PPOTrainer: Any = seam("openrlhf.trainer.ppo_trainer:PPOTrainer")
-_TrainingActor: Any = seam("openrlhf.trainer.ppo_trainer_async:TrainingActor")
-_GenerateSamplesActor: Any = seam("openrlhf.trainer.ppo_trainer_async:GenerateSamplesActor")
+_BASE = patch_point("openrlhf.trainer.ppo_trainer:BasePPOTrainer")
+_PPOTrainer: Any = patch_point("openrlhf.trainer.ppo_trainer:PPOTrainer")
+_TrainingActor: Any = patch_point("openrlhf.trainer.ppo_trainer_async:TrainingActor")
+_GenerateSamplesActor: Any = patch_point("openrlhf.trainer.ppo_trainer_async:GenerateSamplesActor")
 _Controller: Any = object  # one of the two, which `ControllerHooks` is mixed into
-seam("openrlhf.trainer.ppo_trainer_async:SamplesGenerator")
-seam("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name")
-_WandbLogger: Any = seam("openrlhf.trainer.ppo_trainer:WandbLogger")
+patch_point("openrlhf.trainer.ppo_trainer_async:SamplesGenerator")
+patch_point("openrlhf.trainer.ray.launcher:RayActorGroup.async_run_method", "method_name")
+_WandbLogger: Any = patch_point("openrlhf.trainer.ppo_trainer:WandbLogger")
 for _name in ("log_train", "log_eval"):
-    seam(f"openrlhf.trainer.ppo_trainer:WandbLogger.{_name}", "global_step", "logs_dict")
-seam("openrlhf.trainer.ppo_trainer:WandbLogger.close")
+    patch_point(f"openrlhf.trainer.ppo_trainer:WandbLogger.{_name}", "global_step", "logs_dict")
+patch_point("openrlhf.trainer.ppo_trainer:WandbLogger.close")
 
 
 class WandbLogger(_WandbLogger):
@@ -72,7 +72,7 @@ class LogHook:
 def bind(args: Any) -> None:
     """Let the controllers in this process build our classes, and draw the order of prompts from `--train.seed`.
 
-    OpenRLHF seeds its policy workers in this way, but not the controller, whose data loader asks torch for a seed.
+    OpenRLHF seeds its policy workers in this way, but not the controller, whose data loader takes a seed from torch.
     """
     plugins.activate(args)
     dates.bind()
@@ -84,7 +84,7 @@ def bind(args: Any) -> None:
 
 
 class ControllerHooks(_Controller):
-    """The part the synchronous and the asynchronous controller share."""
+    """What the synchronous and the asynchronous controller have in common."""
 
     wandb_logger: Any
     stopped: StopTraining | None = None
@@ -100,9 +100,9 @@ class ControllerHooks(_Controller):
         try:
             super().fit(*args, **kwargs)
         except BaseException as error:
-            hook.openrlhf_end(error=error, args=self.args)
+            hook.openrlhf_train_end(error=error, args=self.args)
             raise
-        hook.openrlhf_end(error=None, args=self.args)
+        hook.openrlhf_train_end(error=None, args=self.args)
 
     @overrides("rollout_samples", "global_step", of=_BASE)
     def train_step(self, rollout_samples: Sequence[Any], global_step: int) -> tuple[dict[str, Any], int]:
@@ -110,10 +110,10 @@ class ControllerHooks(_Controller):
         status, global_step = super().train_step(rollout_samples, global_step)
         hook, batch = plugins.active().hook, self.experience_maker.batch
         self.experience_maker.batch = None  # not to be held while the next one is made
-        if batch.answers:
+        if batch.reports:
             for answers in ray.get(self.actor_model_group.async_run_method(method_name="take_answers")):
-                batch.take(answers)
-        hook.openrlhf_trained(batch=batch)
+                batch.collect_reports(answers)
+        hook.openrlhf_after_training_step(batch=batch)
         status.update(batch.metrics)
         try:
             hook.openrlhf_metrics(status=status, args=self.args)
@@ -127,7 +127,7 @@ class ControllerHooks(_Controller):
         client_states = {} if client_states is None else client_states
         if client_states.get("data_loader_state_dict", {}).get("_iterator_finished"):
             client_states["episode"] += 1  # the data loader starts a new one when it is restored
-        plugins.active().hook.openrlhf_save_states(states=client_states, args=self.args)
+        plugins.active().hook.openrlhf_save_controller_state(states=client_states, args=self.args)
         if self.stopped is not None:
             self.args.ckpt.save_steps = 1
         super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
@@ -139,12 +139,12 @@ class ControllerHooks(_Controller):
         # A run killed in its first save left a directory without a checkpoint: it starts anew.
         states: dict[str, Any] = {"episode": 0, "global_step": 0, "total_consumed_prompts": 0}
         states |= {"data_loader_state_dict": {}} | super().init_checkpoint_states()
-        plugins.active().hook.openrlhf_load_states(states=states, args=self.args)
+        plugins.active().hook.openrlhf_load_controller_state(states=states, args=self.args)
         self._begin(states["global_step"])
         return states
 
     def _begin(self, step: int) -> None:
-        """Global step `step` is over: what a restart cannot know otherwise."""
+        """After global step `step`: store what a restart needs."""
 
 
 class Controller(ControllerHooks, _PPOTrainer):

@@ -16,19 +16,20 @@ from transformers import AutoConfig
 from sdpo_plugin import plugins
 from sdpo_plugin.config import RewardConfig, chat_template_kwargs, from_namespace
 from sdpo_plugin.distillation.prompts import rendered, text_tokenizer
-from sdpo_plugin.interface.micro_batch import RolloutBatch, Turn, attached_loss_mask, prompt_messages
+from sdpo_plugin.interface.rollout_batch import RolloutBatch, SentRow, Turn, prompt_messages
+from sdpo_plugin.interface.transport import attached_loss_mask
 from sdpo_plugin.monitoring import masking
 from sdpo_plugin.openrlhf_adapter.engine import deterministic
 from sdpo_plugin.openrlhf_adapter.engine.agents import MAX_TOKENS, MAX_TURNS
 from sdpo_plugin.openrlhf_adapter.engine.calls import FAILURE, FEEDBACK, LIMIT, TURN_FEEDBACK
 from sdpo_plugin.openrlhf_adapter.engine.engine import REQUEST, Prompt, Request
 from sdpo_plugin.openrlhf_adapter.failures import RewardError
-from sdpo_plugin.openrlhf_adapter.patch_points import overrides, seam
+from sdpo_plugin.openrlhf_adapter.patch_points import overrides, patch_point
 
 _TRAINER = "openrlhf.trainer.ppo_trainer"
-_PromptDataset: Any = seam(f"{_TRAINER}:PromptDataset")
-_SamplesGenerator: Any = seam(f"{_TRAINER}:SamplesGenerator")
-_ExperienceMaker: Any = seam(f"{_TRAINER}:RemoteExperienceMaker")
+_PromptDataset: Any = patch_point(f"{_TRAINER}:PromptDataset")
+_SamplesGenerator: Any = patch_point(f"{_TRAINER}:SamplesGenerator")
+_ExperienceMaker: Any = patch_point(f"{_TRAINER}:RemoteExperienceMaker")
 logger = logging.getLogger(__name__)
 
 
@@ -80,6 +81,8 @@ class SamplesGenerator(_SamplesGenerator):
         super().__init__(*args, **kwargs)
         self.order = deterministic.Order(self.args)
         self.reward: RewardConfig = from_namespace(RewardConfig, self.args)
+        self._row: tuple[tuple[int, int], dict[str, Any]] | None = None
+        self._sent: tuple[dict[str, Any], SentRow] | None = None
 
     @overrides()
     def generate_eval_samples(self, **kwargs: Any) -> list[Any]:
@@ -129,19 +132,33 @@ class SamplesGenerator(_SamplesGenerator):
         sample.turns = turns_of(response["action_ranges"], sample.action_mask.shape[1], of_turns)
         request = response[REQUEST]
         sample.order, sample.record = request.order, self._record(request)
-        plugins.active().hook.openrlhf_sample(sample=sample, response=response, args=self.args)
+        plugins.active().hook.openrlhf_rollout_sample(sample=sample, response=response, args=self.args)
+        if self.args.train.async_enable:
+            if self._sent is None or self._sent[0] is not sample.record:
+                self._sent = sample.record, SentRow(sample.record, sent_columns(self.args))
+            sample.record = self._sent[1]
         return sample
 
     def _record(self, request: Request) -> dict[str, Any]:
-        loaders = (loader for loader in (self.prompts_dataloader, self.eval_dataloader) if loader is not None)
-        (dataset,) = (loader.dataset for loader in loaders if id(loader.dataset) == request.dataset)
-        return dataset.rows[request.row]
+        """The row of a request: one object for the siblings, which come together."""
+        key = request.dataset, request.row
+        if self._row is None or self._row[0] != key:
+            loaders = (loader for loader in (self.prompts_dataloader, self.eval_dataloader) if loader is not None)
+            (dataset,) = (loader.dataset for loader in loaders if id(loader.dataset) == request.dataset)
+            self._row = key, dataset.rows[request.row]
+        return self._row[1]
+
+
+def sent_columns(args: Any) -> set[str]:
+    """The columns of a dataset row that go through Ray's queue in an asynchronous run."""
+    named = plugins.active().hook.openrlhf_record_columns(args=args)
+    return {args.data.input_key, *(column for columns in named for column in columns or ())}
 
 
 def turns_of(action_ranges: Sequence[tuple[int, int]], positions: int, feedback: Any) -> list[Turn]:
-    """A sample's turns, from the tokens of its actions and what was said about each (None: nothing about any).
+    """A sample's turns, from the tokens of its actions and the feedback on each (None: no feedback).
 
-    `positions` are the sample's action positions: what OpenRLHF has cut off is of no turn.
+    `positions` are the sample's action positions: what OpenRLHF has truncated belongs to no turn.
 
     Raises TypeError where there is not one entry per turn.
     """
@@ -167,18 +184,18 @@ def rewarded(samples: Sequence[Any], per_prompt: int, config: RewardConfig) -> f
     """Give skipped samples what keeps OpenRLHF's means: the mean of their prompt's others, or of the batch's.
 
     Returns:
-        The share of skipped samples.
+        The fraction of skipped samples.
 
     Raises:
-        RewardError: more than `--reward.max_skipped` are.
+        RewardError: more than `--reward.max_skipped_fraction` are.
     """
     reasons = [sample.skipped for sample in samples if sample.skipped]
     if not reasons:
         return 0.0
-    if len(reasons) > config.max_skipped * len(samples) or len(reasons) == len(samples):
+    if len(reasons) > config.max_skipped_fraction * len(samples) or len(reasons) == len(samples):
         raise RewardError(
-            f"--reward.max_skipped {config.max_skipped:g}: {len(reasons)} of {len(samples)} samples have no reward, "
-            f"the last one because {reasons[-1]}"
+            f"--reward.max_skipped_fraction {config.max_skipped_fraction:g}: {len(reasons)} of {len(samples)} samples "
+            f"have no reward, the last one because {reasons[-1]}"
         )
     everyone = [sample for sample in samples if not sample.skipped]
     for start in range(0, len(samples), per_prompt):
@@ -212,7 +229,7 @@ def fill_logs(samples: Sequence[Any]) -> None:
 
 
 def ended_at(flag: str, samples: Sequence[Any]) -> float | None:
-    """The share of trajectories that ended at a limit and not by their agent; None without an agent. Logs a warning."""
+    """The fraction of trajectories that ended at a limit, not by their agent; None without an agent. Logs a warning."""
     limits = [limit for sample in samples if (limit := getattr(sample, "limit", None)) is not None]
     reached = [limit for limit in limits if limit.startswith(flag)]
     if reached:
@@ -225,14 +242,14 @@ def _mean_of(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @cache
-def max_positions(model: str) -> float:
+def max_seq_len(model: str) -> float:
     """Of a checkpoint's configuration; infinite where it names no limit."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=True).get_text_config()
     return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 class ExperienceMaker(_ExperienceMaker):
-    """experience_maker.py: calls `openrlhf_batch` between rewards and advantages.
+    """experience_maker.py: calls `openrlhf_rollout_batch` between rewards and advantages.
 
     Attributes:
         step: the global step that is to come. batch: its `RolloutBatch`, once it was made.
@@ -247,7 +264,7 @@ class ExperienceMaker(_ExperienceMaker):
 
     @overrides("group", "sync_condition")
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> list[Any]:
-        if group is self.actor_model_group and not plugins.needs(self.args)["old_log_probs"]:
+        if group is self.actor_model_group and not plugins.requirements(self.args)["old_log_probs"]:
             zeros = [torch.zeros(mask.shape) for mask in kwargs["action_mask"]]
             return [ray.put(zeros)]
         return super()._dispatch_forward(group, sync_condition, **kwargs)
@@ -258,15 +275,15 @@ class ExperienceMaker(_ExperienceMaker):
 
     @overrides("experiences")
     def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
-        positions = max_positions(self.args.actor.model_name_or_path)
+        positions = max_seq_len(self.args.actor.model_name_or_path)
         batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer, positions, self.step)
         if self.args.reward.on_error == "skip":
-            batch.metrics["reward_skipped_fraction"] = self.skipped
+            batch.metrics["rollout/reward_skipped_fraction"] = self.skipped
         if (turns := ended_at(MAX_TURNS, self.samples)) is not None:
-            batch.metrics["turn_limit_fraction"] = turns
+            batch.metrics["rollout/turn_limit_fraction"] = turns
         if (tokens := ended_at(MAX_TOKENS, self.samples)) is not None:
-            batch.metrics["token_limit_fraction"] = tokens
-        plugins.active().hook.openrlhf_batch(batch=batch)
+            batch.metrics["rollout/token_limit_fraction"] = tokens
+        plugins.active().hook.openrlhf_rollout_batch(batch=batch)
         self.batch = batch
         return super().compute_advantages_and_returns(experiences)
 

@@ -36,7 +36,7 @@ from sdpo_plugin.openrlhf_adapter.engine.calls import (
     printable,
     reward_config,
 )
-from sdpo_plugin.openrlhf_adapter.patch_points import seam
+from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
 
 PROMPT_S = 1.0  # a loop in which nothing takes its time answers sooner
 HELD_S = 10.0  # a loop is given up when a call that is overdue has not let go of it for so long
@@ -44,13 +44,13 @@ CHARACTERS = 128  # of a token: more than the longest that vocabularies have
 MAX_TURNS, MAX_TOKENS = "--reward.max_turns", "--data.max_len"
 BLOCKS = "; it blocks the event loop of the agents: await what takes time, as with asyncio.to_thread"
 
-seam("openrlhf.utils.agent:AgentInstanceBase.reset")
-seam("openrlhf.utils.agent:AgentInstanceBase.step")
+patch_point("openrlhf.utils.agent:AgentInstanceBase.reset")
+patch_point("openrlhf.utils.agent:AgentInstanceBase.step")
 Execute = Callable[..., Awaitable[dict[str, Any]]]  # of an agent's executor
 
 
 class Step(NamedTuple):
-    """What a step said, of the whole and of its own turn, and the flag of the limit at which its trajectory ends."""
+    """A step's feedback on the whole trajectory and on its own turn, and the limit that ended the trajectory."""
 
     feedback: Any
     turn_feedback: Any
@@ -152,7 +152,7 @@ class AgentLoop:
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         while not self.lost.done():
-            # A task that an agent has started may raise these; who awaits it is told.
+            # A task that an agent has started may raise these; the code that awaits it gets them.
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self.loop.run_forever()
 
@@ -161,7 +161,7 @@ class Agent:
     """Stands for an instance of a user's class, which is made by `make` and called in an `AgentLoop`.
 
     Attributes:
-        began: when the call that goes on was given its first turn, else None.
+        began: when the running call was given its first turn, else None.
     """
 
     def __init__(self, make: Callable[[], Any], home: AgentLoop) -> None:
@@ -196,7 +196,7 @@ class Agent:
             limit = f"{MAX_TURNS} {config.max_turns}"
         feedback, of_turn = (printable(extra_logs.pop(name, None)) for name in (FEEDBACK, TURN_FEEDBACK))
         trajectory.steps.append(Step(feedback, of_turn, limit))
-        # OpenRLHF cuts off what does not fit, but only after the engine's event loop has tokenized all of it.
+        # OpenRLHF truncates what does not fit, but only after the engine's event loop has tokenized all of it.
         observation = printable(result["environment_feedback"][: CHARACTERS * trajectory.max_length])
         done = result["done"] or limit.startswith(MAX_TURNS)
         return {**result, "environment_feedback": observation, "extra_logs": extra_logs, "done": done}
@@ -238,7 +238,7 @@ def played(execute: Execute) -> Execute:
         while True:
             _trajectory.set(trajectory := Trajectory(given["max_length"]))
             try:
-                # OpenRLHF counts down the tokens that are left in the one object that a prompt's trajectories share.
+                # OpenRLHF counts down the tokens that are left in the one object of all trajectories of a prompt.
                 response = await execute(**{**given, "sampling_params": copy.deepcopy(given["sampling_params"])})
             except Displaced:
                 continue
@@ -249,7 +249,7 @@ def played(execute: Execute) -> Execute:
 
 def _noted(response: dict[str, Any], steps: list[Step]) -> dict[str, Any]:
     said = [step.feedback for step in steps if step.feedback is not None]
-    no_text = [feedback for feedback in said if not isinstance(feedback, str)]  # which the controller refuses
+    no_text = [feedback for feedback in said if not isinstance(feedback, str)]  # which the controller rejects
     collected = {
         FEEDBACK: no_text[0] if no_text else joined(said) or None,
         TURN_FEEDBACK: [step.turn_feedback for step in steps],

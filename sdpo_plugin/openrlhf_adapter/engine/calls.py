@@ -33,11 +33,11 @@ class NoAnswer(Exception):
 
 
 class Uncarried(Exception):
-    """Raised from an exception that asyncio does not bring from where it was raised to who waits for it.
+    """Raised from an exception that asyncio does not pass on to the code that awaits it.
 
-    A future refuses StopIteration, so whoever awaits it waits for ever. SystemExit and KeyboardInterrupt end the event
-    loop, and with it the engine. CancelledError cancels who waits. Of a timeout of `concurrent.futures` asyncio makes
-    one of its own, which was raised nowhere.
+    A future rejects StopIteration, so code that awaits it would wait forever. SystemExit and KeyboardInterrupt end the
+    event loop, and with it the engine. CancelledError cancels the waiting code. A timeout of `concurrent.futures` is
+    replaced by asyncio's own, which has no traceback.
     """
 
 
@@ -45,7 +45,7 @@ UNCARRIED = (StopIteration, concurrent.futures.CancelledError, concurrent.future
 
 
 class Threads(ThreadPoolExecutor):
-    """Threads for an event loop's `asyncio.to_thread`, which tell of every exception."""
+    """Threads for an event loop's `asyncio.to_thread`, which report every exception."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
         return super().submit(_carried, fn, *args, **kwargs)
@@ -66,7 +66,7 @@ _with_threads: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 def use_threads() -> None:
     """Let the running event loop use `Threads`, for good.
 
-    A thread that never returns is left behind, so there are more of them than may work at a time.
+    A thread that never returns is abandoned, so there are more of them than may work at a time.
     """
     loop = asyncio.get_running_loop()
     if loop not in _with_threads:
@@ -75,15 +75,15 @@ def use_threads() -> None:
 
 
 async def tried(config: RewardConfig) -> AsyncIterator[int]:
-    """0, 1, ... as often as `--reward.attempts` says, with 1, 2, 4, ... s between them."""
-    for attempt in range(config.attempts):
+    """0, 1, ... up to `--reward.max_attempts` times, with 1, 2, 4, ... s between them."""
+    for attempt in range(config.max_attempts):
         if attempt:
             await asyncio.sleep(2.0 ** (attempt - 1))
         yield attempt
 
 
 async def within(seconds: float | None, call: Awaitable[Any]) -> Any:
-    """What `call` returns or raises. One that is not over in time is cancelled, and left behind if it goes on.
+    """What `call` returns or raises. One that is not done in time is cancelled, and abandoned if it continues.
 
     Raises NoAnswer then.
     """
@@ -100,7 +100,7 @@ async def within(seconds: float | None, call: Awaitable[Any]) -> Any:
 
 
 async def carried(call: Awaitable[Any]) -> Any:
-    """`call`, for a task. Cancellation passes: it is for whoever cancelled the task."""
+    """`call`, for a task. Cancellation passes through to the code that cancelled the task."""
     try:
         return await call
     except (SystemExit, KeyboardInterrupt) as error:
@@ -112,7 +112,7 @@ def no_answer(seconds: float) -> str:
 
 
 def described(error: BaseException, said: str = "") -> str:
-    """An exception as name and message, what else was `said` about it, and on further lines the traceback."""
+    """An exception as name and message, further information `said`, and on further lines the traceback."""
     if isinstance(error, NoAnswer):
         first, _, rest = str(error).partition("\n")
         return str(printable(f"{first}{said}" + (f"\n{rest}" if rest else "")))
@@ -150,7 +150,7 @@ def number(name: str, value: Any) -> float | None:
 
 
 def numbers(extra_logs: Any) -> dict[str, float]:
-    """The entries of `extra_logs` that have a number. Raises as `number` does, and TypeError for what is no dict."""
+    """The entries of `extra_logs` that have a number. Raises as `number` does; TypeError for anything but a dict."""
     if extra_logs is not None and not isinstance(extra_logs, dict):
         raise TypeError(f"extra_logs is {extra_logs!r:.200}; expected a dict with a number, or None, for each name")
     found = {str(name): number(f"extra_logs[{name!r}]", value) for name, value in (extra_logs or {}).items()}

@@ -70,7 +70,7 @@ async def one_by_one(
 
 
 def seed_of_turn(prompt_token_ids: list[int]) -> int | None:
-    """The seed to sample with behind these tokens, whose number tells an agent's turns apart; None: any."""
+    """The seed to sample with after these tokens, whose number distinguishes an agent's turns; None: any."""
     seed = _seed.get()
     return None if seed is None else number_of(*seed, len(prompt_token_ids))
 

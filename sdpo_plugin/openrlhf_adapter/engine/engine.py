@@ -32,14 +32,14 @@ from sdpo_plugin.openrlhf_adapter.engine.calls import (
 )
 from sdpo_plugin.openrlhf_adapter.engine.calls import reward_config as _reward
 from sdpo_plugin.openrlhf_adapter.failures import RewardError
-from sdpo_plugin.openrlhf_adapter.patch_points import overrides, seam
+from sdpo_plugin.openrlhf_adapter.patch_points import overrides, patch_point
 
 REQUEST = "request"  # key of a response: the `Request` it answers
 
 Fetch = Callable[..., Awaitable[list[dict[str, Any]]]]
 
-# Of the request being served, per asyncio task: what to sample behind, the prompt it stands for, and the length of what
-# OpenRLHF left of the prompt.
+# Of the request being served, per asyncio task: the tokens to sample after, the prompt they replace, and the length of
+# what OpenRLHF left of the prompt.
 _shown: ContextVar[list[int] | None] = ContextVar("shown", default=None)
 _own: ContextVar[list[int]] = ContextVar("own")
 _replaced: ContextVar[int | None] = ContextVar("replaced", default=None)
@@ -49,11 +49,11 @@ _said: ContextVar[list[str] | None] = ContextVar("said", default=None)
 
 @dataclass
 class Request:
-    """What the controller must know of a sample again, and how an engine is to sample it.
+    """What the controller gets back with a sample, and how an engine is to sample it.
 
     Attributes:
-        dataset, row: `id` of the data set in the controller's process, and the row of the prompt in it.
-        shown: token ids to sample behind in place of the prompt's own, or None.
+        dataset, row: `id` of the dataset in the controller's process, and the row of the prompt in it.
+        shown: token ids to sample after in place of the prompt's own, or None.
         reward: what to do when the reward function fails.
         seed: numbers that a sample's own seed is made of, or None (`--rollout.deterministic`).
         order: position among the prompts sent out so far.
@@ -68,7 +68,7 @@ class Request:
 
 
 class Prompt(str):
-    """A prompt's text on its way to an engine, with its `Request`: OpenRLHF passes nothing else on from a data set.
+    """A prompt's text on its way to an engine, with its `Request`: OpenRLHF passes nothing else on from a dataset.
 
     Reward functions and agents are given the text alone, a plain `str`.
     """
@@ -78,13 +78,13 @@ class Prompt(str):
 
 _AGENT = "openrlhf.utils.agent:SingleTurnAgentExecutor"
 _FETCHES = ("_fetch_rewards_via_func", "_fetch_rewards_via_http")
-SingleTurnAgentExecutor = seam(_AGENT)
+SingleTurnAgentExecutor = patch_point(_AGENT)
 for _name in _FETCHES:
-    seam(f"{_AGENT}.{_name}", "queries_list", "prompts_list", "labels_list")
-MultiTurnAgentExecutor = seam("openrlhf.utils.agent:MultiTurnAgentExecutor")
-seam("openrlhf.utils.agent:MultiTurnAgentExecutor.__init__", "agent_instance_cls")
-_agent_logger = seam("openrlhf.utils.agent:logger")
-RolloutRayActor: Any = seam("openrlhf.trainer.ray.vllm_engine:RolloutRayActor")
+    patch_point(f"{_AGENT}.{_name}", "queries_list", "prompts_list", "labels_list")
+MultiTurnAgentExecutor = patch_point("openrlhf.utils.agent:MultiTurnAgentExecutor")
+patch_point("openrlhf.utils.agent:MultiTurnAgentExecutor.__init__", "agent_instance_cls")
+_agent_logger = patch_point("openrlhf.utils.agent:logger")
+RolloutRayActor: Any = patch_point("openrlhf.trainer.ray.vllm_engine:RolloutRayActor")
 
 
 class Engine(RolloutRayActor):
@@ -127,10 +127,10 @@ class Engine(RolloutRayActor):
                 if prompt_token_ids != _own.get()[-len(prompt_token_ids) :]:
                     raise ConfigError(
                         "the agent's reset() returned another observation than the prompt, in whose place another "
-                        "prompt was to be sampled behind; let it return the prompt, or leave out "
+                        "prompt was to be sampled after; let it return the prompt, or leave out "
                         "--distill.generate_from_teacher (or the plugin's openrlhf_generation_prompt)"
                     )
-                _replaced.set(len(prompt_token_ids))  # an agent's later turns come behind the same prompt
+                _replaced.set(len(prompt_token_ids))  # an agent's later turns follow the same prompt
             prompt_token_ids = [*shown, *prompt_token_ids[_replaced.get() :]]
         if (seed := deterministic.seed_of_turn(prompt_token_ids)) is None:
             return await super().generate(prompt_token_ids, sampling_params, **kwargs)
@@ -149,7 +149,7 @@ def rewards_kept(executor: Any) -> None:
 
 
 def feedback_and_failures_kept(fetch: Fetch, at_a_time: asyncio.Semaphore | None = None) -> Fetch:
-    """`fetch` with `feedback` moved to `extra_logs`, tried as often and waited for as long as the request says.
+    """`fetch` with `feedback` moved to `extra_logs`, with the attempts and the timeout of the request.
 
     What it raises, OpenRLHF swallows: here it becomes data, one line and the traceback. `at_a_time` bounds how many
     calls are made at once.
@@ -186,10 +186,10 @@ def _last(said: list[str]) -> str:
 
 
 def failures_kept(execute: Execute) -> Execute:
-    """An agent's `execute`, tried as often as the request says. Its exceptions become a response without an action.
+    """An agent's `execute`, with the attempts of the request. Its exceptions become a response without an action.
 
-    What is tried again is the whole trajectory, with another instance of the agent: of a step that failed nobody knows
-    how much of it the environment has done.
+    The whole trajectory is tried again, with another instance of the agent: of a failed step it is unknown how much of
+    it the environment has done.
     """
 
     async def call(**given: Any) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _outcome(response: dict[str, Any]) -> dict[str, Any]:
 def _with_feedback(result: Any) -> dict[str, Any]:
     """What a reward function returned for one query, in OpenRLHF's terms.
 
-    Raises TypeError or ValueError where it is none: OpenRLHF would go on without a reward, or with one that is NaN.
+    Raises TypeError or ValueError where it is not: OpenRLHF would continue without a reward, or with one that is NaN.
     """
     if not isinstance(result, dict) or result.get("rewards") is None:
         given = f"a dict with {', '.join(map(repr, result))}" if isinstance(result, dict) else type(result).__name__

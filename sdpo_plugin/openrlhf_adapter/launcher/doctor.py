@@ -1,6 +1,6 @@
-"""`openrlhf-sdpo doctor`: what this machine or cluster, and a recipe on it, will do, before anything is started.
+"""`openrlhf-sdpo doctor`: checks of this machine or cluster, and of a run on it, before anything is started.
 
-With `--run`, `testing/truth.py` does some of it in earnest, in processes of its own.
+With `--smoke-test`, `testing/selfcheck.py` trains a small model, in processes of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import ConfigError, RepromptConfig, chat_template_kwargs, flat, from_namespace
+from sdpo_plugin.config import (
+    ConfigError,
+    RepromptConfig,
+    chat_template_kwargs,
+    flat,
+    from_namespace,
+    teacher_chat_template_kwargs,
+)
 from sdpo_plugin.monitoring.masking import masked
-from sdpo_plugin.openrlhf_adapter import patch_points as seams
+from sdpo_plugin.openrlhf_adapter import patch_points
 from sdpo_plugin.openrlhf_adapter.launcher import memory
 from sdpo_plugin.openrlhf_adapter.platform import cluster
 
 TESTED = {
-    "openrlhf": seams.TESTED[0], "vllm": "0.29.0", "ray": "2.55.0", "deepspeed": "0.19.6", "torch": "2.13.0",
+    "openrlhf": patch_points.TESTED[0], "vllm": "0.29.0", "ray": "2.55.0", "deepspeed": "0.19.6", "torch": "2.13.0",
     "transformers": "5.15.0",
 }  # fmt: skip
 PASS, WARN, FAIL = "pass", "warn", "fail"
@@ -50,17 +57,26 @@ class Check:
     found: str
 
 
-def doctor(arguments: list[str]) -> None:
-    """Print what was found, write `doctor.json`, and exit with 2 if a check failed."""
-    own = argparse.ArgumentParser(
-        prog="openrlhf-sdpo doctor", description="Checks this machine, and with --config or flags of the training "
-        "command also what they will do on it.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its own flags; all others are those of `train`."""
+    own = "[--smoke-test] [--json FILE] [--rows]"
+    parser.usage = f"{parser.prog} {own} [--config RECIPE.yaml ...] [OPTION of train ...]"
+    parser.add_argument(
+        "--smoke-test", action="store_true", help="also train a small model with the launch options of the recipe or "
+        "the flags, which takes minutes",
     )  # fmt: skip
-    own.add_argument("--run", action="store_true", help="also train a small model with these launch options: minutes")
-    own.add_argument("--json", default="doctor.json", metavar="FILE", help="where to write all of it (%(default)s)")
-    own.add_argument("--rows", action="store_true", help="also write the prompts made of your rows into that file")
-    own.allow_abbrev = False
-    asked, recipe = own.parse_known_args(arguments)
+    parser.add_argument("--json", default="doctor.json", metavar="FILE", help="file for the results as JSON")
+    parser.add_argument(
+        "--rows", action="store_true", help="include the teacher's prompts in the JSON file; they contain your data"
+    )
+
+
+def doctor(asked: argparse.Namespace, recipe: list[str]) -> None:
+    """Print what was found, write `doctor.json`, and exit with 2 if a check failed.
+
+    Args:
+        asked: the values of `add_arguments`. recipe: the flags of `train`.
+    """
     console = Console(highlight=False)
     report: dict[str, Any] = {"checks": []}
 
@@ -85,11 +101,11 @@ def doctor(arguments: list[str]) -> None:
     failed = any(check["status"] == FAIL for check in report["checks"])
     if recipe and not failed:
         show("The run", run(recipe, joined, cpu, console, report))
-    if asked.run and not failed:
-        truth(recipe, cpu, report, show)
+    if asked.smoke_test and not failed:
+        smoke_test(recipe, cpu, report, show)
     write(report, asked.json, asked.rows)
     failures = sum(check["status"] == FAIL for check in report["checks"])
-    console.print(f"{failures} failed; all of it is in {asked.json}")
+    console.print(f"failed checks: {failures}; details are in {asked.json}")
     if failures:
         sys.exit(2)
 
@@ -115,18 +131,18 @@ def versions() -> Iterable[Check]:
     for name, tested in TESTED.items():
         found = next((v for v in map(_version, (name, f"{name}-cpu")) if v is not None), None)
         if found is None:
-            yield Check(name, FAIL, f"is not installed; tested with {tested}")
+            yield Check(name, FAIL, f"not installed; tested with {tested}")
         elif found.split("+")[0] == tested:
             yield Check(name, PASS, found)
         else:
             yield Check(name, WARN, f"{found}; tested with {tested}")
     hook = Path(sysconfig.get_paths()["purelib"]) / "sdpo_plugin_startup.pth"
     if hook.exists():
-        yield Check("start-up hook", PASS, "python -m openrlhf.launch.train_ppo_ray --algo works")
+        yield Check("start-up hook", PASS, "python -m openrlhf.cli.train_ppo_ray --algo works")
     else:
         yield Check(
-            "start-up hook", WARN, f"{hook} is not there: python -m openrlhf.launch.train_ppo_ray knows no --algo; use "
-            "openrlhf-sdpo train, or install the package (an uninstalled checkout has no hook)",
+            "start-up hook", WARN, f"{hook} does not exist, so python -m openrlhf.cli.train_ppo_ray has no --algo; use "
+            "openrlhf-sdpo train, or install the package (a checkout that is not installed has no hook)",
         )  # fmt: skip
 
 
@@ -152,9 +168,9 @@ def machine() -> Iterable[Check]:
         name = f"{torch.cuda.get_device_name(i)} (sm {capability}), {free / GIB:.1f} of {size / GIB:.1f} GiB free"
         yield Check(f"GPU {i}", PASS if free > 0.9 * size else WARN, name)
     if not devices:
-        yield Check("GPU", PASS, "none with CUDA: OpenRLHF runs on CPU here, to try and to test")
+        yield Check("GPU", PASS, "none with CUDA: OpenRLHF runs on the CPU here, for trying and testing")
     elif (flash_attn := _version("flash-attn")) is None:
-        yield Check("flash-attn", WARN, "is not installed; OpenRLHF imports it, and --ds.packing_samples needs it")
+        yield Check("flash-attn", WARN, "not installed; OpenRLHF imports it, and --ds.packing_samples needs it")
     else:
         yield Check("flash-attn", PASS, flash_attn)
     free = psutil.virtual_memory()
@@ -165,16 +181,16 @@ def machine() -> Iterable[Check]:
         if os.path.exists(path):
             left = shutil.disk_usage(path).free / GIB
             told = f"{left:.1f} GiB free at {os.path.abspath(path)}"
-            yield Check("disk", PASS if left > least else WARN, told if left > least else f"{told}, less than {least}")
+            yield Check("disk", PASS if left > least else WARN, told if left > least else f"{told}, below {least} GiB")
 
 
 def ray_view(joined: cluster.Cluster | None, cpu: bool) -> Check:
-    where = "on CPU" if cpu else "on CUDA"
+    where = "on the CPU" if cpu else "on CUDA"
     if joined is None:
-        return Check("cluster", PASS, f"none to join: the run starts one on this machine, {where}")
+        return Check("cluster", PASS, f"no running cluster: the run starts one on this machine, {where}")
     found = f"{joined.address}, {joined.nodes} nodes, {joined.gpus} GPUs: the run joins it, {where}"
     if not joined.gpus:
-        return Check("cluster", FAIL, f"{found}; it needs GPUs, if only by name: ray start --num-gpus")
+        return Check("cluster", FAIL, f"{found}; declare GPUs, on the CPU made-up ones: ray start --num-gpus N")
     return Check("cluster", PASS, found)
 
 
@@ -186,10 +202,10 @@ def openrlhf(cpu: bool) -> Iterable[Check]:
     try:
         from sdpo_plugin.openrlhf_adapter.launcher import install  # noqa: F401
 
-        seams.check()
-        yield Check("seams", PASS, f"all {len(seams.SEAMS)} places that are extended are as expected")
-    except (ImportError, AttributeError, seams.SeamError) as error:
-        yield Check("seams", FAIL, str(error))
+        patch_points.check()
+        yield Check("patch points", PASS, f"all {len(patch_points.PATCH_POINTS)} found")
+    except (ImportError, AttributeError, patch_points.IncompatibleOpenRLHF) as error:
+        yield Check("patch points", FAIL, str(error))
     for found in plugins.load()[1]:
         yield Check("plugin", PASS if found.problem is None else WARN, str(found))
 
@@ -200,7 +216,7 @@ def openrlhf(cpu: bool) -> Iterable[Check]:
 def run(
     recipe: list[str], joined: cluster.Cluster | None, cpu: bool, console: Console, report: dict[str, Any]
 ) -> Iterable[Check]:
-    from sdpo_plugin.openrlhf_adapter.launcher import launch, preflight
+    from sdpo_plugin.openrlhf_adapter.launcher import launch, preflight, ring
 
     try:
         args, defaults = launch.parsed(recipe, cpu)
@@ -208,12 +224,12 @@ def run(
         yield Check("flags", FAIL, str(error))
         return
     except SystemExit:
-        yield Check("flags", FAIL, "OpenRLHF's parser refuses them; its message is above")
+        yield Check("flags", FAIL, "rejected by OpenRLHF's parser; see its message above")
         return
     given = flat(args)
     report["flags"] = given
     changed = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
-    table = Table("flag", "value", title="Flags other than OpenRLHF's defaults", title_justify="left", box=None)
+    table = Table("flag", "value", title="Flags that differ from OpenRLHF's defaults", title_justify="left", box=None)
     for name, value in sorted(changed.items()):
         table.add_row(f"--{name}", escape(_cut(repr(masked(value, name)), 100)))
     console.print(table)
@@ -225,6 +241,8 @@ def run(
         "tokenizer": lambda: preflight.tokenizer(args),
         "data": lambda: preflight.data(args),
     }
+    if args.ds.ring_attn_size > 1 and args.algo.name is not None:
+        checks["ring attention"] = lambda: ring.check(args, cpu)
     results = {}
     for name, check in checks.items():
         try:
@@ -251,7 +269,7 @@ def _said(name: str, args: Any, result: Any) -> str:
     return {
         "output": args.ckpt.output_dir, "reward": str(args.reward.remote_url or args.reward.model_name_or_path),
         "model": f"{args.actor.model_name_or_path}, {type(result).__name__}", "tokenizer": type(result).__name__,
-        "data": args.data.prompt_dataset,
+        "data": args.data.prompt_dataset, "ring attention": f"rings of {args.ds.ring_attn_size} ranks",
     }[name]  # fmt: skip
 
 
@@ -260,10 +278,11 @@ def _cut(text: str, length: int) -> str:
 
 
 def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any]) -> Iterable[Check]:
-    """What the teacher will read, from the user's own rows; of rollouts there are none yet, so they are made up."""
-    from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, teacher_prompt_ids
+    """The teacher's prompts for the first rows of the dataset; rollouts do not exist yet, so they are made up."""
+    from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts
     from sdpo_plugin.distillation.prompts import rendered
-    from sdpo_plugin.interface.micro_batch import prompt_messages
+    from sdpo_plugin.distillation.teacher_prompt import teacher_prompt_ids
+    from sdpo_plugin.interface.rollout_batch import prompt_messages
     from sdpo_plugin.openrlhf_adapter.launcher import preflight
 
     rows = preflight.load(args, "--data.prompt_dataset", args.data.prompt_dataset.split(",")[0], args.data.prompt_split)
@@ -276,12 +295,12 @@ def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any])
     cut = sum(length > room for length in lengths)
     told = f"{len(rows)} rows; of the first {len(lengths)}, {min(lengths)} to {max(lengths)} tokens"
     if cut:
-        told += f"; OpenRLHF cuts {cut} of them to {room}, --data.max_len - --rollout.max_new_tokens"
+        told += f"; OpenRLHF truncates {cut} of them to {room} (--data.max_len - --rollout.max_new_tokens)"
     yield Check("prompts", WARN if cut else PASS, told)
-    if args.algo.name is None:
+    if args.algo.name is None or not getattr(plugins.algorithm(), "uses_template", True):
         return
-    config: RepromptConfig = from_namespace(RepromptConfig, args)
-    key, made_up = config.privileged_key, "(what your reward function says of a failure)"
+    config: RepromptConfig = replace(from_namespace(RepromptConfig, args), demonstration="first")  # there is one
+    key, made_up = config.privileged_key, "(your reward function's feedback)"
     shown = []
     for i in range(min(len(rows), SHOWN_ROWS)):
         row = rows[i]
@@ -292,21 +311,21 @@ def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any])
             Rollout(0, prompt_messages(row, args), success, max(1.0, config.success_threshold), None, row.get(key)),
         ]
         context = build_teacher_contexts(attempts, config)[0]
-        ids, cuts = teacher_prompt_ids(context, tokenizer, config, chat)
-        shown.append({"row": i, "tokens": len(ids), "cut": bool(cuts), "prompt": tokenizer.decode(ids)})
-        console.print(f"Teacher's prompt for row {i}: {len(ids)} tokens{', cut' * bool(cuts)}", style="bold")
+        ids, cuts = teacher_prompt_ids(context, tokenizer, config, teacher_chat_template_kwargs(args))
+        shown.append({"row": i, "tokens": len(ids), "truncated": bool(cuts), "prompt": tokenizer.decode(ids)})
+        console.print(f"Teacher's prompt for row {i}: {len(ids)} tokens{', truncated' * bool(cuts)}", style="bold")
         console.print(escape(_cut(shown[-1]["prompt"], SHOWN_CHARACTERS)))
     report["teacher_prompts"] = shown
     longest = max(one["tokens"] for one in shown)
-    told = f"{longest} tokens at most in {len(shown)} rows (--reprompt.max_len {config.max_len}), "
-    told += f"{sum(one['cut'] for one in shown)} cut"
-    yield Check("teacher's prompts", WARN if any(one["cut"] for one in shown) else PASS, told)
+    told = f"at most {longest} tokens in {len(shown)} rows (--reprompt.max_len {config.max_len}), "
+    told += f"{sum(one['truncated'] for one in shown)} truncated"
+    yield Check("teacher's prompts", WARN if any(one["truncated"] for one in shown) else PASS, told)
     if "{privileged_context}" in config.template and key in rows.column_names:
         has = sum(bool(value) for value in rows[key])
         yield Check("contexts", PASS if has else FAIL, f"{has} of {len(rows)} rows have a {key}")
     elif "{privileged_context}" not in config.template:
-        told = f"of successes among {args.rollout.n_samples_per_prompt} samples a prompt"
-        told += f"{', or of feedback' * config.use_feedback}; none is known before the first rollout"
+        told = f"from successes among {args.rollout.n_samples_per_prompt} samples per prompt"
+        told += f"{', or from feedback' * config.use_feedback}; known after the first rollout"
         yield Check("contexts", PASS if args.rollout.n_samples_per_prompt > 1 or config.use_feedback else FAIL, told)
 
 
@@ -323,20 +342,20 @@ def memory_table(args: Any, config: Any, cpu: bool, console: Console, report: di
     parts = memory.policy_worker(args, shape, other, cpu, **seen)
     unit, scale = ("MiB", 2**20) if memory.total(parts)[0] < 10 * GIB else ("GiB", GIB)
     title = f"Memory of a policy worker, {unit}"
-    table = Table("", "GPU", "host", "", title=title, title_justify="left", box=None)
+    table = Table("", "GPU", "CPU", "", title=title, title_justify="left", box=None)
     for part in parts:
-        meanwhile = "in host memory while engines generate" if part.sleeps and args.ds.enable_sleep else ""
-        table.add_row(part.name, f"{part.gpu / scale:.1f}", f"{part.host / scale:.1f}", meanwhile)
+        meanwhile = "in CPU memory while the engines generate" if part.sleeps and args.ds.enable_sleep else ""
+        table.add_row(part.name, f"{part.gpu / scale:.1f}", f"{part.cpu / scale:.1f}", meanwhile)
     if args.train.colocate_all and not args.train.async_enable:
         meanwhile = "discarded while the policy trains" if args.vllm.enable_sleep else ""
-        table.add_row("an engine on the same GPU", f"{args.vllm.gpu_memory_utilization:.0%} of it", "", meanwhile)
-    gpu, host = memory.total(parts)
-    table.add_row("at the most", f"{gpu / scale:.1f}", f"{host / scale:.1f}", style="bold")
+        table.add_row("a vLLM engine on the same GPU", f"{args.vllm.gpu_memory_utilization:.0%} of it", "", meanwhile)
+    gpu, cpu_bytes = memory.total(parts)
+    table.add_row("peak", f"{gpu / scale:.1f}", f"{cpu_bytes / scale:.1f}", style="bold")
     asleep = memory.total(parts, asleep=True)
     if args.ds.enable_sleep:
-        table.add_row("while engines generate", *(f"{size / scale:.1f}" for size in asleep), style="bold")
+        table.add_row("while the engines generate", *(f"{size / scale:.1f}" for size in asleep), style="bold")
     console.print(table)
-    report["memory"] = {"shape": asdict(shape), "parts": [asdict(part) for part in parts], "gpu": gpu, "host": host}
+    report["memory"] = {"shape": asdict(shape), "parts": [asdict(part) for part in parts], "gpu": gpu, "cpu": cpu_bytes}
     return _fits(args, gpu, asleep[0] if args.ds.enable_sleep else gpu, cpu)
 
 
@@ -345,25 +364,27 @@ def _fits(args: Any, training: float, generating: float, cpu: bool) -> Check:
 
     told = f"{training / GIB:.1f} GiB per GPU for the policy"
     if cpu or not torch.cuda.is_available():
-        return Check("memory", PASS, f"{told}; there is no GPU here to compare it with")
+        return Check("memory", PASS, f"{told}; this machine has no GPU to compare with")
     size = torch.cuda.mem_get_info(0)[1]
     engine = args.vllm.gpu_memory_utilization * size if args.train.colocate_all and not args.train.async_enable else 0.0
     both = max(training + (0.0 if args.vllm.enable_sleep else engine), generating + engine)
-    told += f", {both / GIB:.1f} with an engine on it, of {size / GIB:.1f}"
+    told += f", {both / GIB:.1f} GiB with an engine on the same GPU, of {size / GIB:.1f} GiB"
     return Check("memory", PASS if both < 0.92 * size else FAIL, told)
 
 
-# ── in earnest ──
+# ── the smoke test ──
 
 
-def truth(recipe: list[str], cpu: bool, report: dict[str, Any], show: Callable[[str, Iterable[Check]], None]) -> None:
+def smoke_test(
+    recipe: list[str], cpu: bool, report: dict[str, Any], show: Callable[[str, Iterable[Check]], None]
+) -> None:
     command = [sys.executable, "-m", "sdpo_plugin.testing.selfcheck", "cpu" if cpu else "cuda", *recipe]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    report["truth"] = []
+    report["smoke_test"] = []
     for line in process.stdout or ():
         if line.startswith("{"):
             found = json.loads(line)
-            report["truth"].append(found)
+            report["smoke_test"].append(found)
             show("", [Check(found["about"], found["status"], found["found"])])
     if process.wait():
-        show("", [Check("--run", FAIL, f"ended with exit code {process.returncode}")])
+        show("", [Check("--smoke-test", FAIL, f"ended with exit code {process.returncode}")])

@@ -12,12 +12,13 @@ from openrlhf.trainer.ray import ppo_actor, vllm_engine
 from sdpo_plugin.monitoring.masking import masked
 from sdpo_plugin.openrlhf_adapter.controller import controller
 from sdpo_plugin.openrlhf_adapter.engine import engine
-from sdpo_plugin.openrlhf_adapter.patch_points import seam
+from sdpo_plugin.openrlhf_adapter.launcher import quiet
+from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
 from sdpo_plugin.openrlhf_adapter.platform import cpu
 from sdpo_plugin.openrlhf_adapter.worker import worker
 
-_Strategy: Any = seam("openrlhf.utils.deepspeed:DeepspeedStrategy")
-seam("openrlhf.utils.deepspeed:DeepspeedStrategy.print")
+_Strategy: Any = patch_point("openrlhf.utils.deepspeed:DeepspeedStrategy")
+patch_point("openrlhf.utils.deepspeed:DeepspeedStrategy.print")
 
 
 def install() -> None:
@@ -27,7 +28,7 @@ def install() -> None:
     ppo_trainer_async.TrainingActor = ray.remote(controller.AsyncController)
     ppo_trainer_async.GenerateSamplesActor = ray.remote(controller.AsyncGenerator)
     vllm_engine.RolloutRayActor = ray.remote(engine.Engine)
-    ray.init = cpu.with_resources(ray.init)
+    ray.init = cpu.with_resources(quiet.in_workers(ray.init))
 
 
 def without_secrets(show: Callable[..., None]) -> Callable[..., None]:

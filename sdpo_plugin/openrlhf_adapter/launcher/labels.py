@@ -1,4 +1,4 @@
-"""Labels with which a run could not earn a reward, found before it."""
+"""Labels that no response can satisfy, found before a run starts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sdpo_plugin.environments import label_check
 
 
 def check(args: Any, where: str, rows: Any) -> None:
-    """Look at the labels of a data set, if the reward comes from an environment of this package or from a server.
+    """Check the labels of a dataset, if the reward comes from an environment of this package or from a server.
 
     Other reward functions are not run before the training.
 
     Args:
-        where: flag and name of the data set.
+        where: flag and name of the dataset.
 
     Raises:
-        ConfigError: names column, data set, the number of rows, and of the first ones number, label and reason.
+        ConfigError: names column, dataset and number of such rows, and of the first ones row, label and reason.
     """
     url = (args.reward.remote_url or "").split(",")[0]
     if not url or args.train.agent_func_path:
@@ -33,24 +33,24 @@ def check(args: Any, where: str, rows: Any) -> None:
     total = len(rows) if key else 1
 
     def note(done: int) -> None:
-        print(f"openrlhf-sdpo: {where}: {done} of {total} labels are read by {file.name}", flush=True)
+        print(f"openrlhf-sdpo: {where}: {done} of {total} labels checked by {file.name}", flush=True)
 
     try:
         found = label_check.faults(file, rows[key] if key else [""], note)
     except label_check.CannotCheck as error:
         raise ConfigError(
-            f"--reward.remote_url {url}: it cannot judge here ({error}); install what docs/environments.md says"
+            f"--reward.remote_url {url}: cannot run on this machine ({error}); install what docs/environments.md lists"
         ) from error
     if found.number and not key:
-        raise ConfigError(f"--data.label_key is not given, and {file.name} judges by labels; name the column; {where}")
+        raise ConfigError(f"{where}: {file.name} needs labels; give --data.label_key with the column that has them")
     if found.number:
         told = "; ".join(f"row {row} has {_shown(label)}: {reason}" for row, label, reason in found.first)
         raise ConfigError(
             f"--data.label_key {key}: {where}: no response can satisfy the label of {found.number} of {found.rows} "
-            f"rows ({file.name}): {told}; correct what is there, or leave such rows out"
+            f"rows ({file.name}): {told}; correct these labels, or remove the rows"
         )
     if 0 < found.rows < total:
-        in_time = f"{found.rows} of {total} labels were read in {label_check.TOTAL:g} s; the others are not"
+        in_time = f"{found.rows} of {total} labels were checked in {label_check.TOTAL:g} s; the rest are not checked"
         print(f"openrlhf-sdpo: {where}: {in_time}", flush=True)
 
 
@@ -61,8 +61,8 @@ def sendable(what: str, labels: Iterable[Any]) -> None:
             json.dumps(label)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"{what}, row {row} has {_shown(label)} there, a {type(label).__name__}; a reward server is sent JSON, "
-                "which has no form for it: write it into the data as text"
+                f"{what}: row {row} has {_shown(label)}, a {type(label).__name__}, which cannot be sent to a reward "
+                "server as JSON; store it in the dataset as text"
             ) from error
 
 

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import runpy
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import ConfigError, RewardConfig, add_group, chat_template_kwargs, flat, from_namespace
-from sdpo_plugin.openrlhf_adapter import patch_points as seams
+from sdpo_plugin.config import ConfigError, RewardConfig, chat_template_kwargs, flat, from_namespace
+from sdpo_plugin.openrlhf_adapter import patch_points
 from sdpo_plugin.openrlhf_adapter.engine import deterministic
-from sdpo_plugin.openrlhf_adapter.launcher import recipe
-from sdpo_plugin.openrlhf_adapter.platform.cluster import PLATFORMS, VARIABLE
+from sdpo_plugin.openrlhf_adapter.launcher import options, recipe
 from sdpo_plugin.openrlhf_adapter.worker import sleep
 
 LAUNCHER = "openrlhf.cli.train_ppo_ray"
 
 
 def train(arguments: list[str]) -> None:
-    """Run OpenRLHF's launcher in this process on `arguments`.
+    """Run OpenRLHF's launcher in this process on `arguments`, or print its help.
 
     Raises:
         ConfigError: before Ray starts or a model loads.
-        SeamError: the installed OpenRLHF cannot be extended.
+        IncompatibleOpenRLHF: the installed OpenRLHF cannot be extended.
     """
+    if options.help_asked(arguments) == "--help":
+        known, _ = early(arguments)
+        print(options.own_help(known.plugins or (), known.algo), end="")
+        return
+    if options.help_asked(arguments):
+        show_all_options(arguments)
+        return
     import torch
 
     from sdpo_plugin.openrlhf_adapter.platform import cluster
@@ -35,31 +42,52 @@ def train(arguments: list[str]) -> None:
     if on_cpu:
         from sdpo_plugin.openrlhf_adapter.platform import cpu
 
-        print("openrlhf-sdpo: running OpenRLHF on CPU (for trying and testing; see docs/cpu.md)")
+        print("openrlhf-sdpo: OpenRLHF runs on the CPU, which is meant for trying and testing (docs/install.md)")
         cpu.enable()
     try:
-        from sdpo_plugin.openrlhf_adapter.launcher.install import install  # with all modules that declare seams
+        from sdpo_plugin.openrlhf_adapter.launcher.install import install  # with all modules that declare patch_points
     except (ImportError, AttributeError) as error:
         if joined is not None and not on_cpu and not torch.cuda.is_available():
             raise ConfigError(
-                f"--platform: the run is on the GPUs of the Ray cluster at {joined.address}, but OpenRLHF cannot be "
-                f"imported on this machine, where it is started ({error}); install it here as it is there, or, if "
-                "those GPUs are only names, give --platform cpu"
+                f"--platform: the run uses the GPUs of the Ray cluster at {joined.address}, but OpenRLHF cannot be "
+                f"imported on this machine, where the run is started ({error}); install the cluster's packages here "
+                "or, if the cluster has no real GPUs, give --platform cpu"
             ) from error
-        raise seams.SeamError(seams.cannot_be_extended(f"  {error}")) from error
-    seams.check()
+        raise patch_points.IncompatibleOpenRLHF(patch_points.cannot_be_extended(f"  {error}")) from error
+    patch_points.check()
     install()
     from sdpo_plugin.openrlhf_adapter.launcher import preflight
 
-    _launch(arguments, on_cpu, lambda args, _: preflight.check(args, joined, on_cpu))
+    outputs: list[str] = []
+
+    def check(args: Any, defaults: dict[str, Any]) -> None:
+        preflight.check(args, joined, on_cpu)
+        outputs.append(args.ckpt.output_dir)
+
+    _launch(arguments, on_cpu, check)
+    print(f"openrlhf-sdpo: finished; the model is in {outputs[0]}", flush=True)
+
+
+def show_all_options(arguments: list[str]) -> None:
+    """Print the options of package, plugins and OpenRLHF, whose parser is only there once it runs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        from sdpo_plugin.openrlhf_adapter.platform import cpu
+
+        cpu.enable()
+    try:
+        _launch(arguments, not torch.cuda.is_available(), lambda args, defaults: None)
+    except ImportError as error:
+        raise patch_points.IncompatibleOpenRLHF(patch_points.cannot_be_extended(f"  {error}")) from error
 
 
 class _Parsed(Exception):  # noqa: N818
-    """Ends OpenRLHF's launcher where it has parsed its arguments."""
+    """Ends OpenRLHF's launcher once it has parsed its arguments."""
 
 
 def parsed(arguments: list[str], on_cpu: bool) -> tuple[Any, dict[str, Any]]:
-    """What `train` would run with: the nested arguments, and OpenRLHF's own defaults by dotted name."""
+    """The nested arguments of `train`, and OpenRLHF's own defaults by dotted name."""
 
     def end(*found: Any) -> None:
         raise _Parsed(*found)
@@ -68,7 +96,7 @@ def parsed(arguments: list[str], on_cpu: bool) -> tuple[Any, dict[str, Any]]:
         _launch(arguments, on_cpu, end)
     except _Parsed as found:
         return found.args
-    raise RuntimeError("OpenRLHF's launcher parsed nothing")
+    raise RuntimeError("OpenRLHF's launcher did not parse its arguments")
 
 
 def _launch(arguments: list[str], on_cpu: bool, check: Callable[[Any, dict[str, Any]], None]) -> None:
@@ -78,9 +106,9 @@ def _launch(arguments: list[str], on_cpu: bool, check: Callable[[Any, dict[str, 
 
 
 def _extend_parser(on_cpu: bool, check: Callable[[Any, dict[str, Any]], None]) -> None:
-    """Let OpenRLHF's parser, and no other, take plugins into account.
+    """Extend OpenRLHF's parser, and no other, by recipe and plugins.
 
-    `check` looks at the nested result, and at OpenRLHF's own defaults.
+    `check` is given the nested result and OpenRLHF's own defaults.
 
     OpenRLHF builds its parser under `if __name__ == "__main__"`, out of reach, and calls `parse_args()` on it.
     """
@@ -92,7 +120,7 @@ def _extend_parser(on_cpu: bool, check: Callable[[Any, dict[str, Any]], None]) -
             return original(parser, args, namespace)
         parser_class.parse_args = original
         defaults = {action.dest: action.default for action in parser._actions}
-        seams.check_flags(defaults)
+        patch_points.check_flags(defaults)
         found = parse(parser, sys.argv[1:] if args is None else list(args), on_cpu)
         from openrlhf.utils.config import hierarchize
 
@@ -103,49 +131,33 @@ def _extend_parser(on_cpu: bool, check: Callable[[Any, dict[str, Any]], None]) -
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -> argparse.Namespace:
-    """Parse `arguments` with OpenRLHF's `parser` extended by recipe and plugins; every plugin has agreed.
+    """Parse `arguments` with OpenRLHF's `parser`, extended by recipe and plugins; every plugin checks the result.
 
     Order, later wins: OpenRLHF's defaults, the algorithm's defaults, the recipe, the command line.
     """
-    group = parser.add_argument_group("plugins")
-    algo = group.add_argument("--algo", dest="algo.name", metavar="NAME", help="self-distillation algorithm")
-    group.add_argument(
-        "--config", metavar="RECIPE.yaml", action="append", help="flags as nested YAML; may be given several times, "
-        "later ones win, and the command line over all",
-    )  # fmt: skip
-    group.add_argument("--plugins", nargs="*", default=[], metavar="MODULE", help="plugin modules besides installed")
-    group.add_argument(
-        "--platform", choices=PLATFORMS, help="where the workers run; auto: on CPU if neither this machine nor the Ray "
-        f"cluster that is joined has a GPU (default: the environment's {VARIABLE}, or auto)",
-    )  # fmt: skip
-    deterministic.add_argument(group)
-    add_group(parser, RewardConfig)
-    group.add_argument(
-        "--data.chat_template_kwargs", default="{}", metavar="JSON",
-        help="what the chat template is given besides the messages, for student and teacher, in training and "
-        "evaluation, as a JSON object: '{\"enable_thinking\": false}'",
-    )
-
     # Plugins add flags and algorithms set defaults, so these must be known before the rest can be parsed.
     known, from_recipe = early(arguments)
     algorithm = known.algo
     manager, found = plugins.load(known.plugins or ())
-    algo.help = f"{algo.help}: {', '.join(plugins.algorithms(manager))}"
-    manager.hook.openrlhf_add_arguments(parser=parser)
     chosen = plugins.algorithm_class(manager, algorithm) if algorithm else None
-    for options in getattr(chosen, "options", ()):
-        add_group(parser, options)
+    theirs = list(parser._actions)
+    options.add_options(parser, manager, plugins.algorithms(manager), [chosen] if chosen else [])
+    parser.prog, parser.usage = options.PROG, options.USAGE
     if on_cpu:
         from sdpo_plugin.openrlhf_adapter.platform import cpu
 
         parser.set_defaults(**cpu.DEFAULTS)
+    if options.help_asked(arguments):
+        parser.set_defaults(**(options.defaults_of(chosen) if chosen else {}))
+        print(options.whole_help(parser, theirs), end="")
+        raise SystemExit(0)
     arguments = recipe.command_line(from_recipe, parser) + arguments
     from openrlhf.utils.config import hierarchize
 
     if chosen is not None:
         parser.set_defaults(**chosen.defaults)
-        parser.set_defaults(**chosen.defaults_for(hierarchize(parser.parse_args(arguments))))
-    nested = hierarchize(parser.parse_args(arguments))
+        parser.set_defaults(**chosen.defaults_for(hierarchize(_parse(parser, arguments))))
+    nested = hierarchize(_parse(parser, arguments))
     plugins.activate(nested, manager).hook.openrlhf_configure(args=nested)
     chat_template_kwargs(nested)
     deterministic.refuse(nested)
@@ -158,8 +170,19 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     return argparse.Namespace(**flat(nested))
 
 
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """`parser.parse_args`, but an unknown flag is answered with the nearest one, not with all flags."""
+    found, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(flag, parser._option_string_actions, n=1) if flag.startswith("-") else []
+        fix = f"did you mean {near[0]}?" if near else f"{options.PROG} --help-all shows all flags"
+        raise ConfigError(f"{flag}: unknown {'flag' if flag.startswith('-') else 'argument'}; {fix}")
+    return found
+
+
 def early(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """What must be known before the rest can be parsed, and the recipe."""
+    """The flags that must be known before the rest can be parsed, and the recipe."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--algo", "--platform"):
         parser.add_argument(name)

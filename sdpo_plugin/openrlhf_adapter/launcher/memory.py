@@ -1,4 +1,4 @@
-"""What a policy worker holds, part by part, before it is started: bytes per GPU and of host memory.
+"""The memory of a policy worker, part by part, estimated before it is started: bytes of GPU and CPU memory.
 
 Counted from the model's shape and the flags, as DeepSpeed 0.19.6 lays things out under OpenRLHF 0.11.2 (docs/gpu.md has
 the measured peaks beside it). Not in it: the CUDA context, NCCL's buffers, and what the allocator cannot reuse.
@@ -12,7 +12,8 @@ from typing import Any
 MIB = 2**20
 # DeepSpeed's defaults, which OpenRLHF leaves as they are: `reduce_bucket_size`, `stage3_max_live_parameters`; elements.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
-CPU_PROCESS = 75 * MIB  # what a worker grows by besides, once it has a model; measured
+TEACHER_PASS = "the teacher's forward pass"
+CPU_PROCESS = 75 * MIB  # measured growth of a worker with a model that no other part has
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,21 @@ def shape_of(config: Any, lora_rank: int = 0, lora_targets: Any = "all-linear") 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes per policy rank; those that `sleeps` are in host memory while engines generate (`--ds.enable_sleep`)."""
+    """Bytes per policy rank; those that `sleeps` are in CPU memory while the engines generate (`--ds.enable_sleep`)."""
 
     name: str
     gpu: float
-    host: float = 0.0
+    cpu: float = 0.0
     sleeps: bool = False
 
 
 def policy_worker(
     args: Any, shape: Shape, teacher: Shape | None = None, cpu: bool = False, device_bytes: int = 80 * 2**30
 ) -> list[Part]:
-    """The parts of one rank's memory at the optimizer's step and in the loss, for samples of `--data.max_len` tokens.
+    """The parts of one rank's memory: at the optimizer's step, in the loss and in the teacher's forward pass.
+
+    For samples of `--data.max_len` tokens and teacher prompts of `--reprompt.max_len`.
+
 
     Args:
         args: OpenRLHF's nested arguments. teacher: of `--teacher.kind model`, else the student's.
@@ -84,7 +88,8 @@ def policy_worker(
     ]
     if args.algo.name is not None:
         parts += _teacher(args, shape, teacher or shape, ranks, low, mine)
-    tokens = args.train.micro_batch_size * args.data.max_len
+        parts.append(Part(TEACHER_PASS, _teacher_pass(args, teacher or shape, low)))
+    tokens = -(-args.train.micro_batch_size * args.data.max_len // args.ds.ring_attn_size)
     if args.train.dynamic_batch_enable:
         tokens = args.train.max_tokens_per_gpu
     parts.append(Part("activations", _activations(shape, tokens, args.actor.gradient_checkpointing_enable, low)))
@@ -106,14 +111,21 @@ def _teacher(args: Any, shape: Shape, teacher: Shape, ranks: int, low: int, mine
         weights = low * (teacher.parameters / ranks if stage == 3 else teacher.parameters)
         parts.append(_on(args.teacher.offload, "teacher's weights", weights, sleeps=True))
         if args.teacher.offload and stage < 3:
-            parts.append(Part("teacher's weights while it reads", weights))
+            parts.append(Part("teacher's weights during its pass", weights))
     if kind == "ema":
-        parts.append(_on(args.teacher.offload, "the average's remainder", 4 * mine, sleeps=True))
+        parts.append(_on(args.teacher.offload, "EMA teacher's fp32 residual", 4 * mine, sleeps=True))
     return parts
 
 
-def _on(host: bool, name: str, size: float, sleeps: bool = False) -> Part:
-    return Part(name, 0.0, size) if host else Part(name, size, 0.0, sleeps)
+def _teacher_pass(args: Any, teacher: Shape, low: int) -> float:
+    """One layer's tensors of a forward pass without a graph, over at most `--teacher.max_tokens_per_gpu` tokens."""
+    longest = args.data.max_len + args.reprompt.max_len
+    tokens = max(longest, min(args.teacher.max_tokens_per_gpu, args.train.micro_batch_size * longest))
+    return tokens * (2 * teacher.hidden + 3 * teacher.intermediate) * low
+
+
+def _on(cpu: bool, name: str, size: float, sleeps: bool = False) -> Part:
+    return Part(name, 0.0, size) if cpu else Part(name, size, 0.0, sleeps)
 
 
 def _activations(shape: Shape, tokens: int, checkpointing: bool, low: int) -> float:
@@ -129,6 +141,8 @@ def _loss(args: Any, shape: Shape, teacher: Shape, tokens: int, low: int, cpu: b
     responses = min(args.train.micro_batch_size * (args.rollout.max_new_tokens or args.data.max_len), tokens)
     states = responses * (shape.hidden + teacher.hidden) * low
     head = 0 if shape.adapters else 4 * shape.vocab * shape.hidden  # its gradient, summed in fp32
+    if args.ds.zero_stage == 3 and args.algo.name is not None and args.teacher.kind != "live":
+        states += low * teacher.vocab * teacher.hidden  # the teacher's head, gathered
     if not cpu:
         chunk = 4 * shape.vocab * min(responses, gpu_rows(device_bytes, 4 * shape.vocab))
         return states + head + max(2.5 * chunk, low / 4 * head)  # the gradient is then rounded to the head's dtype
@@ -137,11 +151,12 @@ def _loss(args: Any, shape: Shape, teacher: Shape, tokens: int, low: int, cpu: b
 
 
 def total(parts: list[Part], asleep: bool = False) -> tuple[float, float]:
-    """Bytes per GPU and of host memory per rank, together; `asleep`: while engines generate with --ds.enable_sleep."""
-    at_the_step, in_passes = {"gradients in fp32, at the step"}, {"activations", "the loss"}
-    transient = at_the_step | in_passes | {"gathered weights"}
+    """Bytes of GPU and of CPU memory per rank, together; `asleep`: while the engines generate (--ds.enable_sleep)."""
+    phases = {"gradients in fp32, at the step"}, {"activations", "the loss"}, {TEACHER_PASS}
+    transient = set().union(*phases, {"gathered weights"})
     gpu = sum(p.gpu for p in parts if not (asleep and (p.sleeps or p.name in transient)))
-    host = sum(p.host + (p.gpu if asleep and p.sleeps else 0.0) for p in parts)
-    if not asleep:  # the step's and the passes' do not meet
-        gpu -= min(sum(p.gpu for p in parts if p.name in names) for names in (at_the_step, in_passes))
-    return gpu, host
+    cpu = sum(p.cpu + (p.gpu if asleep and p.sleeps else 0.0) for p in parts)
+    if not asleep:  # only the largest of the phases counts: they follow one another
+        sizes = [sum(p.gpu for p in parts if p.name in names) for names in phases]
+        gpu -= sum(sizes) - max(sizes)
+    return gpu, cpu

@@ -1,7 +1,7 @@
-"""What would go wrong after Ray has started and models are loaded, found before: files, data, models, GPUs.
+"""Checks of files, data, models and GPUs before Ray starts and models are loaded.
 
-As little is read as it takes: of a data set one column, of a model its configuration and tokenizer, of a reward
-function its source.
+As little as possible is read: one column of a dataset, configuration and tokenizer of a model, the source of a reward
+function.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from types import SimpleNamespace
 from typing import Any
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import ConfigError, chat_template_kwargs
+from sdpo_plugin.config import ConfigError, chat_template_kwargs, teacher_chat_template_kwargs
 from sdpo_plugin.distillation.prompts import require_printed, text_tokenizer
-from sdpo_plugin.interface.micro_batch import input_frame, prompt_messages
+from sdpo_plugin.interface.rollout_batch import input_frame, prompt_messages
 from sdpo_plugin.openrlhf_adapter import dates
-from sdpo_plugin.openrlhf_adapter.launcher import labels
-from sdpo_plugin.openrlhf_adapter.patch_points import seam
+from sdpo_plugin.openrlhf_adapter.launcher import labels, ring
+from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
 from sdpo_plugin.openrlhf_adapter.platform.cluster import Cluster, require_gpus
 from sdpo_plugin.openrlhf_adapter.worker import checkpoint
 
 LOCK = ".openrlhf-sdpo.lock"
-RENDERED_ROWS = 1000  # of each data set; of the others, the first of every shape
+RENDERED_ROWS = 1000  # of each dataset; of the others, the first of every shape
 
-blending_datasets = seam("openrlhf.trainer.ppo_trainer:blending_datasets", "datasets", "strategy", "dataset_split")
-preprocess_data = seam(
+blending_datasets = patch_point(
+    "openrlhf.trainer.ppo_trainer:blending_datasets", "datasets", "strategy", "dataset_split"
+)
+preprocess_data = patch_point(
     "openrlhf.datasets.prompts_dataset:preprocess_data", "data", "input_key", "label_key", "apply_chat_template"
 )
 
 
 def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
-    """Raises ConfigError for the first thing that cannot work.
+    """Raise ConfigError for the first check that fails.
 
-    Files are looked for on this machine only where the run stays on it; a driver need not have what the nodes have.
+    Files are checked on this machine only if the run stays on it; a driver need not have the nodes' files.
     """
     require_gpus(args, cluster, cpu)
     written = {"--ckpt.output_dir": args.ckpt.output_dir, "--ckpt.path": args.ckpt.path}
@@ -49,16 +51,25 @@ def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
     for path, flag in {os.path.realpath(path): flag for flag, path in written.items()}.items():
         alone(flag, path)
     checkpoints(args)
+    with_ring = args.ds.ring_attn_size > 1 and plugins.algorithm() is not None
+    if with_ring:
+        ring.check(args, cpu or not on_one_machine)
     if not on_one_machine:
         return
     reward(args)
+    configs = []
     for flag, path in (
         ("--actor.model_name_or_path", args.actor.model_name_or_path),
         ("--critic.model_name_or_path", args.critic.model_name_or_path),
         ("--reward.model_name_or_path", args.reward.model_name_or_path),
     ):
         if path:
-            model(flag, path)
+            configs.append((flag, path, model(flag, path)))
+    if with_ring:
+        if args.teacher.kind == "model":
+            flag, path = "--teacher.model_name_or_path", args.teacher.model_name_or_path
+            configs.append((flag, path, model(flag, path)))
+        ring.models(args, configs)
     found = tokenizer(args)
     data(args)
     chats(args, found)
@@ -85,7 +96,7 @@ def alone(flag: str, path: str) -> None:
     except BlockingIOError as error:
         file.seek(0)
         raise ConfigError(
-            f"{flag} {path}: another run writes there ({file.read().strip()}); end it, or give another directory"
+            f"{flag} {path}: another run writes there ({file.read().strip()}); stop it, or give another directory"
         ) from error
     except OSError:
         return  # a directory of the nodes that this machine does not see, or a file system without locks
@@ -96,20 +107,22 @@ def alone(flag: str, path: str) -> None:
 
 
 def checkpoints(args: Any) -> None:
-    """What is there can be read if the run is to go on from it, and is not lost if it is not.
+    """A checkpoint can be loaded if the run resumes from it, and is not overwritten if the run does not.
 
-    A run that starts anew deletes and writes over the checkpoints of an earlier one, as its own old ones.
+    A new run deletes and overwrites the checkpoints of an earlier one as if they were its own.
     """
     directory = os.path.join(args.ckpt.path, "_actor")
     if args.ckpt.load_enable:
         universal = args.ds.use_universal_ckpt  # DeepSpeed's own, which any number of ranks can read
-        checkpoint.require_readable(directory, {} if universal else checkpoint.written_with(args))
+        if universal:
+            checkpoint.require_source(directory)
+        checkpoint.require_readable(directory, {} if universal else checkpoint.written_with(args), universal)
         return
     best = bool(args.eval.dataset) and args.eval.steps > 0 and args.ckpt.best_metric_key != "none"
     if (args.ckpt.save_steps > 0 or best) and (named := checkpoint.named_latest(directory)):
         raise ConfigError(
-            f"--ckpt.path {args.ckpt.path}: an earlier run has left {named} there, and this one would write over its "
-            "checkpoints; give --ckpt.load_enable to go on from it, or another directory, or delete it"
+            f"--ckpt.path {args.ckpt.path}: an earlier run has left {named} there, and this run would overwrite its "
+            "checkpoints; give --ckpt.load_enable to resume from it, give another directory, or delete it"
         )
 
 
@@ -122,14 +135,14 @@ def reward(args: Any) -> None:
 
 
 def defines(flag: str, path: str, name: str) -> None:
-    """A Python file that binds `name` at its top level. It is not run: only engines have what it may need."""
+    """A Python file that defines `name`. It is not run: what it needs may be installed on the engines' nodes only."""
     try:
         with open(path) as file:
             tree = ast.parse(file.read(), path)
     except OSError as error:
         raise ConfigError(f"{flag} {path}: {error.strerror}; give a Python file with {name}") from error
     except SyntaxError as error:
-        raise ConfigError(f"{flag} {path}, line {error.lineno}: {error.msg}; correct it") from error
+        raise ConfigError(f"{flag} {path}, line {error.lineno}: {error.msg}; correct the file") from error
     bound: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -139,7 +152,9 @@ def defines(flag: str, path: str, name: str) -> None:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             bound.add(node.id)
     if not bound & {name, "*"}:
-        raise ConfigError(f"{flag} {path}: defines no {name}; it has {', '.join(sorted(bound)) or 'nothing'}")
+        raise ConfigError(f"{flag} {path}: defines no {name}; it has {', '.join(sorted(bound)) or 'nothing'}; "
+            f"define {name}, or give another file"
+        )
 
 
 def model(flag: str, path: str) -> Any:
@@ -160,12 +175,12 @@ def tokenizer(args: Any) -> Any:
             return AutoTokenizer.from_pretrained(path, trust_remote_code=True)
         try:
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-            assert hasattr(processor, "tokenizer"), "it has none"
+            assert hasattr(processor, "tokenizer"), "it has no tokenizer"
             return processor
         except Exception as error:
             raise ValueError(
-                "the model has a vision_config, so OpenRLHF loads its processor; put the base model's "
-                f"preprocessor_config.json and processor_config.json beside it: {error}"
+                f"the model has a vision_config, so OpenRLHF loads its processor, which fails: {error}; "
+                "copy preprocessor_config.json and processor_config.json of the base model into its directory"
             ) from error
 
     found = _loaded("--actor.model_name_or_path", path, load)
@@ -176,7 +191,7 @@ def tokenizer(args: Any) -> Any:
     if args.data.apply_chat_template and getattr(found, "chat_template", None) is None:
         raise ConfigError(
             f"--data.apply_chat_template: the tokenizer of {path} has no chat template; use an instruction-tuned "
-            "model, put a chat_template.jinja beside it, or leave the flag out and give --data.input_template"
+            "model, add a chat_template.jinja to its directory, or give --data.input_template instead of this flag"
         )
     return found
 
@@ -184,14 +199,14 @@ def tokenizer(args: Any) -> Any:
 def _loaded(flag: str, path: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except Exception as error:  # what it is made of is other people's code
+    except Exception as error:  # the model's own code may raise anything
         reason = str(error).strip().splitlines()[0][:200]
-        fix = "" if os.path.isdir(path) else "; give a directory with a Hugging Face model, or a name on its Hub"
+        fix = "" if os.path.isdir(path) else "; give a directory with a Hugging Face model, or a model name on the Hub"
         raise ConfigError(f"{flag} {path}: cannot be loaded ({type(error).__name__}: {reason}){fix}") from error
 
 
 def data(args: Any) -> None:
-    """Every data set that will be blended, each on its own, so that the message can name it."""
+    """Every dataset that will be blended, each on its own, so that the message can name it."""
     if args.data.input_template and not args.data.apply_chat_template:
         input_frame(args.data.input_template)
     for dataset, evaluation in datasets(args):
@@ -199,7 +214,7 @@ def data(args: Any) -> None:
         rows = load(args, flag, dataset, args.eval.split if evaluation else args.data.prompt_split)
         where = f"{flag} {dataset}"
         if len(rows) == 0:
-            raise ConfigError(f"{where}: has no rows; give one that has")
+            raise ConfigError(f"{where}: has no rows; give a dataset with rows")
         for name, key in (("input_key", args.data.input_key), ("label_key", args.data.label_key)):
             if key and key not in rows.column_names:
                 has = ", ".join(rows.column_names)
@@ -213,29 +228,32 @@ def data(args: Any) -> None:
 
 
 def datasets(args: Any) -> list[tuple[str, bool]]:
-    """Each data set of the run, and whether it is for evaluation."""
+    """Each dataset of the run, and whether it is for evaluation."""
     found = [(name.strip(), False) for name in args.data.prompt_dataset.split(",")]
     return found + [(name.strip(), True) for name in (args.eval.dataset or "").split(",") if name.strip()]
 
 
 def load(args: Any, flag: str, dataset: str, split: str) -> Any:
-    """The data set as OpenRLHF reads it."""
+    """The dataset as OpenRLHF loads it."""
     path = dataset.split("@")[0]
     if os.path.splitext(path)[1] in (".json", ".jsonl", ".csv", ".parquet", ".arrow") and not os.path.exists(path):
-        raise ConfigError(f"{flag} {dataset}: no such file; give one that is there, or a name on the Hugging Face Hub")
+        raise ConfigError(f"{flag} {dataset}: no such file; give an existing file, or a dataset on the Hub")
     if os.path.isfile(path) and os.path.getsize(path) == 0:
-        raise ConfigError(f"{flag} {dataset}: is an empty file; give one that has rows")
+        raise ConfigError(f"{flag} {dataset}: is an empty file; give a file with rows")
     dates.bind()
     quiet = SimpleNamespace(args=args, print=lambda *args: None, is_rank_0=lambda: False)
     try:
         return blending_datasets(dataset, None, quiet, dataset_split=split)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:300]
-        raise ConfigError(f"{flag} {dataset}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise ConfigError(
+            f"{flag} {dataset}: cannot be loaded ({type(error).__name__}: {reason}); give a file, a directory, or a "
+            "dataset name on the Hugging Face Hub"
+        ) from error
 
 
 def chats(args: Any, tokenizer: Any) -> None:
-    """The chat template renders rows of every shape and, with an algorithm, prints the turn that the teacher's has."""
+    """The chat template renders rows of every shape and, with an algorithm, the user turn that the teacher is given."""
     if not args.data.apply_chat_template:
         return
     chat = chat_template_kwargs(args)
@@ -254,7 +272,9 @@ def chats(args: Any, tokenizer: Any) -> None:
                     preprocess_data(record, None, args.data.input_key, None, render)
                 else:
                     require_printed(prompt_messages(record, args), tokenizer, chat)
-            except Exception as error:  # a template is other people's code
+                    if not evaluation:
+                        require_printed(prompt_messages(record, args), tokenizer, teacher_chat_template_kwargs(args))
+            except Exception as error:  # a template may raise anything
                 reason = error if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
                 raise ConfigError(
                     f"--data.input_key {args.data.input_key}: {flag} {dataset}, row {row}: {reason}"
@@ -262,7 +282,7 @@ def chats(args: Any, tokenizer: Any) -> None:
 
 
 def _shape(prompt: Any) -> Any:
-    """What a chat template tells rows apart by: roles, kinds of content, and other keys."""
+    """What a chat template may treat differently: roles, types of content, and other keys."""
     if not isinstance(prompt, list):
         return type(prompt)
     return tuple(
@@ -289,7 +309,7 @@ def prompts(where: str, column: Iterable[Any], args: Any) -> None:
 
 
 def _is_chat(prompt: Any) -> bool:
-    """Messages with a role and text or parts; those before the last may be without, as a call of a tool is."""
+    """Messages with a role and text or parts; those before the last may have none, such as a tool call."""
     return isinstance(prompt, list) and bool(prompt) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and _is_content(m.get("content"), i < len(prompt) - 1)
         for i, m in enumerate(prompt)

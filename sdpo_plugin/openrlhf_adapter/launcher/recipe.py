@@ -1,7 +1,7 @@
 """Recipes: nested YAML whose keys are the dotted flag names. A recipe is a command line that comes before yours.
 
-So a value is the text that stands in the file, which the flag's own type converts: `off`, `0100` and `12:30:45` stay
-what they are. Only null, and true and false where the flag is a switch, have a meaning of their own.
+So a value is the text in the file, which the flag's own type converts: `off`, `0100` and `12:30:45` stay as they are.
+Only null has a meaning of its own and, for a boolean flag, true and false.
 """
 
 from __future__ import annotations
@@ -42,15 +42,19 @@ def load(path: str) -> dict[str, Any]:
     try:
         recipe = yaml.load(Path(path)) or {}
         if not isinstance(recipe, dict):
-            raise ConfigError(f"--config {path}: expected nested keys, found {type(recipe).__name__}")
+            raise ConfigError(
+                f"--config {path}: expected nested keys, found {type(recipe).__name__}; recipes/ has examples"
+            )
         return _flatten(recipe)
     except DuplicateKeyError as error:  # whose whole message shows both values
         problem = error.problem.partition(" with value ")[0]
-        raise ConfigError(f"--config {path}: {problem} in line {error.problem_mark.line + 1}") from error
+        raise ConfigError(f"--config {path}: {problem} in line {error.problem_mark.line + 1}; keep one") from error
     except (OSError, YAMLError) as error:
         raise ConfigError(f"--config {path}: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"--config {path}: the keys are nested too deeply, or contain themselves") from error
+        raise ConfigError(
+            f"--config {path}: the keys are nested too deeply, or contain themselves; write them out"
+        ) from error
 
 
 def command_line(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
@@ -85,7 +89,7 @@ def _flags(key: str, actions: list[argparse.Action], value: Any) -> list[str]:
     if action.nargs == 0:  # a switch, possibly with a second flag that turns it off
         on = SWITCH.get(str(value).lower())
         if on is None:
-            raise ConfigError(f"recipe: {key}: {_shown(value)} is not true or false")
+            raise ConfigError(f"recipe: {key}: {_shown(value)} is neither true nor false; give one of them")
         if isinstance(action, argparse.BooleanOptionalAction):
             return [action.option_strings[0 if on else 1]]
         return [a.option_strings[0] for a in actions if a.const == on]
@@ -94,7 +98,7 @@ def _flags(key: str, actions: list[argparse.Action], value: Any) -> list[str]:
     if value is not None or _takes_none(action):
         return [f"{flag}={'none' if value is None else value}"]
     if action.default is not None:
-        raise ConfigError(f"recipe: {key}: null is no value of it; give one, or leave the key out")
+        raise ConfigError(f"recipe: {key}: null is not a valid value; give a value, or leave the key out")
     return []  # which is what OpenRLHF's flags without a default stand for
 
 

@@ -29,7 +29,7 @@ def redirect(command: list[str], installed: Iterable[str]) -> list[str] | None:
     asked = any(a.split("=", 1)[0] in FLAGS or a.startswith(LOGGERS) for a in arguments) or any(installed)
     if command[at - 1] != "-m" or not asked:
         return None
-    return [*command[:at], "sdpo_plugin.openrlhf_adapter.launcher.cli", "train", *arguments]
+    return [*command[:at], "sdpo_plugin", "train", *arguments]
 
 
 def other_plugins() -> list[str]:

@@ -134,6 +134,6 @@ def require_gpus(args: Any, cluster: Cluster | None, cpu: bool) -> None:
     if (total := sum(needed.values())) > have:
         listed = ", ".join(f"{name} {count}" for name, count in needed.items())
         raise ConfigError(
-            f"--actor.num_gpus_per_node {args.actor.num_gpus_per_node}: the run asks for {total} GPUs ({listed}), and "
+            f"--actor.num_gpus_per_node {args.actor.num_gpus_per_node}: the run needs {total} GPUs ({listed}), and "
             f"{where} has {have}{more}; give fewer, or share them with --train.colocate_all"
         )

@@ -7,6 +7,7 @@ engines assume about CUDA is met at the place where it is assumed, and only once
 | --------------------------------------------------- | ---------------------------------------------------------- |
 | `flash_attn` is installed                           | a module of that name with the padding helpers of transformers |
 | packed samples are attended to by flash attention   | sdpa: transformers sees in the position ids where one begins |
+| `ring_flash_attn` is installed                      | a module of that name, by plain arithmetic (ring_attention.py) |
 | `torch.cuda` has a current device, streams, a cache | functions that answer for the one device there is          |
 | the device mesh is made of CUDA devices             | `init_device_mesh` on `cpu` (openrlhf.utils.deepspeed)     |
 | weights reach vLLM through NCCL                     | a gloo group on both sides (openrlhf.utils.distributed_util) |
@@ -28,12 +29,12 @@ from typing import Any
 from wrapt import when_imported
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.openrlhf_adapter.platform import cluster
+from sdpo_plugin.openrlhf_adapter.platform import cluster, ring_attention
 
 # Read by vLLM's own child processes, which are not Ray workers and load no set-up hook (`vllm_general_plugin`).
 ENABLED = "SDPO_PLUGIN_CPU"
 
-CUDA_IS_HERE = "CPU mode was asked for (--platform), but CUDA is available"
+CUDA_IS_HERE = "CPU mode was requested (--platform), but CUDA is available"
 
 ENVIRONMENT = {
     ENABLED: "1",
@@ -43,7 +44,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # one worker process per core already
     "RAY_prestart_worker_first_driver": "0",  # made-up CPUs must not each get a warm Python process
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",  # the default, 15, is for machines that do something else besides
+    "RAY_worker_niceness": "0",  # the default, 15, is for machines with other work
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",  # its report runs a CPU detection of several seconds in every engine
 }
@@ -90,11 +91,10 @@ def vllm_general_plugin() -> None:
 
 
 def refuse(args: Any) -> None:
-    """Raises ConfigError where these (nested) arguments ask of a CPU what it cannot do."""
+    """Raises ConfigError where these (nested) arguments need what a CPU cannot do."""
     needs_gpu = {
         "--ds.load_in_4bit": args.ds.load_in_4bit,
         "--ds.use_liger_kernel": args.ds.use_liger_kernel,
-        "--ds.ring_attn_size": args.ds.ring_attn_size > 1,
         "--ds.tensor_parallel_size": args.ds.tensor_parallel_size > 1,
         "--vllm.tensor_parallel_size": args.vllm.tensor_parallel_size > 1,
         "--ds.attn_implementation": args.ds.attn_implementation not in ("sdpa", "eager"),
@@ -166,15 +166,14 @@ def _stand_in_for_flash_attn() -> None:
 
         return einops.rearrange(*args, **kwargs)
 
-    def all_gather(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("--ds.ring_attn_size > 1 needs a CUDA GPU and flash-attn")
-
     module("flash_attn", __version__="0")
     module("flash_attn.bert_padding", rearrange=rearrange,
            index_first_axis=lambda tensor, indices: tensor[indices],
            **{name: padding(name) for name in ("unpad_input", "pad_input")})
     module("flash_attn.utils")
-    module("flash_attn.utils.distributed", all_gather=all_gather)
+    module("flash_attn.utils.distributed", all_gather=ring_attention.all_gather)
+    module("ring_flash_attn", update_ring_flash_attn_params=ring_attention.update_ring_flash_attn_params,
+           substitute_hf_flash_attn=ring_attention.substitute_hf_flash_attn)
 
 
 def _pack_for_sdpa(module: Any) -> None:
@@ -218,7 +217,7 @@ class _GlooGroup:
         from torch import distributed
 
         store = distributed.TCPStore(host, port, world_size, is_master=rank == 0)
-        gloo: Any = distributed.ProcessGroupGloo  # torch's stub knows little of it
+        gloo: Any = distributed.ProcessGroupGloo  # torch's stub lacks most of it
         self.group = gloo(store, rank, world_size)
         self.broadcasts = 0
 
@@ -254,7 +253,7 @@ def _receive_weights_on_cpu(module: Any) -> None:
             with CudaMeansCpu():
                 return update_weight(self, name, dtype, shape, *rest)
         finally:
-            if group.broadcasts == before:  # refused at once: the trainer waits here, and hears of it afterwards
+            if group.broadcasts == before:  # rejected at once: the trainer waits here, and gets the error afterwards
                 group.broadcast(torch.empty(shape, dtype=dtype), src=0)
 
     module.WorkerWrap.update_weight = update_weight_on_cpu
@@ -285,4 +284,4 @@ def _engine_and_worker_in_one_process(module: Any) -> None:
 
 
 def _engines_may_sleep(module: Any) -> None:
-    module.CpuPlatform.is_sleep_mode_available = lambda self: True  # its worker does nothing and says so
+    module.CpuPlatform.is_sleep_mode_available = lambda self: True  # its worker does nothing and logs that

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,13 @@ import torch.distributed as dist
 
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.distillation.fused import Head, linear_log_probs
-from sdpo_plugin.interface.micro_batch import MicroBatch, response_rows
-from sdpo_plugin.openrlhf_adapter.patch_points import overrides, seam
+from sdpo_plugin.distillation.products import head_products, sum_dtype
+from sdpo_plugin.interface.micro_batch import MicroBatch
+from sdpo_plugin.interface.transport import response_rows
+from sdpo_plugin.openrlhf_adapter.patch_points import overrides, patch_point
 from sdpo_plugin.openrlhf_adapter.worker import lora
-from sdpo_plugin.openrlhf_adapter.worker.zero import exact_frequencies, gathered, is_partitioned
-
-unpad_and_slice_tensor = seam(
-    "openrlhf.models.ring_attn_utils:unpad_and_slice_tensor", "sequences", "attention_mask", "ring_attn_group"
-)
+from sdpo_plugin.openrlhf_adapter.worker.ring import NoRing, current_ring, unpad_and_slice_tensor
+from sdpo_plugin.openrlhf_adapter.worker.zero import exact_frequencies, gathered, is_partitioned, trace_for_scoring
 
 
 class HeadTap:
@@ -67,7 +67,7 @@ class HeadTap:
         return output
 
 
-_Actor: Any = seam("openrlhf.trainer.ray.ppo_actor:Actor")
+_Actor: Any = patch_point("openrlhf.trainer.ray.ppo_actor:Actor")
 
 
 class PolicyActor(_Actor):
@@ -84,7 +84,7 @@ class PolicyActor(_Actor):
 
     @contextmanager
     def reads(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """While active, `forward` does what `micro_batch` says, and leaves `scores` and `entropy` there."""
+        """While active, `forward` follows `micro_batch`, and stores `scores` and `entropy` there."""
         self.micro_batch = micro_batch
         try:
             yield
@@ -115,26 +115,30 @@ class PolicyActor(_Actor):
             )
         whole = self.model.module
         exact_frequencies(whole.get_base_model() if isinstance(whole, lora.PeftModel) else whole)
-        ids = torch.arange(8, device=self.model.device)[None]
+        ids = torch.arange(8, device=self.model.device).repeat(self.ring.size)[None]  # 8 of them on every rank
         mask = torch.ones_like(ids)
         training = self.model.training
         self.model.eval()
-        logits = self.model(ids, attention_mask=mask, position_ids=ids).logits[0].float()
+        tokens, others, _ = self._inputs(ids, mask, mask.bool())
+        logits = self.model(tokens, **others).logits[0].float()
         self.tap = HeadTap(self.model.module)
 
         def read(hidden: torch.Tensor) -> torch.Tensor:
             head = self.head()
-            return head.logits(hidden.float() @ head.weight.float().T)
+            products = hidden.new_empty(len(hidden), len(head.weight), dtype=sum_dtype(head.weight))
+            return head.logits(head_products(hidden, head, products))
 
         ours, _ = self.at_rows(read, ids, mask, mask.bool())
         self.model.train(training)
-        if (logits - ours).abs().max() > 0.05 * logits.abs().max():  # far above bf16's rounding
+        # A model that never calls its head has none of ours. The bound is far above bf16's rounding.
+        if ours is None or (logits - ours).abs().max() > 0.05 * logits.abs().max():
             raise ConfigError(
                 f"--actor.model_name_or_path {self.model.module.config.name_or_path}: the logits of a "
                 f"{type(self.model.module).__name__} are not made of its LM head's weight, bias, scale and soft-cap "
                 "alone; such a head is not supported"
             )
 
+    # Long: OpenRLHF's one forward pass, with its head in place or replaced, has all of these results.
     @overrides("sequences", "action_mask", "attention_mask", "return_output", "return_entropy")
     def forward(
         self,
@@ -146,7 +150,7 @@ class PolicyActor(_Actor):
     ) -> Any:
         """As OpenRLHF's, but logits exist at response positions only, and a chunk at a time.
 
-        In a micro-batch with `samples` (bool [B]) the model reads those samples only; the others' results are zero.
+        In a micro-batch with `sample_mask` (bool [B]) the model's input is those samples; the others' results are zero.
 
         Args:
             sequences, attention_mask: int64 [B, S]. action_mask: [B, A].
@@ -156,45 +160,57 @@ class PolicyActor(_Actor):
             with `entropy` [B, A] where asked.
         """
         micro_batch = self.micro_batch
-        if micro_batch is not None and micro_batch.needs["entropy"]:
+        if micro_batch is not None and micro_batch.required["entropy"]:
             kwargs["return_entropy"] = True
         with_entropy = kwargs.get("return_entropy", False)
         if self.tap is None or action_mask is None:
             result = super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
-            if action_mask is not None and micro_batch is not None and micro_batch.needs["entropy"]:
+            if action_mask is not None and micro_batch is not None and micro_batch.required["entropy"]:
                 micro_batch.entropy = result[1].entropy[:, -action_mask.shape[1] :]
             return result
         assert attention_mask is not None
         mask = action_mask.bool()
-        if micro_batch is not None and micro_batch.samples is not None:
-            mask = mask & micro_batch.samples[:, None]
-            sequences, attention_mask, action_mask = only(micro_batch.samples, sequences, attention_mask, action_mask)
-        rows = response_rows(action_mask, sequences)
-        targets = torch.roll(sequences, -1, dims=1)[rows]
+        if micro_batch is not None and micro_batch.sample_mask is not None:
+            mask = mask & micro_batch.sample_mask[:, None]
+            sequences, attention_mask, action_mask = only(
+                micro_batch.sample_mask, sequences, attention_mask, action_mask
+            )
+        ring, rows, attended = self.ring, response_rows(action_mask, sequences), attention_mask.bool()
+        targets = torch.roll(sequences, -1, dims=1)[ring.local(rows, attended)]
 
         def run_head(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
             scores: tuple[torch.Tensor | None, ...]
-            if micro_batch is None or micro_batch.head is None:
+            if micro_batch is None or micro_batch.head_fn is None:
                 log_probs, entropy = linear_log_probs(
                     hidden, self.head(), targets, self.temperature, with_entropy=with_entropy
                 )
                 scores = (log_probs, entropy)
             else:
-                micro_batch.scores = micro_batch.head(hidden, self.head(), targets)
-                scores = (micro_batch.scores.log_probs, micro_batch.scores.entropy, micro_batch.scores.loss)
+                micro_batch.head_output = micro_batch.head_fn(hidden, self.head(), targets)
+                output = micro_batch.head_output
+                scores = (output.log_probs, output.entropy, output.loss)
             return tuple(s for s in scores if s is not None)
 
         scores, output = self.at_rows(run_head, sequences, attention_mask, rows)
-        log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, scores[0].float())
+        of_all = partial(ring.gather_rows, rows=rows, attended=attended)
+        log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, of_all(scores[0].float()))
         if with_entropy:
-            output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, scores[1].float())
+            output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, of_all(scores[1].float()))
         if micro_batch is not None:
-            micro_batch.entropy = output.entropy if micro_batch.needs["entropy"] else None
-            if micro_batch.head is not None and micro_batch.scores is not None:
+            micro_batch.entropy = output.entropy if micro_batch.required["entropy"] else None
+            if micro_batch.head_fn is not None and micro_batch.head_output is not None:
                 # The results as they left the model, with the hooks of all around it.
                 entropy = scores[1] if with_entropy else None
-                micro_batch.scores = replace(micro_batch.scores, loss=scores[-1], log_probs=scores[0], entropy=entropy)
+                loss = ring.sum_of_losses(scores[-1])
+                micro_batch.head_output = replace(
+                    micro_batch.head_output, loss=loss, log_probs=scores[0], entropy=entropy
+                )
         return (log_probs, output) if return_output else log_probs
+
+    @property
+    def ring(self) -> NoRing:
+        """Which of a packed micro-batch's tokens are on this rank."""
+        return current_ring()
 
     def at_rows(
         self,
@@ -205,47 +221,71 @@ class PolicyActor(_Actor):
     ) -> tuple[Any, Any]:
         """Run the model with `function(hidden [N, H])` for a head, on the N positions of `rows` (bool [B, S]).
 
+        With ring attention, on those of them that are on this rank.
+
         Returns:
             The function's result and the model's output.
         """
-        attended: torch.Tensor | None = attention_mask
-        if self.packing_samples:
-            sequences, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, None)
-            rows, attended = rows.reshape(1, -1)[:, kept], None
-        else:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+        tokens, others, rows = self._inputs(sequences, attention_mask, rows)
         with self.tap.replaced_by(lambda hidden: function(hidden[rows])):
-            output = self.model(sequences, attention_mask=attended, position_ids=position_ids)
+            output = self.model(tokens, **others)
         return output["logits"], output
+
+    def _inputs(
+        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor]:
+        """The model's tokens and its other inputs as OpenRLHF makes them, and `rows` in the shape of the tokens."""
+        if not self.packing_samples:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+            return sequences, {"attention_mask": attention_mask, "position_ids": position_ids}, rows
+        tokens, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, self.ring.group)
+        rows = self.ring.slice(rows.reshape(1, -1)[:, kept])
+        return tokens, {"attention_mask": None, "position_ids": position_ids}, rows
 
     @torch.no_grad()
     def hidden_states(
-        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor, max_tokens: int
+        self,
+        sequences: torch.Tensor,
+        attention_mask: torch.Tensor,
+        rows: torch.Tensor,
+        max_tokens: int,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Final hidden states [N, H] at the N positions of `rows`, without dropout and without a graph.
 
-        In as many passes as it takes to read at most `max_tokens` (padding included) in one.
+        In as many passes as it takes to read at most `max_tokens` (padding included) in one, on each rank of a ring.
 
         Args:
             sequences, attention_mask: int64 [B, S], right-padded. rows: bool [B, S].
+            wanted: bool [N], those that this rank needs, wherever they are computed; None: all.
         """
         lengths = attention_mask.sum(dim=1).tolist()
-        batches = batches_within(lengths, max_tokens)
+        batches = batches_within(lengths, max_tokens * self.ring.size)
+        numbers = rows.sum(dim=1).tolist()
+        needed = (rows[rows] if wanted is None else wanted).split(numbers)
         found: dict[int, torch.Tensor] = {}
+        with self._scoring():
+            for batch in batches:
+                width = lengths[batch[0]]
+                read = [tensor[batch, :width] for tensor in (sequences, attention_mask, rows)]
+                hidden, _ = self.at_rows(torch.clone, *read)
+                own = [needed[i] for i in batch]
+                hidden = self.ring.route(hidden, read[1].bool(), read[2], torch.cat(own))
+                found.update(zip(batch, hidden.split([int(n.sum()) for n in own]), strict=True))
+            for _ in range(self._most_of_any_rank(len(batches)) - len(batches)):
+                self.at_rows(torch.clone, sequences[:1, :2], attention_mask[:1, :2], rows[:1, :2])
+        return torch.cat([found[i] for i in range(len(lengths))])
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """The model without dropout, and with a trace of DeepSpeed's that is not the training's."""
         training = self.model.training
         self.model.eval()
         try:
-            for batch in batches:
-                width = lengths[batch[0]]
-                read = (tensor[batch, :width] for tensor in (sequences, attention_mask, rows))
-                hidden, _ = self.at_rows(torch.clone, *read)
-                parts = hidden.split(rows[batch].sum(dim=1).tolist())
-                found.update(zip(batch, parts, strict=True))
-            for _ in range(self._most_of_any_rank(len(batches)) - len(batches)):
-                self.at_rows(torch.clone, sequences[:1, :2], attention_mask[:1, :2], rows[:1, :2])
+            with trace_for_scoring(self.model):
+                yield
         finally:
             self.model.train(training)
-        return torch.cat([found[i] for i in range(len(lengths))])
 
     def _most_of_any_rank(self, passes: int) -> int:
         """At ZeRO-3 the ranks gather weights together, so all of them must make as many passes."""
@@ -256,13 +296,13 @@ class PolicyActor(_Actor):
         return int(most)
 
     def head(self) -> Head:
-        """The LM head with what the model's configuration adds to it. Under ZeRO-3 use inside `whole_head`."""
+        """The LM head with what the model's configuration adds to it. Under ZeRO-3 use inside `gathered_head`."""
         module, config = self.tap.module, self.model.module.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
 
     @contextmanager
-    def whole_head(self) -> Iterator[Head]:
+    def gathered_head(self) -> Iterator[Head]:
         """The head with its weights gathered from all ranks where ZeRO-3 keeps them apart."""
         with gathered(list(self.tap.module.parameters())):
             yield self.head()

@@ -1,4 +1,4 @@
-"""What makes OpenRLHF's checkpoints survive a kill, and a restart go on as if there had been none."""
+"""OpenRLHF's checkpoints survive a kill, and a restarted run continues as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sdpo_plugin.config import ConfigError
 
 RANDOM_STATE = "random_state_rank{rank}.pt"
 OPTIMIZER_SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # `--actor.adam.*`, `--actor.muon.momentum`
+UNIVERSAL = "_universal"  # ends the name of what DeepSpeed's `ds_to_universal` has made of a checkpoint
 # A file in a checkpoint that was written to its end: how long the others are, and what they can be read with, as JSON.
 WHOLE = "whole"
 
@@ -41,7 +42,7 @@ def load_random_state(directory: str, rank: int) -> None:
 def flags_win(load: Callable[..., Any]) -> Callable[..., Any]:
     """OpenRLHF's `load_ckpt`, after which the optimizer's settings are the flags', where DeepSpeed restores the old.
 
-    The schedule of the learning rate goes on where it was, towards and from the peak that is given now.
+    The learning-rate schedule continues where it was, towards and from the peak that is given now.
     """
 
     def call(engine: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +88,7 @@ def prune(directory: str, max_num: int, tag: str, metric_of: Callable[[str], flo
     """Delete all but `max_num` checkpoints, `tag` being the newest of them, in OpenRLHF's order.
 
     Those that are not whole go first, then those without a metric, then those with the worst, then the oldest. Best
-    ones stay and do not count.
+    and universal ones stay and do not count.
     """
 
     def order(path: str) -> tuple[bool, bool, float, int]:
@@ -95,7 +96,7 @@ def prune(directory: str, max_num: int, tag: str, metric_of: Callable[[str], flo
         return os.path.exists(os.path.join(path, WHOLE)), metric is not None, metric or 0.0, step_of(path)
 
     found = {path.rstrip(os.sep) for path in glob.glob(os.path.join(directory, "*", ""))}
-    regular = [path for path in found if not os.path.basename(path).startswith("best")]
+    regular = [p for p in found if not os.path.basename(p).startswith("best") and not p.endswith(UNIVERSAL)]
     others = sorted(set(regular) - {os.path.join(directory, tag)}, key=order)
     for path in others[: max(len(regular) - max_num, 0)]:
         shutil.rmtree(path)
@@ -126,11 +127,14 @@ def name_latest(directory: str, tag: str) -> None:
     _replace(os.path.join(directory, "latest"), tag)
 
 
-def named_latest(directory: str) -> str | None:
-    """The checkpoint to resume from, as `latest` names it."""
+def named_latest(directory: str, universal: bool = False) -> str | None:
+    """The checkpoint to resume from, as `latest` names it, or that of which the universal one to load was made.
+
+    A universal one has DeepSpeed's states only: the teacher and the random state are in the other, of the same step.
+    """
     try:
-        with open(os.path.join(directory, "latest")) as file:
-            return file.read().strip()
+        with open(os.path.join(directory, "latest" + UNIVERSAL * universal)) as file:
+            return file.read().strip().removesuffix(UNIVERSAL if universal else "")
     except FileNotFoundError:
         return None
 
@@ -150,27 +154,43 @@ def mend_latest(directory: str) -> None:
                 os.remove(os.path.join(directory, "latest"))
 
 
-def require_readable(directory: str, flags: dict[str, Any]) -> None:
+def require_source(directory: str) -> None:
+    """Raises ConfigError where there is no universal checkpoint to load, or its source is missing."""
+    named = named_latest(directory, universal=True)
+    if named is None and os.path.isdir(directory):
+        raise ConfigError(
+            f"--ds.use_universal_ckpt: {directory} has no latest_universal; convert a checkpoint there to NAME"
+            f"{UNIVERSAL} with DeepSpeed's ds_to_universal, or drop the flag"
+        )
+    if named is not None and not os.path.isdir(os.path.join(directory, named)):
+        raise ConfigError(
+            f"--ds.use_universal_ckpt: the universal checkpoint is named {named}{UNIVERSAL}, and there is no "
+            f"{os.path.join(directory, named)}, which has the teacher and the random state of that step; keep the "
+            f"checkpoint that was converted, and call the universal one by its name and {UNIVERSAL}"
+        )
+
+
+def require_readable(directory: str, flags: dict[str, Any], universal: bool = False) -> None:
     """Raises ConfigError where the checkpoint to resume from has lost something, or was written with other `flags`.
 
     A full or failing disk, an interrupted copy or a loss of power leave files that are not as long as they were. Of
     what was written without this plugin nothing is known.
     """
-    named = named_latest(directory)
+    named = named_latest(directory, universal)
     if named is None:
         return
     path = os.path.join(directory, named)
     if lacking := missing(path):
         others = [tag for tag in whole_ones(directory) if tag != named]
-        fix = f"to go on from {others[-1]}: echo {others[-1]} > {os.path.join(directory, 'latest')}" if others else (
-            "no other one is whole; to start anew give another --ckpt.path"
+        fix = f"to continue from {others[-1]}: echo {others[-1]} > {os.path.join(directory, 'latest')}" if others else (
+            "no other checkpoint is complete; give another --ckpt.path for a new run"
         )  # fmt: skip
         raise ConfigError(f"--ckpt.load_enable: the checkpoint {path} is damaged: {lacking}; {fix}")
     for flag, value in (_written(path) or {}).get("flags", {}).items():
         if flag in flags and flags[flag] != value:
             raise ConfigError(
-                f"{flag} {flags[flag]}: the checkpoint {path} was written with {value} and cannot be read otherwise; "
-                f"give {flag} {value}, or to start anew another --ckpt.path"
+                f"{flag} {flags[flag]}: the checkpoint {path} was written with {value} and cannot be loaded with "
+                f"another value; give {flag} {value}, or another --ckpt.path for a new run"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -46,14 +47,15 @@ def under(model: PeftModel, adapter: str | None) -> Iterator[None]:
 
 @contextmanager
 def student_alone(model: torch.nn.Module) -> Iterator[None]:
-    """While OpenRLHF saves the model: PEFT would write the teacher's adapter beside the student's."""
-    configs = getattr(model, "peft_config", {})
-    teacher = configs.pop(TEACHER, None)
+    """Around OpenRLHF's saving of the model: PEFT would write the teacher's adapter, too."""
+    if TEACHER not in getattr(model, "peft_config", {}):
+        yield
+        return
+    model.__dict__["save_pretrained"] = partial(PeftModel.save_pretrained, model, selected_adapters=[STUDENT])
     try:
         yield
     finally:
-        if teacher is not None:
-            configs[TEACHER] = teacher
+        del model.__dict__["save_pretrained"]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Means of metrics over whatever they are of, through OpenRLHF's reduction, which knows response tokens and samples.
+"""Means of metrics over their own counts, through OpenRLHF's reduction, which supports response tokens and samples.
 
 OpenRLHF adds what micro-batches and ranks report, each weighted by its response tokens, and divides by all of them. Sum
 and number of a mean, divided by the micro-batch's tokens, come out of that with one denominator, which cancels.

@@ -1,4 +1,4 @@
-"""A teacher's weights in host memory, at the ZeRO stages where DeepSpeed keeps those of a model without an optimizer.
+"""A teacher's weights in CPU memory, at the ZeRO stages where DeepSpeed does not offload a model without an optimizer.
 
 At ZeRO-3 DeepSpeed fetches them itself, layer by layer (`offload_param`).
 """
@@ -16,7 +16,7 @@ from sdpo_plugin.openrlhf_adapter.worker.actor import PolicyActor
 
 
 class OffloadedActor(PolicyActor):
-    """A model for scoring only, whose weights are on the device while it is read and in host memory (pinned) else."""
+    """A model for scoring only: its weights are on the device during a forward pass, else in (pinned) CPU memory."""
 
     def tap_head(self) -> None:
         super().tap_head()
@@ -29,8 +29,8 @@ class OffloadedActor(PolicyActor):
             return super().hidden_states(*inputs)
 
     @contextmanager
-    def whole_head(self) -> Iterator[Head]:
-        with self._on_device(self.tap.module.parameters()), super().whole_head() as head:
+    def gathered_head(self) -> Iterator[Head]:
+        with self._on_device(self.tap.module.parameters()), super().gathered_head() as head:
             yield head
 
     @contextmanager

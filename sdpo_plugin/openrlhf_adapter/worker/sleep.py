@@ -1,4 +1,4 @@
-"""`--ds.enable_sleep`: what plugins hold on the device is in host memory while the optimizer is.
+"""`--ds.enable_sleep`: what plugins hold on the device is in CPU memory while the optimizer is.
 
 OpenRLHF wakes a policy worker for its training alone. The student's own low-precision weights stay awake: engines are
 given them, and scores before the update are computed with them.
@@ -28,13 +28,13 @@ def refuse(args: Any) -> None:
 
 
 class Sleeper:
-    """Moves tensors between device and host memory, in place: whoever holds one finds its values where they are.
+    """Moves tensors between device and CPU memory, in place: references to them stay valid.
 
-    Host memory is allocated once (pinned, which takes longer than the copies) and kept.
+    CPU memory is allocated once (pinned, which takes longer than the copies) and kept.
 
     Attributes:
-        kept: the host's copies, empty until the first night.
-        asleep: whether `data` of the tensors is in host memory.
+        kept: the copies in CPU memory, empty until the first sleep.
+        asleep: whether `data` of the tensors is in CPU memory.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Sleeper:
         torch.cuda.synchronize()
         for tensor, kept in zip(self.tensors, self.kept, strict=True):
             tensor.data = kept
-        torch.cuda.empty_cache()  # else the memory stays this process's own, and engines wake beside it
+        torch.cuda.empty_cache()  # else this process keeps the memory reserved while the engines wake
         self.asleep = True
 
     @torch.no_grad()

@@ -6,25 +6,26 @@ from typing import Any
 
 import torch
 
-from sdpo_plugin.interface.micro_batch import Worker
+from sdpo_plugin.interface.models import Worker
 from sdpo_plugin.openrlhf_adapter.worker import lora
-from sdpo_plugin.openrlhf_adapter.worker.zero import device_tensors, images, publish
+from sdpo_plugin.openrlhf_adapter.worker.zero import device_tensors, sync, weight_shards
 
 
 class SeparateTeacher:
     """A model of its own, on every policy worker."""
 
-    def __init__(self, worker: Worker, actor: Any) -> None:
+    def __init__(self, worker: Any, actor: Any) -> None:  # a `PolicyWorker`
         self.worker, self.actor = worker, actor
-        self.hidden_states, self.whole_head = actor.hidden_states, actor.whole_head
+        self.hidden_states, self.gathered_head = actor.hidden_states, actor.gathered_head
 
-    def images(self) -> dict[str, torch.Tensor]:
-        return images(self.worker.masters.layout[self.worker.rank], self.actor.model.module)
+    def weight_shards(self) -> dict[str, torch.Tensor]:
+        return weight_shards(self.worker.master_weights.layout[self.worker.rank], self.actor.model.module)
 
-    def publish(self) -> None:
-        publish(self.worker.masters.layout, self.actor.model.module)
+    def sync(self) -> None:
+        sync(self.worker.master_weights.layout, self.actor.model.module)
 
     def export(self, path: str) -> None:
+        self.worker.sleeper.wake()  # saving gathers the weights on the device
         self.worker.strategy.save_model(self.actor, self.worker.tokenizer, path)
 
     def device_tensors(self) -> list[torch.Tensor]:
@@ -37,19 +38,19 @@ class AdapterTeacher:
     def __init__(self, worker: Worker, adapter: str | None) -> None:
         self.worker, self.adapter = worker, adapter
         self.actor = worker.actor
-        self.whole_head = worker.actor.whole_head  # no adapter is on it (`PolicyActor.tap_head`)
+        self.gathered_head = worker.actor.gathered_head  # no adapter is on it (`PolicyActor.tap_head`)
 
     def hidden_states(self, *inputs: Any) -> torch.Tensor:
         with lora.under(self.actor.model.module, self.adapter):
             return self.actor.hidden_states(*inputs)
 
-    def images(self) -> dict[str, torch.Tensor]:
-        names = [name for name, *_ in self.worker.masters.layout[self.worker.rank]]
-        found = images(self._layout()[self.worker.rank], self.actor.model.module)
+    def weight_shards(self) -> dict[str, torch.Tensor]:
+        names = [name for name, *_ in self.worker.master_weights.layout[self.worker.rank]]
+        found = weight_shards(self._layout()[self.worker.rank], self.actor.model.module)
         return dict(zip(names, found.values(), strict=True))
 
-    def publish(self) -> None:
-        publish(self._layout(), self.actor.model.module)
+    def sync(self) -> None:
+        sync(self._layout(), self.actor.model.module)
 
     def device_tensors(self) -> list[torch.Tensor]:
         return []  # adapters stay awake with the model they are in
@@ -61,5 +62,5 @@ class AdapterTeacher:
         """The student's, under the names of the weights that follow it."""
         return [
             [(name.replace(f".{lora.STUDENT}.", f".{lora.TEACHER}."), start, n) for name, start, n in part]
-            for part in self.worker.masters.layout
+            for part in self.worker.master_weights.layout
         ]

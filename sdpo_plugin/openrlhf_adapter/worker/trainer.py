@@ -17,21 +17,25 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from sdpo_plugin import plugins
-from sdpo_plugin.interface.micro_batch import Aggregate, Answers, MicroBatch, Worker, attached_loss_mask, loss_mask
+from sdpo_plugin.interface.micro_batch import Aggregate, MicroBatch
+from sdpo_plugin.interface.models import Worker
+from sdpo_plugin.interface.transport import Reports, attached_loss_mask, loss_mask
 from sdpo_plugin.openrlhf_adapter.failures import NotFinite
-from sdpo_plugin.openrlhf_adapter.patch_points import overrides, seam
+from sdpo_plugin.openrlhf_adapter.patch_points import overrides, patch_point
 from sdpo_plugin.openrlhf_adapter.worker import lora, metrics
 from sdpo_plugin.openrlhf_adapter.worker.checkpoint import named_latest
 
 _PPO_ACTOR = "openrlhf.trainer.ray.ppo_actor"
 _BUFFER = "openrlhf.trainer.ppo_utils.replay_buffer:NaiveReplayBuffer"
-seam("openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy.all_gather", "data")
-aggregate_loss = seam(f"{_PPO_ACTOR}:aggregate_loss", "loss", "loss_mask", "token_level_loss", "dp_size",
+patch_point("openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy.all_gather", "data")
+aggregate_loss = patch_point(f"{_PPO_ACTOR}:aggregate_loss", "loss", "loss_mask", "token_level_loss", "dp_size",
                       "batch_num_tokens", "global_batch_size")  # fmt: skip
-get_loss_batch_info = seam(f"{_PPO_ACTOR}:get_loss_batch_info", "loss_mask", "replay_buffer", "step", "dynamic_batch")
-seam(f"{_BUFFER}.setup_dynamic_batch", "strategy")  # makes `dynamic_indices` and `dynamic_optimizer_step`
-seam(f"{_PPO_ACTOR}:iter_grad_accum_global_norm", "data_iter", "strategy", "accumulated_gradient", "mask_fn")
-seam(f"{_PPO_ACTOR}:DataLoader")
+get_loss_batch_info = patch_point(
+    f"{_PPO_ACTOR}:get_loss_batch_info", "loss_mask", "replay_buffer", "step", "dynamic_batch"
+)
+patch_point(f"{_BUFFER}.setup_dynamic_batch", "strategy")  # makes `dynamic_indices` and `dynamic_optimizer_step`
+patch_point(f"{_PPO_ACTOR}:iter_grad_accum_global_norm", "data_iter", "strategy", "accumulated_gradient", "mask_fn")
+patch_point(f"{_PPO_ACTOR}:DataLoader")
 
 
 def windows_with_loss_mask(original: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
@@ -93,13 +97,14 @@ def show_masked_norms(optimizer: Any) -> None:
     optimizer._get_norm_groups = lambda: [torch.where(norm < 0, torch.nan, norm) for norm in norms_of_groups()]
 
 
-_ActorPPOTrainer: Any = seam(f"{_PPO_ACTOR}:ActorPPOTrainer")
+_ActorPPOTrainer: Any = patch_point(f"{_PPO_ACTOR}:ActorPPOTrainer")
 
 
 class PolicyTrainer(_ActorPPOTrainer):
     """ppo_actor.py: `ActorPPOTrainer`, with hooks around the forward pass, in the loss and after the optimizer."""
 
     worker: Worker
+    micro_batch: MicroBatch  # during its training step
     actor: Any
     actor_loss_fn: Any
 
@@ -107,14 +112,14 @@ class PolicyTrainer(_ActorPPOTrainer):
         super().__init__(*args, **kwargs)
         self.hook = plugins.active().hook
         self.host_loss_fn, self.actor_loss_fn = self.actor_loss_fn, self._loss
-        self.needs = plugins.needs(self.args)
-        self.answers: Answers = {}
+        self.required = plugins.requirements(self.args)
+        self.reports: Reports = {}
         if self.args.ds.zero_stage == 3:
             show_masked_norms(self.actor.model.optimizer)
 
     @overrides("backend")
     def _init_vllm_sync_group(self, backend: str) -> None:
-        # Raises what an engine's constructor raised. OpenRLHF goes on to wait for the engine in the group: minutes.
+        # Raises what an engine's constructor raised. OpenRLHF would wait for the engine in the group for minutes.
         ray.get([engine.__ray_ready__.remote() for engine in self.vllm_engines])
         super()._init_vllm_sync_group(backend)
 
@@ -130,11 +135,12 @@ class PolicyTrainer(_ActorPPOTrainer):
         self.micro_batch = micro_batch = MicroBatch(
             self.worker,
             experience,
-            self.needs,
-            self._mean(self._loss_mask_info(experience, step), self.host_loss_fn.token_level_loss),
+            self.required,
+            self._mean(self._loss_mask_info(experience, step), token_level=True),
             self._mean(loss_batch_info or self._loss_batch_info(experience, step), token_level=False),
             self._rollout_correction,
-            self.answers,
+            self.reports,
+            self.actor.ring,
         )
         self.hook.openrlhf_before_forward(micro_batch=micro_batch)
         if self.args.train.dynamic_batch_enable:
@@ -143,6 +149,8 @@ class PolicyTrainer(_ActorPPOTrainer):
         ends = self.actor.model.is_gradient_accumulation_boundary()
         with self.actor.reads(micro_batch):
             status = super().training_step(experience, kl_ctl, step, loss_batch_info)
+        micro_batch.release()  # else hidden states and the teacher's head stay through generation and sleep
+        del self.micro_batch
         self._require_finite(status["metrics"], skipped=ends and not self.actor.model.was_step_applied())
         if self._ends_optimizer_step(step) and self.actor.model.was_step_applied():
             self.hook.openrlhf_optimizer_step(worker=self.worker)
@@ -157,9 +165,9 @@ class PolicyTrainer(_ActorPPOTrainer):
 
     @overrides()
     def broadcast_to_vllm(self) -> None:
-        """Of a LoRA model the engines get merged weights, under the names they know."""
+        """Of a LoRA model the engines get merged weights, under the names of the base model."""
         if self.vllm_engines is None:
-            return  # OpenRLHF asks for it on a restart, engines or not
+            return  # OpenRLHF calls it on a restart, with or without engines
         actor = self.actor
         if not isinstance(actor.model.module, lora.PeftModel):
             return super().broadcast_to_vllm()
@@ -199,7 +207,7 @@ class PolicyTrainer(_ActorPPOTrainer):
         )
 
     def _ends_optimizer_step(self, step: int) -> bool:
-        """Whether micro-batch `step` may end an optimizer step: of dynamic ones the buffer knows, else DeepSpeed."""
+        """Whether micro-batch `step` may end an optimizer step: the buffer decides for dynamic ones, else DeepSpeed."""
         return not self.args.train.dynamic_batch_enable or bool(self.replay_buffer.dynamic_optimizer_step[step])
 
     def _loss_mask_info(self, experience: Any, step: int) -> dict[str, Any]:
@@ -247,11 +255,11 @@ class PolicyTrainer(_ActorPPOTrainer):
         self, log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, **kwargs: Any
     ) -> tuple[Any, ...]:
         micro_batch = self.micro_batch
-        if micro_batch.samples is not None:  # nothing is known to have changed about samples that were not read
+        if micro_batch.sample_mask is not None:  # nothing is known to have changed about samples that were not read
             known = kwargs.get("rollout_log_probs")
             unread = old_log_probs if known is None else known
-            log_probs = torch.where(micro_batch.samples[:, None], log_probs, unread)
-        if not micro_batch.needs["old_log_probs"]:
+            log_probs = torch.where(micro_batch.sample_mask[:, None], log_probs, unread)
+        if not micro_batch.required["old_log_probs"]:
             old_log_probs = log_probs.detach()
         log_probs, advantages = micro_batch.policy_loss_inputs(log_probs, advantages)
         micro_batch.loss, *rest = self.host_loss_fn(log_probs, old_log_probs, advantages, **kwargs)

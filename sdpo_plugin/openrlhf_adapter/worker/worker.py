@@ -11,8 +11,9 @@ import torch.distributed as dist
 from openrlhf.trainer.ray import ppo_actor
 
 from sdpo_plugin import plugins
-from sdpo_plugin.interface.micro_batch import Answers, TeacherModel
-from sdpo_plugin.openrlhf_adapter.patch_points import overrides, seam
+from sdpo_plugin.interface.models import TeacherModel
+from sdpo_plugin.interface.transport import Reports
+from sdpo_plugin.openrlhf_adapter.patch_points import overrides, patch_point
 from sdpo_plugin.openrlhf_adapter.worker import checkpoint, lora
 from sdpo_plugin.openrlhf_adapter.worker.actor import PolicyActor
 from sdpo_plugin.openrlhf_adapter.worker.offload import OffloadedActor
@@ -22,12 +23,12 @@ from sdpo_plugin.openrlhf_adapter.worker.trainer import PolicyTrainer, data_load
 from sdpo_plugin.openrlhf_adapter.worker.zero import MasterWeights
 
 _STRATEGY = "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy"
-seam(f"{_STRATEGY}.load_ckpt")
-seam(f"{_STRATEGY}._read_ckpt_metric")
-seam(f"{_STRATEGY}.get_ds_eval_config", "offload")
+patch_point(f"{_STRATEGY}.load_ckpt")
+patch_point(f"{_STRATEGY}._read_ckpt_metric")
+patch_point(f"{_STRATEGY}.get_ds_eval_config", "offload")
 
 
-_PolicyModelActor: Any = seam("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")
+_PolicyModelActor: Any = patch_point("openrlhf.trainer.ray.ppo_actor:PolicyModelActor")
 
 
 class PolicyWorker(_PolicyModelActor):
@@ -39,7 +40,7 @@ class PolicyWorker(_PolicyModelActor):
     ) -> None:
         self.args, self.pretrain = strategy.args, pretrain
         self.hook = plugins.activate(self.args).hook
-        _bind(partial(self.hook.openrlhf_model, args=self.args))
+        _bind(partial(self.hook.openrlhf_model_built, args=self.args))
         if self.args.ckpt.load_enable:
             checkpoint.mend_latest(os.path.join(self.args.ckpt.path, "_actor"))
             strategy.load_ckpt = checkpoint.flags_win(strategy.load_ckpt)
@@ -48,11 +49,11 @@ class PolicyWorker(_PolicyModelActor):
         self.sleeper = Sleeper()
         if self.args.ds.enable_sleep:  # OpenRLHF has put the optimizer to sleep already
             super().reload_states()
-        self.masters = MasterWeights(self.actor.model)
+        self.master_weights = MasterWeights(self.actor.model)
         self.hook.openrlhf_worker_setup(worker=self)
         if self.checkpoint_states:
-            with open(os.path.join(self.args.ckpt.path, "_actor", "latest")) as latest:
-                path = self._checkpoint(latest.read().strip())
+            directory, universal = os.path.join(self.args.ckpt.path, "_actor"), self.args.ds.use_universal_ckpt
+            path = self._checkpoint(checkpoint.named_latest(directory, universal) or "")
             self.hook.openrlhf_load_checkpoint(worker=self, path=path)
             checkpoint.load_random_state(path, self.rank)  # last, because setting up consumes random numbers
         if self.args.ds.enable_sleep:
@@ -68,13 +69,13 @@ class PolicyWorker(_PolicyModelActor):
         super().reload_states()
         self.sleeper.wake()
 
-    def initial_model(self, offload: bool, follows: bool) -> TeacherModel:
+    def load_initial_model(self, offload: bool, updatable: bool) -> TeacherModel:
         """As it was before training. A LoRA model has it inside: without its adapter, or under a second one."""
         if isinstance(self.actor.model.module, lora.PeftModel):
-            return AdapterTeacher(self, lora.TEACHER if follows else None)
-        return self.model_at(self.pretrain, offload, zero_stage=None)
+            return AdapterTeacher(self, lora.TEACHER if updatable else None)
+        return self.load_model(self.pretrain, offload, zero_stage=None)
 
-    def model_at(self, path: str, offload: bool, zero_stage: int | None) -> TeacherModel:
+    def load_model(self, path: str, offload: bool, zero_stage: int | None) -> TeacherModel:
         """As OpenRLHF builds its reference model."""
         stage = self.args.ds.zero_stage if zero_stage is None else zero_stage
         students, self.strategy.stage = self.strategy.stage, stage
@@ -90,10 +91,10 @@ class PolicyWorker(_PolicyModelActor):
         actor.tap_head()
         return SeparateTeacher(self, actor)
 
-    def take_answers(self) -> Answers:
-        """What this rank has to tell the controller about the rollout batch that it has trained on."""
-        answers = dict(self.trainer.answers)
-        self.trainer.answers.clear()
+    def take_answers(self) -> Reports:
+        """This rank's reports to the controller on the rollout batch that it has trained on."""
+        answers = dict(self.trainer.reports)
+        self.trainer.reports.clear()
         return answers
 
     @property
@@ -126,7 +127,6 @@ class PolicyWorker(_PolicyModelActor):
     def save_model(self) -> None:
         with lora.student_alone(self.actor.model.module):
             super().save_model()
-        self.sleeper.wake()
         self.hook.openrlhf_save_model(worker=self, path=self.args.ckpt.output_dir)
 
     def _checkpoint(self, tag: str) -> str:
@@ -138,7 +138,7 @@ def _bind(on_built: Callable[..., Any]) -> None:
     unheard = [on_built]
 
     def build(pretrain: str, **kwargs: Any) -> PolicyActor:
-        # The first one built is the policy's; a second one is the average of --train.enable_ema.
+        # The first one built is the policy's; a second one is the EMA of --train.enable_ema.
         return PolicyActor(pretrain, on_built=unheard.pop() if unheard else None, **kwargs)
 
     ppo_actor.Actor = build

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.interface.micro_batch import Fragment, pieces
+from sdpo_plugin.interface.models import Fragment, chunks
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
@@ -25,6 +26,48 @@ def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
     # Those that a running forward pass has gathered are DeepSpeed's to release.
     away = [p for p in parameters if is_partitioned(p) and p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
     return deepspeed.zero.GatheredParameters(away, enabled=bool(away))
+
+
+@contextmanager
+def trace_for_scoring(engine: Any) -> Iterator[None]:
+    """Around passes without a gradient of a model that is trained: at ZeRO-3 they have a trace of their own.
+
+    DeepSpeed gathers weights ahead of their use in the order that it traced in the pass before, and discards the trace
+    where the order differs. A teacher's pass between two of the student's would do so in every micro-batch.
+    """
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is None:
+        yield
+        return
+    trained = offload.param_coordinator
+    if not hasattr(offload, "scoring_coordinator"):
+        offload.scoring_coordinator = PartitionedParameterCoordinator(
+            prefetch_bucket_sz=offload._prefetch_bucket_sz,
+            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+            allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
+            inflight_param_registry=offload.module.ds_inflight_param_registry,
+            timers=offload.timers,
+            zero_quantized_weights=offload.zero_quantized_weights,
+            zero_quantized_nontrainable_weights=offload.zero_quantized_nontrainable_weights,
+        )
+        offload.scoring_external = -1
+    scoring, external = offload.scoring_coordinator, _external_parameters(offload.module)
+    if offload.scoring_external != external and scoring.is_complete_trace():
+        scoring._invalidate_trace()
+    offload.param_coordinator = scoring
+    try:
+        yield
+    finally:
+        offload.param_coordinator = trained
+        offload.scoring_external = _external_parameters(offload.module)
+        if offload.scoring_external != external and trained.is_complete_trace():
+            trained._invalidate_trace()
+
+
+def _external_parameters(model: torch.nn.Module) -> int:
+    """How many parameters DeepSpeed has seen modules use that belong to others, such as LoRA's; a trace has them."""
+    return sum(len(getattr(module, "_external_params", ())) for module in model.modules())
 
 
 def exact_frequencies(model: Any) -> None:
@@ -96,7 +139,7 @@ class MasterWeights:
         return found
 
 
-def images(part: Sequence[tuple[str, int, int]], module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def weight_shards(part: Sequence[tuple[str, int, int]], module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """`module`'s own weights at the places of `part` (a rank's in `MasterWeights.layout`); views to read and write."""
     parameters: dict[str, Any] = dict(module.named_parameters())
     found = {}
@@ -123,11 +166,11 @@ def device_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return found
 
 
-def publish(layout: Sequence[Any], module: torch.nn.Module) -> None:
-    """Make what this rank wrote to its `images` known to all ranks, whose fragments are as in `layout`. Collective.
+def sync(layout: Sequence[Any], module: torch.nn.Module) -> None:
+    """Make what this rank wrote to its `weight_shards` known to all ranks (`layout`: their fragments). Collective.
 
     ZeRO-3 modules are sharded alike, so nothing is communicated; others need all-gathers of low-precision values, each
-    of at most `PIECE_BYTES` over all ranks.
+    of at most `MAX_CHUNK_BYTES` over all ranks.
     """
     parameters: dict[str, Any] = dict(module.named_parameters())
     if any(map(is_partitioned, parameters.values())):
@@ -139,25 +182,25 @@ def publish(layout: Sequence[Any], module: torch.nn.Module) -> None:
         return  # ZeRO 0, or a single rank: everyone has written everything
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters.values()))
     longest = max(sum(numel for _, _, numel in part) for part in layout)
-    for piece in pieces(longest, len(layout) * dtype.itemsize):
-        everyone = torch.empty(len(layout), piece.stop - piece.start, dtype=dtype, device=torch.cuda.current_device())
+    for chunk in chunks(longest, len(layout) * dtype.itemsize):
+        everyone = torch.empty(len(layout), chunk.stop - chunk.start, dtype=dtype, device=torch.cuda.current_device())
         mine = torch.empty_like(everyone[0])
-        for values, at in _end_to_end(layout[dist.get_rank()], parameters, piece):
+        for values, at in _end_to_end(layout[dist.get_rank()], parameters, chunk):
             mine[at].copy_(values)
         dist.all_gather_into_tensor(everyone.view(-1), mine)
         for part, gathered_images in zip(layout, everyone, strict=True):
-            for values, at in _end_to_end(part, parameters, piece):
+            for values, at in _end_to_end(part, parameters, chunk):
                 values.copy_(gathered_images[at])
 
 
 def _end_to_end(
-    part: Sequence[tuple[str, int, int]], parameters: Mapping[str, torch.nn.Parameter], piece: slice
+    part: Sequence[tuple[str, int, int]], parameters: Mapping[str, torch.nn.Parameter], chunk: slice
 ) -> Iterator[tuple[torch.Tensor, slice]]:
-    """Of a rank's fragments, laid end to end, those in `piece`: views of the parameters, and where in the piece."""
+    """Of a rank's fragments, laid end to end, those in `chunk`: views of the parameters, and where in the chunk."""
     position = 0
     for name, start, numel in part:
-        begin, end = max(position, piece.start), min(position + numel, piece.stop)
+        begin, end = max(position, chunk.start), min(position + numel, chunk.stop)
         if begin < end:
             values = parameters[name].data.view(-1)[start + begin - position : start + end - position]
-            yield values, slice(begin - piece.start, end - piece.start)
+            yield values, slice(begin - chunk.start, end - chunk.start)
         position += numel

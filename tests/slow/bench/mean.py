@@ -1,4 +1,4 @@
-"""What --distill.mean does where few samples have a context: gradient norms of the quickstart's first step.
+"""What --distill.loss_agg_mode does where few samples have a context: gradient norms of the quickstart's first step.
 
     python tests/slow/bench/mean.py
 
@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo_plugin.config import DistillConfig, RepromptConfig
-from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts, teacher_prompt_ids
+from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts
 from sdpo_plugin.distillation.loss import per_token_loss
+from sdpo_plugin.distillation.teacher_prompt import teacher_prompt_ids
 
 ROOT = Path(__file__).parents[3]
 OUT = ROOT / "runs" / "quickstart"

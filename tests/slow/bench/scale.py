@@ -1,4 +1,4 @@
-"""What larger models and clusters would take, from `sdpo_plugin/memory.py` and the bytes that ZeRO-3 moves.
+"""What larger models and clusters would take, from `launcher/memory.py` and the bytes that ZeRO-3 moves.
 
     python tests/slow/bench/scale.py
 
@@ -26,7 +26,7 @@ def dense(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int
     )  # fmt: skip
 
 
-# name: (configuration, share of the parameters that a token meets)
+# name: (configuration, fraction of the parameters that a token uses)
 MODELS = {
     "4B": (dense(2560, 36, 9728, 32, 8, tied=True), 1.0),
     "8B": (dense(4096, 36, 12288, 32, 8), 1.0),
@@ -66,7 +66,7 @@ def layouts() -> None:
     ):  # fmt: skip
         shape = memory.shape_of(MODELS[name][0], rank, TARGETS)
         parts = memory.policy_worker(arguments(gpus, stage, teacher, offload), shape)
-        kind = f"{teacher}, ZeRO-{stage}{', LoRA 64' * bool(rank)}{', all in host memory' * offload}"
+        kind = f"{teacher}, ZeRO-{stage}{', LoRA 64' * bool(rank)}{', all in CPU memory' * offload}"
         awake, asleep = memory.total(parts)[0] / GB, memory.total(parts, asleep=True)[0] / GB
         print(f"| {name} | {gpus} | {kind} | {awake:.0f} | {asleep:.0f} |")
 

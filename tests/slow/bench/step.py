@@ -1,10 +1,10 @@
-"""A training step of SDPO beside one of GRPO, and one where half of the groups have nothing to learn from.
+"""The step time of SDPO, with and without a context for all groups, and of GRPO.
 
     python tests/slow/bench/step.py [--steps 8] [--hidden 256] [--layers 2] [--tokens 32]
 
-Runs the real host on CPU, two policy ranks, ZeRO-2, on a Llama of 1.2M parameters, 32 samples of up to 32 tokens a
-step. A CPU with bf16 instructions needs more to do: the optimizer and the host's own work hide the rest. Prints the
-medians of the host's own `timing/*` metrics and writes runs/bench/step.json.
+Runs the real OpenRLHF on CPU, two policy ranks, ZeRO-2, with a Llama of 1.2M parameters, 32 samples of up to 32 tokens
+per step. A CPU with bf16 instructions needs a larger model, or the optimizer and OpenRLHF's other work hide the
+difference. Prints the medians of OpenRLHF's `timing/*` metrics and writes runs/bench/step.json.
 """
 
 from __future__ import annotations
