@@ -42,9 +42,7 @@ def test_auto_is_never_a_cpu_where_the_cluster_has_gpus(openrlhf, model, reward,
         openrlhf(model, ROWS, reward, *SDPO, "--platform", "auto", fresh=True)
     said = f"no CUDA here, but the Ray cluster at {cluster.address} has 4 GPUs, so OpenRLHF runs on those"
     assert said in failed.value.output and "running OpenRLHF on CPU" not in failed.value.output
-    assert "OpenRLHF cannot be imported on this machine, where it is started (No module named 'flash_attn')" in str(
-        failed.value
-    )
+    assert "imported on this machine, where the run is started (No module named 'flash_attn')" in str(failed.value)
     assert failed.value.code == 2 and failed.value.seconds < 60
 
 
