@@ -154,7 +154,7 @@ def optimizer_step(case, batches, rank, ranks, dp_group):
 
     trainer = PolicyTrainer.__new__(PolicyTrainer)
     level = worker.args.algo.advantage.is_correction_level
-    trainer.host_loss_fn = PolicyLoss(is_correction_level=level)
+    trainer.policy_loss_fn = PolicyLoss(is_correction_level=level)
     trainer.hook = SimpleNamespace(openrlhf_policy_loss=plugin.openrlhf_policy_loss)
     strategy = SimpleNamespace(ds_device_mesh={"dp": SimpleNamespace(get_group=lambda: dp_group)})
     required = combined_requirements([plugin.openrlhf_requirements(worker.args)])
@@ -166,7 +166,7 @@ def optimizer_step(case, batches, rank, ranks, dp_group):
             trainer._rollout_correction, reports, actor.ring,
         )  # fmt: skip
         plugin.openrlhf_before_forward(micro_batch)
-        with actor.reads(micro_batch):
+        with actor.using(micro_batch):
             found, output = actor(
                 batch.sequences, batch.action_mask, attention_mask=batch.attention_mask, return_output=True,
                 ring_attn_group=actor.ring.group, return_entropy=entropy_coef is not None,

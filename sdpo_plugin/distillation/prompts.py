@@ -257,7 +257,7 @@ def _last_text(parts: list[dict[str, Any]]) -> int:
     raise ValueError("prompt without a user turn of text: its last turn has no part of type 'text'")
 
 
-def prompt_as_read(
+def prompt_as_scored(
     prompt: Messages,
     ids: list[int],
     tokenizer: Any,

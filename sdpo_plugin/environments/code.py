@@ -74,8 +74,8 @@ def make(
     one_of(detail, DETAILS)
 
     def judged(response: str, label: str) -> tuple[float, str | None]:
-        passed, told = judge(response, label, detail, show_private, limits)
-        return float(passed), None if passed else told
+        passed, feedback = judge(response, label, detail, show_private, limits)
+        return float(passed), None if passed else feedback
 
     return reward_function(judged, budget)
 

@@ -60,15 +60,15 @@ def perform(job: dict, space: dict, text: bytes) -> tuple[str, bytes, bytes]:
         child(job, space, text, [given, *(write for _, write in pipes)])
     for fd in (given, *(write for _, write in pipes)):
         os.close(fd)
-    (stdout, stderr, told), end, code = watch(pid, [read for read, _ in pipes], job["limits"], job["isolated"])
+    (stdout, stderr, returned), end, code = watch(pid, [read for read, _ in pipes], job["limits"], job["isolated"])
     for read, _ in pipes:
         os.close(read)
     if end is None:
         end = "ok" if code == 0 else "memory" if code == OUT_OF_MEMORY or b"MemoryError" in stderr else (
             "time" if code == -SIGXCPU else "error" if code > 0 else "died")  # fmt: skip
     if end == "ok":
-        return end, told if job["function"] else stdout, b""
-    error = told or b"".join(line for line in stderr.splitlines(keepends=True) if b"<driver>" not in line)
+        return end, returned if job["function"] else stdout, b""
+    error = returned or b"".join(line for line in stderr.splitlines(keepends=True) if b"<driver>" not in line)
     return end, b"" if job["function"] else stdout[: job["limits"]["output"]], error[-SHOWN:]
 
 
@@ -129,9 +129,9 @@ def child(job: dict, space: dict, text: bytes, fds: list[int], leave=os._exit, w
         prctl(SET_DUMPABLE, 1)
         limit(job)
         refuse_calls(job["filter"])
-        code, told = attempt(job, space, text)
-        while told:
-            told = told[write(3, told) :]
+        code, returned = attempt(job, space, text)
+        while returned:
+            returned = returned[write(3, returned) :]
     except MemoryError:
         code = OUT_OF_MEMORY
     finally:
@@ -190,7 +190,7 @@ def attempt(job: dict, space: dict, text: bytes) -> tuple[int, bytes]:
         if not name and isinstance(error, SystemExit) and error.code in (None, 0):
             finish()
             return 0, b""
-        return 1, tell(error, job["program"]).encode(errors="replace")
+        return 1, describe(error, job["program"]).encode(errors="replace")
 
 
 def call(name: str, space: dict, text: bytes) -> bytes:
@@ -222,7 +222,7 @@ def finish() -> None:
             pass
 
 
-def tell(error: BaseException, program: str) -> str:
+def describe(error: BaseException, program: str) -> str:
     """The exception, with its lines in the program. Its class is the program's, which may run code here."""
     try:
         if isinstance(error, SyntaxError) and error.lineno:

@@ -47,8 +47,8 @@ def reward_function(
 
         found = [judged(response_of(q, p), label) for q, p, label in zip(queries, prompts, labels, strict=True)]
         rewards = torch.tensor([float(reward) for reward, _ in found])
-        told = [None if words is None else cut(words, budget) for _, words in found]
-        return {"rewards": rewards, "scores": rewards, "feedback": told}
+        feedback = [None if words is None else cut(words, budget) for _, words in found]
+        return {"rewards": rewards, "scores": rewards, "feedback": feedback}
 
     reward_func.judge = judge  # type: ignore[attr-defined]  # what the process of `judge_pool` takes of it
     return reward_func

@@ -104,7 +104,7 @@ class Pool:
             raise ValueError(answer["label"])
         if "environment" in answer:
             raise RuntimeError(f"{name}.py cannot judge: {answer['environment']}")
-        return answer["reward"], answer["told"]
+        return answer["reward"], answer["feedback"]
 
     @contextlib.contextmanager
     def _worker(self) -> Iterator[Worker]:
@@ -138,7 +138,7 @@ class Pool:
         if answer is None:
             code = worker.process.returncode
             why = f"that takes more than {self.seconds:g} s" if code == -signal.SIGPROF else f"code {code}"
-            return {"reward": 0.0, "told": f"The response could not be judged: {why}."}
+            return {"reward": 0.0, "feedback": f"The response could not be judged: {why}."}
         worker.left = 0 if answer.pop("spent", False) else worker.left - 1
         return answer
 
@@ -187,16 +187,17 @@ def _prepared(judges: dict[str, Judge], kind: str, name: str, options: dict[str,
 
 def _judged(judge: Judge, response: str, label: Any) -> dict[str, Any]:
     try:
-        reward, told = judge(response, label)
-        return {"reward": float(reward), "told": told}
+        reward, feedback = judge(response, label)
+        return {"reward": float(reward), "feedback": feedback}
     except ImportError as error:
         return {"environment": f"{type(error).__name__}: {error}"}
     except MemoryError:
-        return {"reward": 0.0, "told": "The response could not be judged: that takes too much memory.", "spent": True}
+        feedback = "The response could not be judged: that takes too much memory."
+        return {"reward": 0.0, "feedback": feedback, "spent": True}
     except Exception as error:
         if reason := _fault(judge, label):
             return {"label": reason}
-        return {"reward": 0.0, "told": f"The response could not be judged ({type(error).__name__})."}
+        return {"reward": 0.0, "feedback": f"The response could not be judged ({type(error).__name__})."}
 
 
 def _fault(judge: Judge, label: Any) -> str | None:

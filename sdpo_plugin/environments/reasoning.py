@@ -54,13 +54,13 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
         reward = score(dataset, answer if safe else NOTHING, entry)
         if reward >= 1.0:
             return 1.0, None
-        told = "The answer is wrong." if "\n" in answer or len(answer) > 100 else f"The answer {answer} is wrong."
-        told += f" It scores {reward:.2f} of 1." * (reward > 0)
+        feedback = "The answer is wrong." if "\n" in answer or len(answer) > 100 else f"The answer {answer} is wrong."
+        feedback += f" It scores {reward:.2f} of 1." * (reward > 0)
         if detail != "outcome" and safe and (reason := wrong(name, dataset, answer, entry)):
-            told += f" {reason}"
+            feedback += f" {reason}"
         if detail == "expected" and right is not None:
-            told += f" Right is:\n{right}" if "\n" in right else f" Right is {right}."
-        return reward, printable(told)
+            feedback += f" Right is:\n{right}" if "\n" in right else f" Right is {right}."
+        return reward, printable(feedback)
 
     return reward_function(judge, budget, "reasoning", detail=detail)
 

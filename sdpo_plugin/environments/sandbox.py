@@ -94,10 +94,10 @@ def run(
     sent = _job(isolation, program, inputs, function, limits, stop)
     seconds, most = len(inputs) * (limits.seconds + 1.0) + 5.0, len(inputs) * (limits.output + MIB) + MIB
     with places:
-        told = _told(isolation, sent, seconds, most)
+        raw = _run_driver(isolation, sent, seconds, most)
     outcomes: list[Outcome] = []
-    while told and len(outcomes) < len(inputs):
-        outcome, told = _outcome(told)
+    while raw and len(outcomes) < len(inputs):
+        outcome, raw = _outcome(raw)
         outcomes.append(outcome)
     if len(outcomes) < len(inputs) and (not outcomes or outcomes[-1].end == "ok" or not stop):
         outcomes.append(Outcome("died"))
@@ -118,9 +118,9 @@ def _job(
     return marshal.dumps((_driver(), job))
 
 
-def _outcome(told: bytes) -> tuple[Outcome, bytes]:
+def _outcome(raw: bytes) -> tuple[Outcome, bytes]:
     """The first outcome that the driver reported, and the rest. Nothing that programs may have written is trusted."""
-    head, _, rest = told.partition(b"\n")
+    head, _, rest = raw.partition(b"\n")
     found = re.fullmatch(rb"(ok|error|time|memory|output|died) (\d{1,9}) (\d{1,9})", head)
     if found is None:
         return Outcome("died"), b""
@@ -151,7 +151,7 @@ def _named(program: str) -> list[tuple[str, str]]:
     return [(name, module) for name, module in _prelude().items() if name in words]
 
 
-def _told(isolation: Isolation, job: bytes, seconds: float, most: int) -> bytes:
+def _run_driver(isolation: Isolation, job: bytes, seconds: float, most: int) -> bytes:
     """The output of a sandbox for a job, within the limits of time and size. Its stdin stays open until it ends."""
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="sandbox-") as empty:
@@ -233,7 +233,7 @@ def _works(isolation: Isolation) -> bool:
     limits = replace(Limits(), processes=3)  # the driver, the program and its thread
     try:
         job = _job(isolation, TRIAL, [""], None, limits, True)
-        told = _told(isolation, job, 30.0, MIB)
+        raw = _run_driver(isolation, job, 30.0, MIB)
     except (OSError, SandboxError):
         return False
-    return bool(told) and _outcome(told)[0].output == "works\n"
+    return bool(raw) and _outcome(raw)[0].output == "works\n"

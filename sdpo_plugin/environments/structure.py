@@ -43,12 +43,12 @@ def make(detail: str = "error", budget: int = 600) -> Callable[..., dict[str, An
             reason = "It is nested too deeply." if isinstance(error, RecursionError) else error
             return 0.0, "The response is not JSON." + f" {reason}" * (detail != "outcome")
         try:
-            told = wrong(found, validator, expected, detail)
+            feedback = wrong(found, validator, expected, detail)
         except RecursionError:
-            told = "The JSON cannot be checked: it is nested too deeply, or a $ref of its schema leads to itself."
+            feedback = "The JSON cannot be checked: it is nested too deeply, or a $ref of its schema leads to itself."
         except (Unresolvable, ValueError):  # the latter for a reference that is not a URI
-            told = "The JSON cannot be checked: a $ref leads out of its schema."
-        return (1.0, None) if told is None else (0.0, printable(told))
+            feedback = "The JSON cannot be checked: a $ref leads out of its schema."
+        return (1.0, None) if feedback is None else (0.0, printable(feedback))
 
     return reward_function(judge, budget, "structure", detail=detail)
 
@@ -69,15 +69,15 @@ def wrong(found: Any, validator: Any, expected: Any, detail: str) -> str | None:
     """What is wrong with a value, or None. expected: MISSING if any value is right that fits."""
     errors = sorted(islice(validator.iter_errors(found), MOST), key=lambda e: (len(e.path), str(e.path)))
     if errors:
-        told = "The JSON does not fit its schema."
+        feedback = "The JSON does not fit its schema."
         for error in errors[:3] if detail != "outcome" else ():
-            told += f"\nAt {path(error.absolute_path)}: {error.message}"
-        return told
+            feedback += f"\nAt {path(error.absolute_path)}: {error.message}"
+        return feedback
     if expected is MISSING or (differs := difference(found, expected)) is None:
         return None
     at, got, right = differs
-    told = "The JSON fits its schema, but has another value." + f" At {path(at)}." * (detail != "outcome")
-    return told + f" Expected {shown(right)}, got {shown(got)}." * (detail == "expected")
+    feedback = "The JSON fits its schema, but has another value." + f" At {path(at)}." * (detail != "outcome")
+    return feedback + f" Expected {shown(right)}, got {shown(got)}." * (detail == "expected")
 
 
 def difference(found: Any, wanted: Any, at: tuple[Any, ...] = ()) -> tuple[tuple[Any, ...], Any, Any] | None:
@@ -132,11 +132,11 @@ def check_label(label: Any) -> None:
         raise ValueError("no JSON fits the schema false")
     try:
         check_refs(validator)
-        told = wrong({} if expected is MISSING else expected, validator, expected, "error")
+        feedback = wrong({} if expected is MISSING else expected, validator, expected, "error")
     except RecursionError as error:
         raise ValueError("a schema must not be nested too deeply, and no $ref may lead to itself") from error
-    if told and expected is not MISSING:
-        raise ValueError(f"no JSON can be right: {told}")
+    if feedback and expected is not MISSING:
+        raise ValueError(f"no JSON can be right: {feedback}")
 
 
 reward_func = make()

@@ -57,8 +57,8 @@ def make(detail: str = "error", budget: int = 800) -> Callable[..., dict[str, An
             wrong = compare(parse(response), wanted, detail == "expected")
         except (ValueError, RecursionError) as error:
             reason = "It is nested too deeply." if isinstance(error, RecursionError) else error
-            told = "The response is not a list of calls such as [name(argument=value)]."
-            return 0.0, told if detail == "outcome" else printable(f"{told} {reason}")
+            feedback = "The response is not a list of calls such as [name(argument=value)]."
+            return 0.0, feedback if detail == "outcome" else printable(f"{feedback} {reason}")
         if wrong is None:
             return 1.0, None
         return 0.0, "The calls are wrong." if detail == "outcome" else printable(wrong)
@@ -97,7 +97,7 @@ def check_label(label: Any) -> None:
         if none := [argument for argument, values in arguments.items() if not values]:
             raise ValueError(f"no call can be right: argument {none[0]} of {name} has no right value")
     try:
-        wrong = compare([Call(name, _first(arguments)) for name, arguments in wanted], wanted, told=False)
+        wrong = compare([Call(name, _first(arguments)) for name, arguments in wanted], wanted, show_expected=False)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if wrong:
@@ -116,29 +116,29 @@ def _plain(right: Any) -> Any:
     return [_plain(part) for part in right] if isinstance(right, list) else right
 
 
-def compare(calls: list[Call], wanted: Wanted, told: bool) -> str | None:
-    """What is wrong with the calls, or None. told: with the expected values."""
+def compare(calls: list[Call], wanted: Wanted, show_expected: bool) -> str | None:
+    """What is wrong with the calls, or None. show_expected: with the expected values."""
     if len(calls) != len(wanted):
-        names = f": {', '.join(name for name, _ in wanted)}" * told
+        names = f": {', '.join(name for name, _ in wanted)}" * show_expected
         return f"{len(calls)} calls were made; it takes {len(wanted)}{names}."
     left = list(wanted)
     for i, call in enumerate(calls, 1):
-        reasons = [mismatch(call, name, arguments, told) for name, arguments in left]
+        reasons = [mismatch(call, name, arguments, show_expected) for name, arguments in left]
         if None in reasons:
             del left[reasons.index(None)]
             continue
         named = [reason for reason, (name, _) in zip(reasons, left, strict=True) if reason and name == call.name]
-        right = f" Right is {left[0][0]}." * told
+        right = f" Right is {left[0][0]}." * show_expected
         return f"Call {i}, {call.name}: " + (named[0] if named else f"this function is not to be called.{right}")
     return None
 
 
-def mismatch(call: Call, name: str, wanted: dict[str, list[Any]], told: bool) -> str | None:
+def mismatch(call: Call, name: str, wanted: dict[str, list[Any]], show_expected: bool) -> str | None:
     """How a call differs from a right one, or None."""
     if call.name != name:
         return "another function"
     for argument, values in wanted.items():
-        right = f" Right is {' or '.join(json.dumps(v) for v in values if v != '')}." * told
+        right = f" Right is {' or '.join(json.dumps(v) for v in values if v != '')}." * show_expected
         if argument not in call.arguments:
             if "" in values:
                 continue

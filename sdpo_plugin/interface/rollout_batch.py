@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sdpo_plugin.config import ConfigError, chat_template_kwargs
-from sdpo_plugin.distillation.prompts import FramedText, Messages, prompt_as_read, text_tokenizer
+from sdpo_plugin.distillation.prompts import FramedText, Messages, prompt_as_scored, text_tokenizer
 from sdpo_plugin.interface.transport import ATTACHED, REQUESTED, SCALAR, Reports
 
 
@@ -91,7 +91,7 @@ class RolloutBatch:
         ids = self.prompt_ids(i)
         key = repr((own, ids, text))  # siblings share a prompt
         if key not in self._prompts:
-            self._prompts[key] = prompt_as_read(own, ids, self.tokenizer, chat_template_kwargs(self.args), text)
+            self._prompts[key] = prompt_as_scored(own, ids, self.tokenizer, chat_template_kwargs(self.args), text)
         return self._prompts[key]
 
     def prompt_ids(self, i: int) -> list[int]:

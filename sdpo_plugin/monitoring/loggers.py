@@ -147,7 +147,7 @@ def numbers(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     return found
 
 
-def asked(args: Any) -> dict[str, Callable[[Any, str | None], Tracker]]:
+def requested(args: Any) -> dict[str, Callable[[Any, str | None], Tracker]]:
     """The loggers that the arguments request, by the library's name."""
     found: dict[str, Callable[[Any, str | None], Tracker]] = {}
     if args.logger.mlflow.uri:
@@ -173,7 +173,7 @@ def openrlhf_configure(args: Any) -> None:
     args.logger.swanlab.dir = os.path.abspath(args.logger.swanlab.dir)
     flags = {"mlflow": f"--logger.mlflow.uri {args.logger.mlflow.uri}",
              "swanlab": f"--logger.swanlab.mode {args.logger.swanlab.mode}"}  # fmt: skip
-    for name in asked(args):
+    for name in requested(args):
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"{flags[name]}: {name} is not installed; pip install 'openrlhf-sdpo[{name}]'")
 
@@ -182,7 +182,7 @@ def openrlhf_configure(args: Any) -> None:
 def openrlhf_load_controller_state(states: dict[str, Any], args: Any) -> None:
     """Called once in every run, on the controller."""
     before = states.get(STATE, {})
-    for name, start in asked(args).items():
+    for name, start in requested(args).items():
         try:
             _runs[name] = start(args, before.get(name))
         except Exception as error:

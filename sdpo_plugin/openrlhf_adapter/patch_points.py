@@ -119,4 +119,5 @@ def check_flags(known: Collection[str]) -> None:
 
 def cannot_be_extended(problems: str) -> str:
     tested = ", ".join(TESTED)
-    return f"openrlhf {version('openrlhf')} cannot be extended; tested with {tested}. Patch points that changed:\n{problems}"
+    installed = f"openrlhf {version('openrlhf')} cannot be extended; tested with {tested}"
+    return f"{installed}. Patch points that changed:\n{problems}"

@@ -91,17 +91,17 @@ def _become(client: socket.socket) -> None:
         received += data
         for _, _, descriptors in ancillary:
             numbers.frombytes(descriptors)
-    asked = json.loads(received)
+    request = json.loads(received)
     os.dup2(client.fileno(), 200)  # out of the way of the numbers that the client needs
     client.detach()
     client = socket.socket(fileno=200)
     copies = [os.dup(n) for n in numbers]
-    for copy, wanted in zip(copies, asked["files"], strict=True):
+    for copy, wanted in zip(copies, request["files"], strict=True):
         os.dup2(copy, wanted)
     sys.stdin = open(0, closefd=False)
     os.environ.clear()
-    os.environ.update(asked["environment"])
-    os.chdir(asked["directory"])
+    os.environ.update(request["environment"])
+    os.chdir(request["directory"])
 
     import multiprocessing.spawn
     import runpy
@@ -113,7 +113,7 @@ def _become(client: socket.socket) -> None:
     threading.Thread(target=lambda: client.recv(1) or os._exit(1), daemon=True).start()  # the client was killed
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     multiprocessing.spawn.set_executable(os.environ[EXECUTABLE])
-    code, sys.argv = 0, asked["arguments"]
+    code, sys.argv = 0, request["arguments"]
     try:
         if sys.argv[0] == "-c":
             exec(sys.argv.pop(1), {"__name__": "__main__"})
@@ -153,8 +153,8 @@ def _ask(address: str, arguments: list[str]) -> int:
                 if number != server.fileno():
                     files.append(number)
         server.connect("\0" + address)
-        asked = {"arguments": arguments, "files": files, "environment": dict(os.environ), "directory": os.getcwd()}
-        socket.send_fds(server, [json.dumps(asked).encode() + b"\n"], files)
+        request = {"arguments": arguments, "files": files, "environment": dict(os.environ), "directory": os.getcwd()}
+        socket.send_fds(server, [json.dumps(request).encode() + b"\n"], files)
         answer = server.recv(16)
     return int(answer) if answer else 1  # killed
 

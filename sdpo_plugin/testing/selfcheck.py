@@ -207,8 +207,8 @@ class Runs:
             done = subprocess.run(command, stdout=log, stderr=log, timeout=TIMEOUT, start_new_session=True)
         if done.returncode:
             lines = (out / "log.txt").read_text().rstrip().splitlines()
-            told = [i for i, line in enumerate(lines) if line.startswith("openrlhf-sdpo: error:")]
-            raise RuntimeError(" ".join(lines[told[-1] if told else -1 :])[:500])
+            errors = [i for i, line in enumerate(lines) if line.startswith("openrlhf-sdpo: error:")]
+            raise RuntimeError(" ".join(lines[errors[-1] if errors else -1 :])[:500])
         return out
 
     def killed(self, *flags: str) -> Path:
@@ -287,7 +287,7 @@ def runs(platform: str, recipe: list[str], directory: Path) -> Iterator[tuple[st
     yield "resume after a kill", resume
 
 
-def tell(about: str, passed: bool | None, found: str) -> None:
+def record(about: str, passed: bool | None, found: str) -> None:
     status = "pass" if passed or passed is None else "fail"
     print(json.dumps({"about": about, "status": status, "found": found}), flush=True)
 
@@ -300,13 +300,13 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = cluster.HIDDEN
         cpu.enable()
     for finding in losses(platform):
-        tell(*finding)
+        record(*finding)
     with tempfile.TemporaryDirectory(prefix="openrlhf-sdpo-doctor-") as directory:
         for about, find in runs(platform, recipe, Path(directory)):
             try:
-                tell(about, *find())
+                record(about, *find())
             except Exception as error:
-                tell(about, False, f"{type(error).__name__}: {error}")
+                record(about, False, f"{type(error).__name__}: {error}")
                 if about == "two steps of SDPO":
                     break  # the others would end alike
 

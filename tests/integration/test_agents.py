@@ -34,7 +34,7 @@ class AgentExecutor(MultiTurnAgentExecutor):
 """
 
 
-def test_the_teacher_reads_what_reset_gave_the_student(openrlhf, model, monkeypatch, tmp_path):
+def test_the_teacher_scores_what_reset_gave_the_student(openrlhf, model, monkeypatch, tmp_path):
     from transformers import AutoTokenizer
 
     (tmp_path / "agent.py").write_text(AGENT)

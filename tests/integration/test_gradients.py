@@ -169,14 +169,14 @@ def test_the_ranks_of_a_ring_share_the_tokens_of_a_pass(probed):
     assert torch.load(f"{ring}.teacher0") == torch.load(f"{ring}.teacher1") == half
 
 
-def test_samples_without_a_context_are_not_read_and_the_others_dealt_evenly(probed, of_one_rank):
+def test_samples_without_a_context_are_not_scored_and_the_others_dealt_evenly(probed, of_one_rank):
     """Half of sixteen samples have one: two in each of the two micro-batches of either rank."""
     out = probed(*ZERO[2], "--rollout.micro_batch_size", "2")
     assert [torch.load(f"{out}.read{rank}") for rank in (0, 1)] == [[2, 2], [2, 2]]
     assert distance(torch.load(out)[0], of_one_rank) <= 1e-5
 
 
-def test_the_teacher_reads_in_passes_of_so_many_tokens(probed):
+def test_the_teacher_scores_in_passes_of_so_many_tokens(probed):
     """Three samples with a context on two ranks: at ZeRO-3 one waits for the other's second pass."""
     whole, parts = probed(*ZERO[2], n=3), probed(*ZERO[3], "--teacher.max_tokens_per_gpu", "1", n=3)
     passes = [[torch.load(f"{out}.teacher{rank}") for rank in (0, 1)] for out in (whole, parts)]

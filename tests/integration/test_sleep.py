@@ -84,6 +84,6 @@ def test_an_asynchronous_run_shares_what_deepspeed_has(openrlhf, model, reward):
     assert len(run.metrics["train/policy_loss"]) == 2 and run.metrics["train/teacher/ema_distance"][-1][1] > 0
 
 
-def test_what_deepspeed_cannot_put_to_sleep_is_refused(openrlhf, model, reward):
+def test_what_deepspeed_cannot_put_to_sleep_is_rejected(openrlhf, model, reward):
     with pytest.raises(RunFailed, match="--ds.enable_sleep: DeepSpeed can do it from --ds.zero_stage 1 on; give"):
         openrlhf(model, ROWS, reward, *SDPO, *ZERO[0], *SHARED)

@@ -27,7 +27,9 @@ def many_steps(recorded, tmp_path_factory):
 
 
 @pytest.mark.parametrize("zero", cases(STAGES, "zero2", "zero3"))
-def test_the_average_is_the_one_in_float64(openrlhf, model, reward, recorded, many_steps, monkeypatch, tmp_path, zero):
+def test_the_ema_teacher_equals_one_in_float64(
+    openrlhf, model, reward, recorded, many_steps, monkeypatch, tmp_path, zero
+):
     run = openrlhf(
         model, ROWS, reward, *SDPO, *zero, "--actor.adam.lr", "1e-6", "--testing.replay", str(many_steps),
         "--probe.out", str(tmp_path / "found"), "--probe.piece_bytes", str(MAX_CHUNK_BYTES),

@@ -73,7 +73,7 @@ def tokens(model):
     return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_the_teacher_reads_each_turn_behind_what_was_said_about_it(played, tokens):
+def test_the_teacher_scores_each_turn_after_its_own_feedback(played, tokens):
     run, steps, read, _ = played
     expected, scored, sampled = [], 0, 0
     for sample in run.samples[0]:

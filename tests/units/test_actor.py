@@ -117,7 +117,7 @@ def test_what_the_head_computes_is_an_output_of_the_model():
 
 
 @pytest.mark.usefixtures("device")
-def test_passes_of_few_tokens_read_what_one_reads():
+def test_passes_of_few_tokens_equal_one_pass():
     torch.manual_seed(0)
     actor = tapped()
     ids = torch.randint(0, 16, (5, 9))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from sdpo_plugin import plugins
 from sdpo_plugin.config import RepromptConfig
 from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts
-from sdpo_plugin.distillation.prompts import prompt_as_read
+from sdpo_plugin.distillation.prompts import prompt_as_scored
 from sdpo_plugin.distillation.teacher_prompt import teacher_prompt_ids
 
 
@@ -32,7 +32,7 @@ def test_the_context_of_a_plain_prompt_is_inside_the_input_template(model):
     assert prompt == "User: What is {x} in {}?\nAssistant:"
 
     own = tokenizer(str(prompt))["input_ids"]
-    read = prompt_as_read(prompt_messages(records.rows[0], args), own, tokenizer)
+    read = prompt_as_scored(prompt_messages(records.rows[0], args), own, tokenizer)
     (context,) = build_teacher_contexts([Rollout(0, read, "", 0.0, "{y}")], RepromptConfig())
     shown = tokenizer.decode(teacher_prompt_ids(context, tokenizer, RepromptConfig())[0])
     assert shown.startswith("User: What is {x} in {}?\n") and shown.endswith("original question.\nAssistant:")

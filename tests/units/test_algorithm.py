@@ -37,7 +37,7 @@ def per_token(micro_batch) -> float:
 
 
 @pytest.mark.usefixtures("device")
-def test_everything_behind_the_prompt_is_replayed():
+def test_everything_after_the_prompt_is_replayed():
     reads = [ScoringRequest(i, PROMPTS[i], ACTION[i].bool()) for i in range(2)]
     sequences, attention, rows, scored = teacher_inputs(SEQUENCES, ACTION, reads)
     assert sequences.tolist() == [[7, 7, 7, 7, 2, 11, 12, 13], [8, 5, 21, 22, 9, 9, 23, 0]]
@@ -75,7 +75,7 @@ def test_the_loss_is_the_definition_on_the_tokens_with_a_context(mode):
 
 
 @pytest.mark.usefixtures("device")
-def test_samples_without_a_context_are_read_only_where_something_else_wants_them():
+def test_samples_without_a_context_are_scored_only_where_something_else_requires_them():
     worker = fake_worker()
     got = step(worker, algorithm(worker))
     assert got.sample_mask.tolist() == [True, True, False] and len(got.head_output.log_probs) == 6
@@ -104,7 +104,7 @@ def corrected(level):
         ({"algo": {"kl": SimpleNamespace(use_loss=False, init_coef=0.1)}}, True), ({"distill": {"weight": 0.0}}, True),
     ],
 )  # fmt: skip
-def test_old_log_probabilities_are_made_only_where_something_reads_them(options, wanted):
+def test_old_log_probabilities_are_made_only_where_something_uses_them(options, wanted):
     assert combined_requirements([needs(**options)])["old_log_probs"] is wanted
 
 
@@ -121,7 +121,7 @@ def test_what_one_plugin_needs_is_there_whoever_else_has_no_use_for_it():
 
 
 @pytest.mark.usefixtures("device")
-def test_log_probabilities_that_nobody_needs_can_be_read_but_not_differentiated():
+def test_log_probabilities_that_nobody_requires_can_be_used_but_not_differentiated():
     worker = fake_worker()
     got = step(worker, algorithm(worker))
     assert got.log_probs.sum() < 0
@@ -445,8 +445,8 @@ def test_a_vocabulary_is_not_rebuilt_for_each_sample(rollout_batch, monkeypatch)
 
 
 def test_siblings_share_what_was_made_of_their_prompt(rollout_batch, monkeypatch):
-    made, own = [], rollout_module.prompt_as_read
-    monkeypatch.setattr(rollout_module, "prompt_as_read", lambda *args: (made.append(1), own(*args))[1])
+    made, own = [], rollout_module.prompt_as_scored
+    monkeypatch.setattr(rollout_module, "prompt_as_scored", lambda *args: (made.append(1), own(*args))[1])
     rollout_batch(["right", "wrong"] * 8, [1.0, 0.0] * 8)
     assert len(made) == 1
 
@@ -477,7 +477,7 @@ def test_a_checkpoint_without_a_teacher_is_named(tmp_path):
         algorithm(worker).openrlhf_load_checkpoint(worker, str(tmp_path))
 
 
-def test_prompts_without_a_user_turn_are_refused_before_training():
+def test_prompts_without_a_user_turn_are_rejected_before_training():
     rows = {"prompt": [[{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]]}
     args = fake_worker().args
     with pytest.raises(ConfigError, match="--data.input_key prompt: row 1 has no user turn at its end"):

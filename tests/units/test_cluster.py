@@ -70,11 +70,11 @@ WITH_REFERENCE = {"algo": {"kl": SimpleNamespace(init_coef=0.1)}}
           "train": {"colocate_critic_reward": True}}, {"actor": 8, "vllm": 8, "critic": 8}),
     ],
 )  # fmt: skip
-def test_the_gpus_that_openrlhf_asks_for(changed, expected):
+def test_the_gpus_that_openrlhf_requests(changed, expected):
     assert cluster.gpus_needed(arguments(**changed)) == expected
 
 
-def test_too_few_gpus_are_told_before_ray_waits_for_them():
+def test_too_few_gpus_are_reported_before_ray_waits_for_them():
     cluster.require_gpus(arguments(), CLUSTER, cpu=False)
     with pytest.raises(ConfigError, match=r"24 GPUs \(actor 8, ref 8, vllm 8\), and the Ray cluster .* has 16"):
         cluster.require_gpus(arguments(**WITH_REFERENCE), CLUSTER, cpu=False)

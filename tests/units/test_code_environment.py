@@ -64,12 +64,12 @@ def test_what_programs_may_use_without_importing_it_and_import(program, printed)
         ("import os; os.kill(os.getpid(), 9)", "it was killed, or ended itself without a result"),
     ],
 )
-def test_what_is_wrong_is_told(program, expected):
+def test_what_is_wrong_is_reported(program, expected):
     passed, told = judged(program)
     assert not passed and expected in told
 
 
-def test_how_much_is_told():
+def test_how_much_is_reported():
     label = json.dumps({"public_test_cases": [{"input": "1", "output": "2"}],
                         "private_test_cases": json.dumps([{"input": "7", "output": "14"}])})  # fmt: skip
     wrong = "print(2)"  # right for the public test
@@ -234,7 +234,7 @@ print(json)""",
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_none_gets_through_and_each_is_told_something(name):
+def test_none_gets_through_and_each_gets_a_messagemething(name):
     began = time.monotonic()
     passed, told = judged(HOSTILE[name])
     assert not passed and told and time.monotonic() - began < 15
@@ -260,7 +260,7 @@ def test_twenty_short_programs_a_second():
     assert all(passed for passed, _ in results) and rate > 5  # 20 on a quiet machine; CI's is not
 
 
-def test_without_a_sandbox_it_is_refused(monkeypatch):
+def test_without_a_sandbox_it_is_rejected(monkeypatch):
     monkeypatch.setattr(sandbox, "_bubblewrap", lambda: None)
     with pytest.raises(sandbox.SandboxError, match="there is no sandbox for untrusted programs on this machine"):
         judged("print(1)")

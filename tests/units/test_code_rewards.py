@@ -112,7 +112,7 @@ def test_inputs_are_whole():
         ("import os\nos.abort()", "it was killed, or ended itself without a result"),
     ],
 )
-def test_what_is_told_of_an_odd_exception(program, told):
+def test_what_is_reported_of_an_odd_exception(program, told):
     passed, said = judged(program, detail="error")
     assert not passed and told in said and "<driver>" not in said
     said.encode()

@@ -78,7 +78,7 @@ def test_checks_are_taken_at_the_interval():
     assert not monitor(on_collapse="off").due()
 
 
-def test_a_sinking_gain_is_a_collapse_and_slows_the_average():
+def test_a_falling_context_kl_is_a_collapse_and_slows_the_ema():
     w = monitor()
     assert w.slowed(0.05) == 0.05
     for kl in (2.0, 2.1, 1.9, 2.0):
@@ -122,7 +122,7 @@ def test_checks_without_a_context_kl_are_no_reference():
     assert old.drift(4.0) == 1.0 and old.drift(8.0) == 8 / 6
 
 
-def test_warnings_are_metrics_where_it_looked():
+def test_warnings_are_metrics_of_the_steps_that_were_checked():
     w = monitor(patience=2)
     rung = []
     for kl in (2.0, 2.0, 2.0, 0.1, 0.1, 0.1, 0.1):

@@ -36,7 +36,7 @@ from sdpo_plugin.distillation.context import (
     context_metrics,
     context_showing,
 )
-from sdpo_plugin.distillation.prompts import FramedText, prompt_as_read, rendered
+from sdpo_plugin.distillation.prompts import FramedText, prompt_as_scored, rendered
 from sdpo_plugin.distillation.teacher_prompt import TeacherPrompts, teacher_prompt_ids
 
 DATA = Path(__file__).parents[1] / "data"
@@ -297,7 +297,7 @@ def test_what_is_not_text_is_an_error_with_its_type_and_the_fix(name, value):
         build_teacher_contexts([rollout(**{name: value})], SDPO)
 
 
-def test_feedback_that_is_not_wanted_is_not_looked_at():
+def test_feedback_that_is_not_wanted_is_ignored():
     config = RepromptConfig(use_feedback=False)
     batch = [rollout(feedback={"line": 3}), rollout(feedback="text")]
     contexts = build_teacher_contexts(batch, config)
@@ -547,7 +547,7 @@ def test_what_an_agent_made_of_the_prompt_is_read_with_the_context_in_the_users_
         before, after = whole.split("the answer?")
         plain = plain_ids(whole, tokenizer)
         for left_alone in (plain, plain[2:]):  # OpenRLHF cuts what leaves no room
-            assert prompt_as_read(prompt, left_alone, tokenizer) is prompt
+            assert prompt_as_scored(prompt, left_alone, tokenizer) is prompt
         for start, text, end in (
             (before, "the answer?", after + "the error is on line 3"),
             ("the error is on line 3" + before, "the answer?", after),
@@ -559,7 +559,7 @@ def test_what_an_agent_made_of_the_prompt_is_read_with_the_context_in_the_users_
         ):
             if whole == "the answer?":  # no frame: all of it is the user's
                 start, text, end = "", start + text + end, ""
-            read = prompt_as_read(prompt, plain_ids(start + text + end, tokenizer), tokenizer)
+            read = prompt_as_scored(prompt, plain_ids(start + text + end, tokenizer), tokenizer)
             context = build_teacher_contexts([rollout(messages=read, privileged_context="42")], SDFT)[0]
             expected = start + f"{text}\n\nA reference:\n42\n\nNow answer yourself." + end
             assert teacher_prompt_ids(context, tokenizer, SDFT)[0] == plain_ids(expected, tokenizer)
@@ -718,7 +718,7 @@ def test_which_side_is_cut(tokenizers, truncation, start, end):
     assert WORDY.startswith(first[first.index(before) + len(before) :]) and WORDY.endswith(last.removesuffix(after))
 
 
-def test_a_section_that_is_named_twice_is_cut_in_two_places(tokenizers):
+def test_a_section_that_is_named_twice_is_truncated_in_two_places(tokenizers):
     tokenizer, config = tokenizers["qwen3"], replace(ALL, max_len=150)
     config = replace(config, template="{prompt}{feedback}|{privileged_context}|{feedback}!")
     shown = {"feedback": WORDY[:50], "privileged_context": "p" * 10_000}
@@ -743,7 +743,7 @@ def test_a_prompt_that_is_too_long_may_be_an_error(tokenizers):
     assert teacher_prompt_ids(context, tokenizers["qwen3"], enough) == (whole, {})
 
 
-def test_sections_are_cut_together_and_go_with_their_frames(tokenizers):
+def test_sections_are_truncated_together_and_go_with_their_frames(tokenizers):
     config = replace(SDPO, feedback_only_without_solution=False)
     context = teacher(WORDY, "boom " * 50, config=config)
 
@@ -769,7 +769,7 @@ def test_sections_are_cut_together_and_go_with_their_frames(tokenizers):
     max_len=st.integers(1, 300), truncation=st.sampled_from(["right", "left", "middle"]),
     family=st.sampled_from(["qwen3", "llama3"]),
 )
-def test_cut_keeps_question_closing_and_characters(tokenizers, texts, max_len, truncation, family):
+def test_truncation_keeps_question_closing_and_characters(tokenizers, texts, max_len, truncation, family):
     tokenizer, config = tokenizers[family], replace(ALL, max_len=max_len, truncation=truncation)
     question = "What is the answer?"
     context = teacher(*texts, messages=user(question))
@@ -790,7 +790,7 @@ def test_cut_keeps_question_closing_and_characters(tokenizers, texts, max_len, t
 
 
 @pytest.mark.parametrize("truncation", ["right", "left", "middle"])
-def test_a_cut_does_not_leave_half_a_character(tokenizers, truncation):
+def test_truncation_does_not_leave_half_a_character(tokenizers, truncation):
     for max_len in range(150, 158):  # four tokens a character: some of these limits fall inside one
         config = RepromptConfig(max_len=max_len, truncation=truncation)
         ids, truncated = teacher_prompt_ids(teacher(feedback="\U0001f600" * 99), tokenizers["qwen3"], config)

@@ -65,7 +65,7 @@ def test_labels_reach_reward_functions_as_the_file_has_them(tmp_path, read, labe
 
 
 @pytest.mark.parametrize("bad", ["train", "eval"])
-def test_labels_of_both_data_sets_are_read_before_a_run(tmp_path, read, monkeypatch, bad):
+def test_labels_of_both_datasets_are_checked_before_a_run(tmp_path, read, monkeypatch, bad):
     from sdpo_plugin import ConfigError, plugins
     from sdpo_plugin.environments import label_check
     from sdpo_plugin.openrlhf_adapter.launcher import preflight

@@ -151,7 +151,7 @@ def test_a_trainer_holds_nothing_of_a_micro_batch_that_is_over(monkeypatch):
     trainer.worker = SimpleNamespace(ranks=1, rank=0)
     trainer.args = SimpleNamespace(train=train, ds=SimpleNamespace(param_dtype="bf16"))
     trainer.hook, trainer.required, trainer.reports = hook, {}, {}
-    trainer.actor = SimpleNamespace(model=engine, ring=OneRank(), reads=lambda _: contextlib.nullcontext())
+    trainer.actor = SimpleNamespace(model=engine, ring=OneRank(), using=lambda _: contextlib.nullcontext())
     trainer._mean = lambda *_, **__: None
     gc.disable()
     try:

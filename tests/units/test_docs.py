@@ -283,7 +283,7 @@ def test_a_message_is_one_that_the_code_says(message):
     assert any(message in text for text in said())
 
 
-def test_every_warning_of_the_watch_is_on_the_page():
+def test_every_warning_of_the_collapse_monitor_is_on_the_page():
     tree = ast.parse((ROOT / "sdpo_plugin/monitoring/collapse.py").read_text())
     warnings = [
         " ".join((text_of(node.args[2]) or "").split())

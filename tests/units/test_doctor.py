@@ -83,7 +83,7 @@ def test_the_users_rows_are_written_on_request_only(tmp_path):
         doctor.write(report, "/proc/x.json", False)
 
 
-def test_a_broken_run_is_told_all_at_once(examine, tmp_path, flags, model):
+def test_a_broken_run_is_reported_whole(examine, tmp_path, flags, model):
     import shutil
 
     plain = tmp_path / "plain"
@@ -122,7 +122,7 @@ def test_rows_that_the_chat_template_refuses_are_a_failed_check(tmp_path, flags,
 
 
 @pytest.mark.check
-def test_another_version_and_a_seam_that_moved(tmp_path):
+def test_another_version_and_a_patch_point_that_moved(tmp_path):
     """In an interpreter of its own, which finds them as it starts."""
     other = tmp_path / "openrlhf-0.9.0.dist-info"
     other.mkdir()
@@ -139,7 +139,7 @@ def test_another_version_and_a_seam_that_moved(tmp_path):
     assert statuses(report)["patch points"] == "fail" and "NaiveReplayBuffer.setup_dynamic_batch: not found" in shown
 
 
-def test_a_missing_start_up_hook_is_told(monkeypatch, tmp_path):
+def test_a_missing_start_up_hook_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
     (found,) = [check for check in doctor.versions() if check.about == "start-up hook"]
     assert found.status == doctor.WARN and "use openrlhf-sdpo train" in found.found

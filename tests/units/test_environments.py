@@ -18,7 +18,7 @@ from sdpo_plugin.environments import choice, feedback, maths, published, sandbox
 from sdpo_plugin.environments.feedback import response_of, without_end_tokens
 
 
-def test_a_choice_is_told_to_be_wrong_and_right_only_if_asked():
+def test_a_choice_is_reported_as_wrong_and_right_only_if_asked():
     assert asked(choice, "The answer is B", "B") == (1.0, None)
     assert asked(choice, "The answer is C", "B") == (0.0, "The choice C is wrong.")
     assert asked(choice, "The answer is C", "(B)", detail="expected")[1] == "The choice C is wrong. Right is B."
@@ -39,7 +39,7 @@ SCHEMA = {
 }  # fmt: skip
 
 
-def test_json_is_told_where_it_does_not_fit():
+def test_json_is_reported_where_it_does_not_fit():
     label = json.dumps(SCHEMA)
     assert asked(structure, '```json\n{"city": "Oslo", "days": 2}\n```', label) == (1.0, None)
     told = asked(structure, '{"city": "Oslo", "days": 0, "hotel": 1}', label)[1]
@@ -48,7 +48,7 @@ def test_json_is_told_where_it_does_not_fit():
     assert asked(structure, "{}", label, detail="outcome") == (0.0, "The JSON does not fit its schema.")
 
 
-def test_json_is_told_where_it_differs():
+def test_json_is_reported_where_it_differs():
     label = json.dumps({"schema": {}, "value": {"city": "Oslo", "days": [1, 2]}})
     assert asked(structure, '{"days": [1.0, 2], "city": "Oslo"}', label)[0] == 1.0
     assert asked(structure, '{"city": "Oslo", "days": [1, 3]}', label)[1].endswith("has another value. At $.days[1].")
@@ -94,7 +94,7 @@ def test_right_calls(response):
         ('{"name": 3}', "not a list of calls"), ("[" * 9999, "not a list of calls"),
     ],
 )  # fmt: skip
-def test_wrong_calls_are_told_apart(response, told):
+def test_wrong_calls_are_distinguished(response, told):
     reward, feedback = asked(tools, response, WEATHER, detail="expected")
     assert reward == 0.0 and told in feedback
     if "Right is" in told:
@@ -198,7 +198,7 @@ def usable(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_as_openrlhf_alone_loads_and_asks_it(name):
+def test_as_openrlhf_alone_loads_and_calls_it(name):
     """By its path, one query at a time, with special tokens; of the rest of the plugin only what reads thoughts."""
     response, label = RIGHT[usable(name)]
     path = Path(environments.__file__).with_name(f"{name}.py")
@@ -279,7 +279,7 @@ def told(environment, response, label, **options):
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_the_page_shows_what_environments_tell(section):
+def test_the_page_shows_the_feedback_of_environments(section):
     name = usable(SHOWN[section])
     modules = {name: importlib.import_module(f"sdpo_plugin.environments.{name}")}
     text = SECTIONS[section].replace("\n```\n", "\n\n")  # what a fence ends is not expected
@@ -292,6 +292,6 @@ def test_the_page_shows_what_environments_tell(section):
 
 
 @pytest.mark.parametrize("environment", [choice, maths, structure, tools])
-def test_an_unknown_detail_is_refused(environment):
+def test_an_unknown_detail_is_rejected(environment):
     with pytest.raises(ValueError, match="detail everything: choose one of outcome, "):
         environment.make(detail="everything")

@@ -117,7 +117,7 @@ def test_the_message_names_the_file_with_everything(tmp_path, monkeypatch):
     assert failures.format_error(ConfigError("--x 1: no")) == (SETTINGS, "openrlhf-sdpo: error: --x 1: no")
 
 
-def test_no_secret_is_told_and_only_its_owner_reads_the_file(tmp_path, monkeypatch):
+def test_no_secret_is_reported_and_only_its_owner_reads_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: str(tmp_path))
     error = ValueError("no answer from https://me:sesame@h/x, namespace(key='sesame'), half \ud83d")
     _, message = failures.format_error(error)

@@ -471,7 +471,7 @@ def test_the_second_weight_of_a_teacher_s_head_adds_its_logits():
     torch.testing.assert_close(got.loss, expected)
 
 
-def test_heads_of_different_size_are_refused():
+def test_heads_of_different_size_are_rejected():
     case = Case()
     teacher = Head(case.teacher_head.weight, vocab_size=17)
     with pytest.raises(ValueError, match="21 tokens and the teacher's 17"):

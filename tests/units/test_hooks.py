@@ -31,7 +31,7 @@ def test_every_hook_has_its_place_on_the_page():
     assert "def openrlhf_algorithms" in found["early"]
 
 
-def test_what_is_active_is_told_as_the_page_says(tmp_path):
+def test_what_is_active_is_reported_as_the_page_says(tmp_path):
     (tmp_path / "toy.py").write_text(modules()["toy"])
     shown = run("sdpo_plugin", "plugins", "--plugins", "toy", path=tmp_path).stdout
     expected = re.search(r"--plugins toy\n(.*?)```", PAGE, re.DOTALL)[1]

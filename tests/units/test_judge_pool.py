@@ -77,7 +77,7 @@ def test_a_process_is_reused_and_knows_neither_torch_nor_open_files(pool):
             assert len(os.listdir(proc / "fd")) == 4  # stdin, stdout, stderr, and the connection
 
 
-def test_a_response_too_long_to_be_judged_is_told_so(pool):
+def test_a_response_too_long_to_be_judged_gets_a_message(pool):
     told = f"The response is too long to be judged: {LENGTH + 1} characters; at most {LENGTH} are read."
     assert judged(pool, "1" * (LENGTH + 1)) == (0.0, told)
     assert not pool.idle
@@ -148,8 +148,8 @@ def raising(error, of_label=False):
 
 @pytest.mark.parametrize("error", [RecursionError(), StopIteration(), KeyError("x"), ZeroDivisionError()])
 def test_what_a_judge_raises_over_a_response_is_no_reward(error):
-    told = f"The response could not be judged ({type(error).__name__})."
-    assert judge_pool._judged(raising(error), "7", "7") == {"reward": 0.0, "told": told}
+    feedback = f"The response could not be judged ({type(error).__name__})."
+    assert judge_pool._judged(raising(error), "7", "7") == {"reward": 0.0, "feedback": feedback}
 
 
 def test_what_a_judge_raises_over_a_label_names_it():
@@ -162,7 +162,7 @@ def test_what_a_judge_raises_over_a_label_names_it():
 
 def test_a_process_that_ran_out_of_memory_is_replaced(pool):
     answer = judge_pool._judged(raising(MemoryError()), "7", "7")
-    assert answer["reward"] == 0.0 and "too much memory" in answer["told"] and answer["spent"]
+    assert answer["reward"] == 0.0 and "too much memory" in answer["feedback"] and answer["spent"]
 
 
 def test_a_library_that_is_missing_is_an_error():

@@ -82,7 +82,7 @@ def test_a_hostile_label_is_killed_and_the_others_are_read(mine, monkeypatch):
     ]
 
 
-def test_a_long_data_set_is_read_as_far_as_there_is_time(mine, monkeypatch, capsys):
+def test_a_long_dataset_is_checked_as_far_as_there_is_time(mine, monkeypatch, capsys):
     clock = iter(range(10**6))
     monkeypatch.setattr(label_check, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     check(list(range(1000)), str(mine))

@@ -75,7 +75,7 @@ def test_the_launcher_shows_its_arguments_without_secrets(capsys):
     )
 
 
-def test_a_cpu_is_not_asked_for_what_needs_a_gpu(openrlhf, tmp_path):
+def test_a_cpu_is_not_given_what_needs_a_gpu(openrlhf, tmp_path):
     done = openrlhf.command("train", "--algo", "sdpo", "--ds.use_liger_kernel", directory=tmp_path)
     assert "--ds.use_liger_kernel as given needs a CUDA GPU, and this run is on CPU; leave it out" in done.stderr
 
@@ -97,7 +97,7 @@ def test_a_cluster_too_slow_to_start_is_started_once_more(monkeypatch):
     assert started[0] == started[1] and cpu.with_resources(init)() == "a cluster"
 
 
-def test_a_host_whose_seams_moved_is_refused_by_name():
+def test_a_host_whose_patch_points_moved_is_rejected_by_name():
     moved = [
         patch_points.PatchPoint("openrlhf.utils.agent:SingleTurnAgentExecutor.no_such_method"),
         patch_points.PatchPoint("openrlhf.utils.config:hierarchize", ("args", "schema")),
@@ -184,7 +184,7 @@ def test_reward_functions_and_agents_are_given_plain_text():
         assert len(given) == 2
 
 
-def test_an_agent_that_changes_the_prompt_is_told_that_nothing_can_stand_for_it(tmp_path):
+def test_an_agent_that_changes_the_prompt_gets_the_message_that_nothing_can_stand_for_it(tmp_path):
     from sdpo_plugin.openrlhf_adapter.platform import cpu
 
     cpu.enable()

@@ -25,7 +25,7 @@ def test_only_the_policy_s_model_is_announced(model, monkeypatch):
     assert announced == [policy] and type(average) is type(policy)
 
 
-def test_openrlhf_s_own_average_and_lora_are_refused():
+def test_openrlhf_s_own_ema_and_lora_are_rejected():
     args = fake_worker(train={"enable_ema": True, "async_enable": False}).args
     args.ds = SimpleNamespace(lora=SimpleNamespace(rank=4))
     with pytest.raises(ConfigError, match="--train.enable_ema with --ds.lora.rank 4: .*leave --train.enable_ema out"):

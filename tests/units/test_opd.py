@@ -17,7 +17,7 @@ from sdpo_plugin.testing import fake_worker, tiny_model
 TEMPLATE = {"template": "{prompt}"}
 
 
-def test_every_response_is_scored_behind_the_student_s_own_tokens():
+def test_every_response_is_scored_after_the_student_s_own_tokens():
     """Whatever an agent or a cut made of the prompt."""
     samples = [SimpleNamespace(sequences=torch.tensor([[5, 6, 7, 8]]), action_mask=torch.tensor([[0, 1, 1]]))]
     experience = SimpleNamespace(index=[0], rewards=torch.zeros(1))

@@ -19,7 +19,7 @@ def test_the_correction_is_the_host_s():
 
     def correction(level, mode, gating, *threshold, **options):
         trainer = PolicyTrainer.__new__(PolicyTrainer)
-        trainer.host_loss_fn = PolicyLoss(
+        trainer.policy_loss_fn = PolicyLoss(
             is_correction_level=level, is_correction_mode=mode, is_correction_gating=gating,
             is_correction_threshold=threshold, **options,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from sdpo_plugin.algorithms.sdft import SDFT
 from sdpo_plugin.algorithms.sdpo import SDPO
 from sdpo_plugin.config import ConfigError, RepromptConfig
 from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts
-from sdpo_plugin.distillation.prompts import FramedText, prompt_as_read, rendered, require_printed, text_tokenizer
+from sdpo_plugin.distillation.prompts import FramedText, prompt_as_scored, rendered, require_printed, text_tokenizer
 from sdpo_plugin.distillation.teacher_prompt import teacher_prompt_ids
 from sdpo_plugin.interface.rollout_batch import RolloutBatch, prompt_messages
 from sdpo_plugin.monitoring.recorder import token_texts
@@ -71,8 +71,8 @@ def test_a_processor_reads_as_its_tokenizer_does(tokenizer, question):
         assert (ids, cuts) == teacher_prompt_ids(context, tokenizer, CONFIG)
         assert f"{question} | no" in inner.decode(ids)
         own = tokenizer(rendered(prompt, tokenizer), add_special_tokens=False)["input_ids"]
-        assert prompt_as_read(prompt, own, processor) is prompt
-        assert prompt_as_read(prompt, [*own, 9], processor) == prompt_as_read(prompt, [*own, 9], tokenizer)
+        assert prompt_as_scored(prompt, own, processor) is prompt
+        assert prompt_as_scored(prompt, [*own, 9], processor) == prompt_as_scored(prompt, [*own, 9], tokenizer)
     assert token_texts(own, processor) == token_texts(own, tokenizer)
     assert RolloutBatch([], [], None, processor, 512).tokenizer is inner
 
@@ -105,7 +105,7 @@ def test_an_engine_reads_prompts_through_a_processor(preflight, tokenizer):
 # ── mistral-common's tokenizer ──
 
 
-def test_mistral_common_s_tokenizer_is_refused_by_name(preflight, tmp_path):
+def test_mistral_common_s_tokenizer_is_rejected_by_name(preflight, tmp_path):
     """Of a rendered chat it reads the mark-up as plain characters. Its vocabulary is cut, to load in a second."""
     with open(os.path.join(os.path.dirname(mistral_common.__file__), "data", "tekken_240911.json")) as file:
         tekken = json.load(file)
@@ -246,7 +246,7 @@ def test_a_prompt_of_another_day_is_the_row_s(tokenizer):
     batch.prompt_ids = lambda i: ids
     assert batch.prompt(0) is chat
 
-    read = prompt_as_read(chat, ids, tokenizer)  # without the text as it was generated
+    read = prompt_as_scored(chat, ids, tokenizer)  # without the text as it was generated
     assert read == FramedText(as_generated.removesuffix("Q?<|assistant|>"), "Q?", "<|assistant|>")
     assert teacher_text(read, tokenizer) == as_generated.replace("Q?", "Q? | no")
 
@@ -254,7 +254,7 @@ def test_a_prompt_of_another_day_is_the_row_s(tokenizer):
 def test_an_agent_s_own_chat_is_read_with_the_context_in_its_last_turn(tokenizer):
     tokenizer.chat_template = DATED
     own = "<|system|>A game.<|user|>Go?<|assistant|>No.<|user|>Q, again?<|assistant|>"
-    read = prompt_as_read([user("Q?")], tokenizer(own, add_special_tokens=False)["input_ids"], tokenizer)
+    read = prompt_as_scored([user("Q?")], tokenizer(own, add_special_tokens=False)["input_ids"], tokenizer)
     assert teacher_text(read, tokenizer) == own.replace("again?", "again? | no")
 
 
@@ -288,14 +288,14 @@ def test_student_teacher_and_checks_read_one_prompt(preflight, tokenizer, conten
 
 
 @pytest.mark.parametrize("content", [[{"type": "image"}, *text("Why?")], [{"type": "text", "text": None}]], ids=repr)
-def test_parts_that_are_no_text_are_refused(content):
+def test_parts_that_are_no_text_are_rejected(content):
     args = fake_worker().args
     with pytest.raises(ConfigError, match="--data.input_key prompt: row 1 has a part that is not text.*text only"):
         SDPO(args).openrlhf_dataset({"prompt": [[user("a")], [user(content)]]}, False, args)
 
 
 @pytest.mark.parametrize("value", [7, 7.5, ["a"], {"a": 1}, True], ids=repr)
-def test_a_privileged_context_that_is_no_text_is_refused(value):
+def test_a_privileged_context_that_is_no_text_is_rejected(value):
     class Rows(dict):
         column_names = ["prompt", "privileged_context"]
 

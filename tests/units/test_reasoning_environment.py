@@ -55,7 +55,7 @@ GRAPH = label_of("graph_color", None, {"puzzle": {"vertices": [0, 1], "edges": [
         (GRAPH, '{"0": 1}', "missing vertex 1"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_told_and_the_answer_is_not(label, answer, told):
+def test_what_is_wrong_is_reported_and_the_answer_is_not(label, answer, told):
     reward, feedback = asked(reasoning, f"I think.\n<answer>{answer}</answer>", label)
     assert reward < 1 and told in feedback
     right = json.loads(label)["entry"]["answer"]

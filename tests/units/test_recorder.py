@@ -123,7 +123,7 @@ def test_a_sample_that_no_worker_trained_on_has_no_numbers(lines):
     assert wrong["active"] and wrong["student"] == wrong["teacher"] == wrong["alternatives"] == []
 
 
-def test_what_was_cut_is_named_with_its_place(lines):
+def test_what_was_truncated_is_named_with_its_place(lines):
     template = "{prompt}{privileged_context}{feedback}."
     options = {"reprompt": {"template": template, "max_len": 140}}
     _, wrong = lines([("ab", 1.0, None), ("cd", 0.0, "F" * 50)], **options)
@@ -134,7 +134,7 @@ def test_what_was_cut_is_named_with_its_place(lines):
     assert lines([("ab", 1.0, None), ("cd", 0.0, "F")], reprompt={"template": template})[1]["truncated_at"] == {}
 
 
-def test_of_turns_the_first_read_is_shown_and_all_feedback(lines):
+def test_of_turns_the_first_scored_one_is_shown_and_all_feedback(lines):
     """Between the two turns there is an observation, which the student did not write."""
     turns = [(0, 2, "first"), (5, 7, "second")]
     (line,) = lines([("aa123bb", 0.0, "whole", *turns)])
@@ -143,7 +143,7 @@ def test_of_turns_the_first_read_is_shown_and_all_feedback(lines):
     assert "first" in line["teacher_prompt"] and "second" not in line["teacher_prompt"] and line["active"]
 
 
-def test_feedback_that_nobody_reads_may_be_anything(lines):
+def test_feedback_that_nothing_uses_may_be_anything(lines):
     (line,) = lines([("ab", 0.0, {"a": 1})], reprompt={"use_feedback": False})
     assert line["feedback"] == "{'a': 1}" and not line["active"]
 
@@ -154,7 +154,7 @@ def test_sdft_shows_its_demonstration(lines):
     assert line["active"] and "P" * 50 in line["teacher_prompt"]
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on(lines, monkeypatch, caplog):
+def test_a_full_disk_is_reported_and_the_run_goes_on(lines, monkeypatch, caplog):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -201,7 +201,7 @@ def scored(worker, i, prompt):
 
 
 @pytest.mark.usefixtures("device")
-def test_a_worker_tells_what_both_made_of_the_tokens():
+def test_a_worker_reports_what_both_made_of_the_tokens():
     worker = fake_worker()
     step(worker, algorithm(worker))
     assert set(worker.reports) == {(RECORDED, 1, 10 + i) for i in range(3)}
@@ -217,7 +217,7 @@ def test_a_worker_tells_what_both_made_of_the_tokens():
 
 
 @pytest.mark.usefixtures("device")
-def test_only_those_asked_about_and_only_once():
+def test_only_those_requested_and_only_once():
     worker = fake_worker()
     plugin = algorithm(worker)
     step(worker, plugin, asked=(1,))
@@ -244,7 +244,7 @@ def test_the_student_is_the_one_before_the_first_update():
 
 
 @pytest.mark.usefixtures("device")
-def test_turns_that_no_teacher_read_are_empty():
+def test_turns_that_no_teacher_scored_are_empty():
     worker = fake_worker()
     spans = [torch.zeros(7, 2, dtype=torch.long) for _ in range(3)]
     at = ACTION[0].nonzero()[:, 0]
@@ -271,7 +271,7 @@ def test_by_default_nothing_is_computed_or_sent(monkeypatch):
 
 
 @pytest.mark.usefixtures("device")
-def test_a_loss_is_the_same_whoever_looks():
+def test_a_loss_is_the_same_with_and_without_recording():
     found = []
     for asked in ((), (0, 1, 2)):
         worker = fake_worker(distill={"mode": "full"})

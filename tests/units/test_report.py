@@ -179,7 +179,7 @@ def test_a_line_that_is_no_sample_is_named(tmp_path):
         (["mine=quickstart/sdpo", "quickstart/grpo"], ["mine", "grpo"]),
     ],
 )  # fmt: skip
-def test_runs_are_named_by_what_tells_them_apart(tmp_path, monkeypatch, runs, names):
+def test_runs_are_named_by_their_differences(tmp_path, monkeypatch, runs, names):
     for name in ("sdpo", "grpo"):
         (tmp_path / "quickstart" / name / "tensorboard").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -191,7 +191,7 @@ def test_what_acts_is_written_by_its_number():
     assert visible("Grüße, שלום 👩‍🚀 {{x}} [bold]") == "Grüße, שלום 👩‍🚀 {{x}} [bold]"
 
 
-def test_levels_tell_the_sign():
+def test_levels_show_the_sign():
     assert [level(value) for value in (0.0, 0.09, 0.1, -0.6, 2.0, -9.0)] == [0, 0, 1, -2, 3, -len(LEVELS)]
 
 
@@ -248,7 +248,7 @@ def test_a_sample_that_was_not_recorded_is_named(recorded):
         command.main([recorded, "--text", "--step", "7", "--sample", "9"])
 
 
-def test_a_cut_has_a_sign_in_its_place_in_terminal_and_page():
+def test_truncated_text_has_a_sign_in_its_place_in_terminal_and_page():
     """JavaScript counts an emoji twice, and what could act is written longer than it was."""
     one = made_run.sample(1, teacher_prompt="\U0001f600\x1b ab", truncated_at={"feedback": [3], "solution": []})
     assert terminal.teacher_prompt(one).plain == "\U0001f600\u27e8U+001B\u27e9 [... feedback truncated here ...]ab"

@@ -194,7 +194,7 @@ def test_the_same_prompt_over_the_steps(visit, addresses):
     assert tab.inner_text("#detail .text mark").strip() == "A right answer: 4821"
 
 
-def test_the_context_is_marked_behind_messages_too(visit, addresses):
+def test_the_context_is_marked_after_messages_too(visit, addresses):
     tab = visit(addresses["messages"])
     assert "Truncated to fit: feedback, solution." in tab.inner_text("#detail .lead .truncated")
     marked = tab.inner_text("#detail .text mark").strip()

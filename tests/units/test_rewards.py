@@ -182,7 +182,7 @@ def test_functions_are_called_so_many_at_a_time_and_servers_all_at_once(tmp_path
     server.shutdown()
 
 
-def test_a_call_that_hangs_is_left_behind():
+def test_a_call_that_hangs_is_abandoned():
     began = time.monotonic()
     failure = fetched(lambda: time.sleep(3), timeout=0.2)["extra_logs"]["reward_failure"]
     assert failure == "no answer within 0.2 s (--reward.timeout)" and time.monotonic() - began < 2
@@ -250,7 +250,7 @@ def test_logs_of_some_samples_are_filled_with_their_mean():
     }  # fmt: skip
 
 
-def test_why_a_server_could_not_be_asked_is_in_the_message():
+def test_why_a_server_could_not_be_reached_is_in_the_message():
     """OpenRLHF's own error says that there were five errors, and logs which."""
     from sdpo_plugin.openrlhf_adapter.engine import engine
 

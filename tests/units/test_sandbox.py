@@ -76,7 +76,7 @@ for name, failed in [
     assert output(LIBC + calls) == "clone -1\nclone3 -1\nunshare -1\nsetns -1\nmount -1"
 
 
-def test_memory_that_is_not_in_the_address_space_is_refused(way):
+def test_memory_that_is_not_in_the_address_space_is_rejected(way):
     program = """
 import socket, fcntl
 def tried(call):
@@ -183,7 +183,7 @@ def test_a_program_that_does_nothing_is_no_proof(monkeypatch):
     assert not sandbox._works(isolation.Isolation("/nowhere/bwrap"))
 
 
-def test_without_namespaces_calls_are_refused_as_well(monkeypatch):
+def test_without_namespaces_calls_are_rejected_as_well(monkeypatch):
     monkeypatch.setattr(sandbox, "_bubblewrap", lambda: None)
     monkeypatch.setenv(sandbox.WEAK, "weak")
     for call in ("os.fork()", "os.memfd_create('x')", "socket.socket()"):

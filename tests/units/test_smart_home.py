@@ -21,7 +21,7 @@ def house(monkeypatch):
         sys.modules.pop(name)
 
 
-def test_what_is_asked_later_was_never_shown(house):
+def test_what_is_evaluated_was_never_trained_on(house):
     rows = house.rows()
     places = {split: {row["label"].rpartition("/")[0] for row in rows[split]} for split in rows}
     assert not places["train"] & places["eval"]

@@ -62,7 +62,7 @@ def test_numbers_and_unique_items(schema, response, reward):
     assert asked(structure, response, json.dumps(schema))[0] == reward
 
 
-def test_what_is_told_of_numbers():
+def test_what_is_reported_of_numbers():
     assert asked(structure, "1e999", "{}")[1] == "The response is not JSON. The number 1e999 is too large."
     assert asked(structure, "NaN", "{}")[1] == "The response is not JSON. NaN is not JSON."
     told = asked(structure, "19.999", '{"multipleOf": 0.01}')[1]

@@ -64,7 +64,7 @@ def moved(steps, **options) -> list[float]:
 
 
 @pytest.mark.usefixtures("device")
-def test_the_average_waits_for_sync_steps():
+def test_the_ema_teacher_waits_for_sync_steps():
     assert moved(6, sync_steps=3, update_rate=0.5) == pytest.approx([0.0, 0.0, 0.5, 0.5, 0.5, 0.75])
 
 
@@ -75,7 +75,7 @@ def test_rate_1_is_a_copy_every_so_many_steps():
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (3, 1), (1, 3), (4, 3)])
-def test_the_average_survives_a_change_of_ranks(monkeypatch, tmp_path, before, after):
+def test_the_ema_teacher_survives_a_change_of_ranks(monkeypatch, tmp_path, before, after):
     monkeypatch.setattr(models, "MAX_CHUNK_BYTES", 56)
     for rank in range(before):
         ema(shard(rank, before, shift=3.0)).save(str(tmp_path))
@@ -91,7 +91,7 @@ def test_the_average_survives_a_change_of_ranks(monkeypatch, tmp_path, before, a
 
 
 @pytest.mark.usefixtures("device")
-def test_a_restored_average_moves_at_the_rate_that_is_given(tmp_path):
+def test_a_restored_ema_teacher_moves_at_the_rate_that_is_given(tmp_path):
     ema(shard(0, 1), update_rate=0.5).save(str(tmp_path))
     teacher = ema(shard(0, 1), update_rate=0.25)
     teacher.load(str(tmp_path))
@@ -109,7 +109,7 @@ def test_a_rank_may_have_nothing_to_average(tmp_path):
 
 
 @pytest.mark.usefixtures("device")
-def test_the_average_is_kept_in_pieces(monkeypatch, tmp_path):
+def test_the_ema_teacher_is_updated_in_chunks(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "MAX_CHUNK_BYTES", 256)
     worker = shard(0, 1)
     assert max(p.nbytes for p in worker.actor.parameters()) > 1024

@@ -241,7 +241,7 @@ def attached(tokenizer):
 ONE, TWO, THREE = ("aa", "1", "x"), ("bbb", "2", None), ("c", "", "y")
 
 
-def test_each_turn_is_scored_behind_its_own_prompt(attached):
+def test_each_turn_is_scored_after_its_own_prompt(attached):
     loss, reads, data, _ = attached([ONE, TWO, THREE], feedback="f")
     assert reads == {"Q(f\n\nx)": "aa", "Q(f)": "bbb", "Q(f\n\ny)": "c"} and loss == "aabbbc"
     loss, reads, *_ = attached([ONE, TWO, THREE])
@@ -265,7 +265,7 @@ def test_turns_without_a_token_and_turns_without_an_observation_between(attached
     assert attached([("", "1", "x"), ("b", "", None)])[:2] == ("", {})
 
 
-def test_a_read_needs_room_for_its_own_turn_only(attached):
+def test_a_scoring_request_needs_room_for_its_own_turn_only(attached):
     """Of 20 positions the trajectory leaves 5, 10 or 16 to a prompt; what is shown is cut to that, down to nothing."""
     trajectory = [("aaaa", "1", "x" * 7), ("bbbbb", "2", "y" * 7), ("cccc", "", "z" * 7)]
     loss, reads, _, metrics = attached(trajectory, positions=20)
@@ -300,7 +300,7 @@ SPANS = [torch.tensor([[0, 0], [0, 2], [0, 2], [0, 2]]),
 MASKS = [spans[:, 1] > 0 for spans in SPANS]
 
 
-def test_a_read_ends_with_the_last_token_that_it_scores():
+def test_a_scoring_request_ends_with_the_last_token_that_it_scores():
     first = torch.tensor([0, 0, 1, 1, 0, 0, 0]).bool()
     second = ACTION[1].bool() & ~first
     reads = [ScoringRequest(1, torch.tensor([8, 5]), first), ScoringRequest(1, torch.tensor([6, 6, 6]), second)]
@@ -341,7 +341,7 @@ def test_every_token_s_loss_is_against_its_own_read(first_sample_s_mask):
     assert torch.equal(plugin.token_data(got)["active"], got.to_response_tokens(read_at))
 
 
-def test_a_variant_with_several_contexts_reads_each_by_its_own_turns():
+def test_a_variant_with_several_contexts_scores_each_by_its_own_turns():
     """RLCSD: the right hint is read by turn, the wrong one whole; tokens without the right one keep their advantage."""
     config = RlcsdConfig(wrong_hints=1, threshold=0.0)
     worker = fake_worker(rlcsd=vars(config), teacher={"kind": "base"})

@@ -232,7 +232,7 @@ def test_out_of_range(group, values, message):
 
 
 @pytest.mark.parametrize("algorithm", [SRPO, RLSD, RLCSD, SDPG])
-def test_a_weight_that_would_be_ignored_is_refused(algorithm):
+def test_a_weight_that_would_be_ignored_is_rejected(algorithm):
     groups = {group.prefix: vars(group()) for group in algorithm.options}
     args = fake_worker(distill={"weight": 0.5}, **groups).args
     plugin = algorithm(args)

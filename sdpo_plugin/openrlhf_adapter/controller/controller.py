@@ -111,8 +111,8 @@ class ControllerHooks(_Controller):
         hook, batch = plugins.active().hook, self.experience_maker.batch
         self.experience_maker.batch = None  # not to be held while the next one is made
         if batch.reports:
-            for answers in ray.get(self.actor_model_group.async_run_method(method_name="take_answers")):
-                batch.collect_reports(answers)
+            for reports in ray.get(self.actor_model_group.async_run_method(method_name="take_reports")):
+                batch.collect_reports(reports)
         hook.openrlhf_after_training_step(batch=batch)
         status.update(batch.metrics)
         try:

@@ -26,7 +26,7 @@ def add_argument(group: Any) -> None:
     )
 
 
-def refuse(args: Any) -> None:
+def reject(args: Any) -> None:
     if args.rollout.deterministic and args.train.async_enable:
         raise ConfigError(
             "--rollout.deterministic True: --train.async_enable samples while the weights change, which no seed "

@@ -121,8 +121,8 @@ def show_doctor(arguments: list[str]) -> None:
 
     own = subparser("doctor", "--config recipes/quickstart/sdpo.yaml", _0="no check failed", _2="a check failed")
     doctor.add_arguments(own)
-    asked, recipe = own.parse_known_args(arguments)
-    doctor.doctor(asked, recipe)
+    parsed, recipe = own.parse_known_args(arguments)
+    doctor.doctor(parsed, recipe)
 
 
 def report(arguments: list[str]) -> None:

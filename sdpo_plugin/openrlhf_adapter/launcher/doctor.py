@@ -71,11 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def doctor(asked: argparse.Namespace, recipe: list[str]) -> None:
+def doctor(parsed: argparse.Namespace, recipe: list[str]) -> None:
     """Print what was found, write `doctor.json`, and exit with 2 if a check failed.
 
     Args:
-        asked: the values of `add_arguments`. recipe: the flags of `train`.
+        parsed: the values of `add_arguments`. recipe: the flags of `train`.
     """
     console = Console(highlight=False)
     report: dict[str, Any] = {"checks": []}
@@ -101,11 +101,11 @@ def doctor(asked: argparse.Namespace, recipe: list[str]) -> None:
     failed = any(check["status"] == FAIL for check in report["checks"])
     if recipe and not failed:
         show("The run", run(recipe, joined, cpu, console, report))
-    if asked.smoke_test and not failed:
+    if parsed.smoke_test and not failed:
         smoke_test(recipe, cpu, report, show)
-    write(report, asked.json, asked.rows)
+    write(report, parsed.json, parsed.rows)
     failures = sum(check["status"] == FAIL for check in report["checks"])
-    console.print(f"failed checks: {failures}; details are in {asked.json}")
+    console.print(f"failed checks: {failures}; details are in {parsed.json}")
     if failures:
         sys.exit(2)
 
@@ -175,13 +175,13 @@ def machine() -> Iterable[Check]:
         yield Check("flash-attn", PASS, flash_attn)
     free = psutil.virtual_memory()
     enough = PASS if free.available > 8 * GIB else WARN
-    told = f"{free.available / GIB:.1f} of {free.total / GIB:.1f} GiB free, {os.cpu_count()} CPUs"
-    yield Check("memory", enough, told)
+    text = f"{free.available / GIB:.1f} of {free.total / GIB:.1f} GiB free, {os.cpu_count()} CPUs"
+    yield Check("memory", enough, text)
     for path, least in ((".", 20), ("/dev/shm", 2), ("/tmp", 5)):
         if os.path.exists(path):
             left = shutil.disk_usage(path).free / GIB
-            told = f"{left:.1f} GiB free at {os.path.abspath(path)}"
-            yield Check("disk", PASS if left > least else WARN, told if left > least else f"{told}, below {least} GiB")
+            text = f"{left:.1f} GiB free at {os.path.abspath(path)}"
+            yield Check("disk", PASS if left > least else WARN, text if left > least else f"{text}, below {least} GiB")
 
 
 def ray_view(joined: cluster.Cluster | None, cpu: bool) -> Check:
@@ -293,10 +293,10 @@ def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any])
         lengths.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     room = args.data.max_len - (args.rollout.max_new_tokens or 1)
     cut = sum(length > room for length in lengths)
-    told = f"{len(rows)} rows; of the first {len(lengths)}, {min(lengths)} to {max(lengths)} tokens"
+    text = f"{len(rows)} rows; of the first {len(lengths)}, {min(lengths)} to {max(lengths)} tokens"
     if cut:
-        told += f"; OpenRLHF truncates {cut} of them to {room} (--data.max_len - --rollout.max_new_tokens)"
-    yield Check("prompts", WARN if cut else PASS, told)
+        text += f"; OpenRLHF truncates {cut} of them to {room} (--data.max_len - --rollout.max_new_tokens)"
+    yield Check("prompts", WARN if cut else PASS, text)
     if args.algo.name is None or not getattr(plugins.algorithm(), "uses_template", True):
         return
     config: RepromptConfig = replace(from_namespace(RepromptConfig, args), demonstration="first")  # there is one
@@ -317,16 +317,16 @@ def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any])
         console.print(escape(_cut(shown[-1]["prompt"], SHOWN_CHARACTERS)))
     report["teacher_prompts"] = shown
     longest = max(one["tokens"] for one in shown)
-    told = f"at most {longest} tokens in {len(shown)} rows (--reprompt.max_len {config.max_len}), "
-    told += f"{sum(one['truncated'] for one in shown)} truncated"
-    yield Check("teacher's prompts", WARN if any(one["truncated"] for one in shown) else PASS, told)
+    text = f"at most {longest} tokens in {len(shown)} rows (--reprompt.max_len {config.max_len}), "
+    text += f"{sum(one['truncated'] for one in shown)} truncated"
+    yield Check("teacher's prompts", WARN if any(one["truncated"] for one in shown) else PASS, text)
     if "{privileged_context}" in config.template and key in rows.column_names:
         has = sum(bool(value) for value in rows[key])
         yield Check("contexts", PASS if has else FAIL, f"{has} of {len(rows)} rows have a {key}")
     elif "{privileged_context}" not in config.template:
-        told = f"from successes among {args.rollout.n_samples_per_prompt} samples per prompt"
-        told += f"{', or from feedback' * config.use_feedback}; known after the first rollout"
-        yield Check("contexts", PASS if args.rollout.n_samples_per_prompt > 1 or config.use_feedback else FAIL, told)
+        text = f"from successes among {args.rollout.n_samples_per_prompt} samples per prompt"
+        text += f"{', or from feedback' * config.use_feedback}; known after the first rollout"
+        yield Check("contexts", PASS if args.rollout.n_samples_per_prompt > 1 or config.use_feedback else FAIL, text)
 
 
 def memory_table(args: Any, config: Any, cpu: bool, console: Console, report: dict[str, Any]) -> Check:
@@ -362,14 +362,14 @@ def memory_table(args: Any, config: Any, cpu: bool, console: Console, report: di
 def _fits(args: Any, training: float, generating: float, cpu: bool) -> Check:
     import torch
 
-    told = f"{training / GIB:.1f} GiB per GPU for the policy"
+    text = f"{training / GIB:.1f} GiB per GPU for the policy"
     if cpu or not torch.cuda.is_available():
-        return Check("memory", PASS, f"{told}; this machine has no GPU to compare with")
+        return Check("memory", PASS, f"{text}; this machine has no GPU to compare with")
     size = torch.cuda.mem_get_info(0)[1]
     engine = args.vllm.gpu_memory_utilization * size if args.train.colocate_all and not args.train.async_enable else 0.0
     both = max(training + (0.0 if args.vllm.enable_sleep else engine), generating + engine)
-    told += f", {both / GIB:.1f} GiB with an engine on the same GPU, of {size / GIB:.1f} GiB"
-    return Check("memory", PASS if both < 0.92 * size else FAIL, told)
+    text += f", {both / GIB:.1f} GiB with an engine on the same GPU, of {size / GIB:.1f} GiB"
+    return Check("memory", PASS if both < 0.92 * size else FAIL, text)
 
 
 # ── the smoke test ──

@@ -44,10 +44,10 @@ def check(args: Any, where: str, rows: Any) -> None:
     if found.number and not key:
         raise ConfigError(f"{where}: {file.name} needs labels; give --data.label_key with the column that has them")
     if found.number:
-        told = "; ".join(f"row {row} has {_shown(label)}: {reason}" for row, label, reason in found.first)
+        listed = "; ".join(f"row {row} has {_shown(label)}: {reason}" for row, label, reason in found.first)
         raise ConfigError(
             f"--data.label_key {key}: {where}: no response can satisfy the label of {found.number} of {found.rows} "
-            f"rows ({file.name}): {told}; correct these labels, or remove the rows"
+            f"rows ({file.name}): {listed}; correct these labels, or remove the rows"
         )
     if 0 < found.rows < total:
         in_time = f"{found.rows} of {total} labels were checked in {label_check.TOTAL:g} s; the rest are not checked"

@@ -160,13 +160,13 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str], on_cpu: bool) -
     nested = hierarchize(_parse(parser, arguments))
     plugins.activate(nested, manager).hook.openrlhf_configure(args=nested)
     chat_template_kwargs(nested)
-    deterministic.refuse(nested)
-    sleep.refuse(nested)
+    deterministic.reject(nested)
+    sleep.reject(nested)
     from_namespace(RewardConfig, nested)
     acting = f"--algo {algorithm}" if plugins.algorithm() else "no self-distillation"
     print(f"openrlhf-sdpo: {acting}; plugins: {'; '.join(map(str, found))}")
     if on_cpu:
-        cpu.refuse(nested)
+        cpu.reject(nested)
     return argparse.Namespace(**flat(nested))
 
 

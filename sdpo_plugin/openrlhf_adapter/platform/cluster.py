@@ -69,7 +69,7 @@ def joined() -> Cluster | None:
     return Cluster(address, len(alive), int(sum(dict(node.resources_total).get("GPU", 0) for node in alive)))
 
 
-def on_cpu(asked: str | None, cluster: Cluster | None) -> bool:
+def on_cpu(platform: str | None, cluster: Cluster | None) -> bool:
     """Whether the run is one without CUDA: `--platform`, else `OPENRLHF_PLATFORM`, else what is there.
 
     With `cpu` the GPUs of this machine are hidden from this process and all that it starts.
@@ -79,21 +79,21 @@ def on_cpu(asked: str | None, cluster: Cluster | None) -> bool:
     """
     import torch
 
-    asked = asked or os.environ.get(VARIABLE) or "auto"
-    if asked not in PLATFORMS:
-        raise ConfigError(f"--platform {asked}: choose one of {', '.join(PLATFORMS)}")
-    if asked == "cpu":
+    platform = platform or os.environ.get(VARIABLE) or "auto"
+    if platform not in PLATFORMS:
+        raise ConfigError(f"--platform {platform}: choose one of {', '.join(PLATFORMS)}")
+    if platform == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = HIDDEN
         return True
     if torch.cuda.is_available():
         return False
-    if cluster is not None and (cluster.gpus or asked == "cuda"):
+    if cluster is not None and (cluster.gpus or platform == "cuda"):
         print(
             f"openrlhf-sdpo: no CUDA here, but the Ray cluster at {cluster.address} has {cluster.gpus} GPUs, so "
             "OpenRLHF runs on those; if they are only names, give --platform cpu"
         )
         return False
-    if asked == "cuda":
+    if platform == "cuda":
         raise ConfigError(
             "--platform cuda: this machine has no CUDA GPU, and no Ray cluster is there to join; give --platform cpu, "
             "or RAY_ADDRESS"

@@ -90,7 +90,7 @@ def vllm_general_plugin() -> None:
         enable()
 
 
-def refuse(args: Any) -> None:
+def reject(args: Any) -> None:
     """Raises ConfigError where these (nested) arguments need what a CPU cannot do."""
     needs_gpu = {
         "--ds.load_in_4bit": args.ds.load_in_4bit,

@@ -83,8 +83,8 @@ class PolicyActor(_Actor):
             on_built(actor=self)
 
     @contextmanager
-    def reads(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """While active, `forward` follows `micro_batch`, and stores `scores` and `entropy` there."""
+    def using(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """While active, `forward` follows `micro_batch`, and stores `head_output` and `entropy` there."""
         self.micro_batch = micro_batch
         try:
             yield

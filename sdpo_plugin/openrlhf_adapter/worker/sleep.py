@@ -14,7 +14,7 @@ import torch
 from sdpo_plugin.config import ConfigError
 
 
-def refuse(args: Any) -> None:
+def reject(args: Any) -> None:
     """Stop where DeepSpeed cannot put its states to sleep, which would come out of every worker as an error."""
     if not args.ds.enable_sleep:
         return

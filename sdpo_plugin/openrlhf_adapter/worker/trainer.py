@@ -111,7 +111,7 @@ class PolicyTrainer(_ActorPPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.hook = plugins.active().hook
-        self.host_loss_fn, self.actor_loss_fn = self.actor_loss_fn, self._loss
+        self.policy_loss_fn, self.actor_loss_fn = self.actor_loss_fn, self._loss
         self.required = plugins.requirements(self.args)
         self.reports: Reports = {}
         if self.args.ds.zero_stage == 3:
@@ -147,7 +147,7 @@ class PolicyTrainer(_ActorPPOTrainer):
             # OpenRLHF makes DeepSpeed think that every micro-batch is a step: ZeRO 1 and 2 then drop all but the last.
             self.actor.model.set_gradient_accumulation_boundary(self._ends_optimizer_step(step))
         ends = self.actor.model.is_gradient_accumulation_boundary()
-        with self.actor.reads(micro_batch):
+        with self.actor.using(micro_batch):
             status = super().training_step(experience, kl_ctl, step, loss_batch_info)
         micro_batch.release()  # else hidden states and the teacher's head stay through generation and sleep
         del self.micro_batch
@@ -242,7 +242,7 @@ class PolicyTrainer(_ActorPPOTrainer):
         self, old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """What OpenRLHF's PPO loss multiplies a token's advantage with when the policy is the old one."""
-        loss_fn = copy.copy(self.host_loss_fn)
+        loss_fn = copy.copy(self.policy_loss_fn)
         loss_fn.token_level_loss, loss_fn.policy_loss_type = True, "ppo"
         with torch.enable_grad():
             advantages = torch.ones_like(old_log_probs, requires_grad=True)
@@ -262,7 +262,7 @@ class PolicyTrainer(_ActorPPOTrainer):
         if not micro_batch.required["old_log_probs"]:
             old_log_probs = log_probs.detach()
         log_probs, advantages = micro_batch.policy_loss_inputs(log_probs, advantages)
-        micro_batch.loss, *rest = self.host_loss_fn(log_probs, old_log_probs, advantages, **kwargs)
+        micro_batch.loss, *rest = self.policy_loss_fn(log_probs, old_log_probs, advantages, **kwargs)
         micro_batch.log_probs = log_probs
         self.hook.openrlhf_policy_loss(micro_batch=micro_batch)
         return micro_batch.loss, *rest

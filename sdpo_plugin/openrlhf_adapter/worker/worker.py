@@ -91,7 +91,7 @@ class PolicyWorker(_PolicyModelActor):
         actor.tap_head()
         return SeparateTeacher(self, actor)
 
-    def take_answers(self) -> Reports:
+    def take_reports(self) -> Reports:
         """This rank's reports to the controller on the rollout batch that it has trained on."""
         answers = dict(self.trainer.reports)
         self.trainer.reports.clear()
