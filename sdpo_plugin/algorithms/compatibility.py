@@ -36,6 +36,15 @@ def reject_unsupported(args: Any) -> None:
             "--distill.generate_from_teacher the vLLM engines sample from another prompt than the student's, so the "
             "correction does not apply; give off"
         )
+    if args.data.max_images_per_prompt > 0:
+        of_images = f"--data.max_images_per_prompt {args.data.max_images_per_prompt}"
+        if not args.data.apply_chat_template:
+            raise ConfigError(f"{of_images}: images are parts of a chat; give --data.apply_chat_template")
+        if args.distill.generate_from_teacher:
+            raise ConfigError(
+                f"{of_images}: --distill.generate_from_teacher samples after a prompt of token ids alone, without "
+                "images; leave it out"
+            )
     if args.teacher.save and args.teacher.kind != "ema":
         raise ConfigError(
             f"--teacher.save True: a {args.teacher.kind} teacher has no weights of its own to save; leave it out, or "
@@ -63,7 +72,6 @@ def reject_unsupported(args: Any) -> None:
         )
     for flag, asked, fix in (
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1, "give --ds.tensor_parallel_size 1"),
-        ("--data.max_images_per_prompt", args.data.max_images_per_prompt > 0, "use a text model"),
         ("--ds.deepcompile", args.ds.deepcompile, "leave the flag out"),
     ):
         if asked:

@@ -65,7 +65,7 @@ class ControllerSide(Choices):
             return
         key = args.data.input_key
         for row, prompt in enumerate(dataset[key]):
-            require_user_text(f"--data.input_key {key}: row {row}", prompt)
+            require_user_text(f"--data.input_key {key}: row {row}", prompt, args.data.max_images_per_prompt > 0)
         if self._shows_privileged and self.reprompt.privileged_key in dataset.column_names:
             for row, shown in enumerate(dataset[self.reprompt.privileged_key]):
                 if not isinstance(shown, str | None):
@@ -202,6 +202,13 @@ class ControllerSide(Choices):
         """
         room = self.room(batch, i, position_mask)
         ids, offsets = self.prompts_of(batch).ids(context, int(max(min(self.reprompt.max_len, room), 1)))
+        if batch.images(i) is not None:
+            found, expected = batch.image_tokens(ids), batch.image_tokens(batch.prompt_ids(i))
+            if found != expected:
+                raise ConfigError(
+                    f"sample {i}: the teacher's prompt has {found} image tokens and the student's {expected}; "
+                    f"{type(batch.processor).__name__} is not supported"
+                )
         return (ids, offsets) if len(ids) <= room else ([], {})
 
     def room(self, batch: RolloutBatch, i: int, position_mask: torch.Tensor) -> float:

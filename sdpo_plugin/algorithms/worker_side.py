@@ -144,9 +144,13 @@ class WorkerSide(Choices):
     def _teacher_hidden(self, micro_batch: MicroBatch, requests: Sequence[ScoringRequest]) -> torch.Tensor:
         """The teacher's hidden states [N, H] at the response tokens; zero where no request covers the token."""
         batch, response = micro_batch.experience, micro_batch.response
-        *inputs, scored = teacher_inputs(batch.sequences, batch.action_mask, requests)
+        lengths, images = None, micro_batch.images
+        if images is not None:
+            lengths = batch.attention_mask.sum(dim=1).tolist()
+            images = [images[request.sample] for request in requests] or images[:1]
+        *inputs, scored = teacher_inputs(batch.sequences, batch.action_mask, requests, lengths)
         here = response[scored]  # with ring attention, the teacher's states of these may be on another rank
-        hidden = self.teacher.hidden_states(*inputs, self.teacher_config.max_tokens_per_gpu, here)
+        hidden = self.teacher.hidden_states(*inputs, self.teacher_config.max_tokens_per_gpu, here, images)
         number = response.reshape(-1).cumsum(0).view_as(response) - 1
         found = hidden.new_zeros(int(response.sum()), hidden.shape[1])
         found[number[scored][here]] = hidden

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from sdpo_plugin.config import ConfigError
+from sdpo_plugin.distillation.images import is_image_part, with_runs_printed
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def rendered(prompt: Messages, tokenizer: Any, chat_template_kwargs: Mapping[str
         return tokenizer.apply_chat_template(chat, **kwargs)
 
     try:
-        return render(_as_template_reads(prompt, tokenizer, render))
+        text = render(_as_template_reads(prompt, tokenizer, render))
     except Exception as error:  # a template is other people's code
         roles = ", ".join(str(message.get("role")) for message in prompt)
         reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -91,6 +92,7 @@ def rendered(prompt: Messages, tokenizer: Any, chat_template_kwargs: Mapping[str
             f"({type(error).__name__}: {reason}); change the prompts, or put another chat_template.jinja beside the "
             "model"
         ) from error
+    return with_runs_printed(text, prompt)
 
 
 def require_printed(prompt: Messages, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -212,8 +214,10 @@ def user_text(prompt: Messages) -> str:
     return content
 
 
-def require_user_text(where: str, prompt: Messages) -> None:
-    """Raise ConfigError where a chat does not end with a user's text, or has parts that are no text."""
+def require_user_text(where: str, prompt: Messages, images: bool = False) -> None:
+    """Raise ConfigError where a chat does not end with a user's text, or has parts that are neither text nor, with
+    `images`, an image.
+    """
     if not isinstance(prompt, list):
         return
     if not prompt or prompt[-1].get("role") != "user":
@@ -223,10 +227,11 @@ def require_user_text(where: str, prompt: Messages) -> None:
         )
     for message in prompt:
         content = message.get("content")
-        if isinstance(content, list) and (others := [part for part in content if not is_text_part(part)]):
+        parts = content if isinstance(content, list) else []
+        if others := [part for part in parts if not (is_text_part(part) or images and is_image_part(part))]:
             raise ConfigError(
-                f"{where} has a part that is not text, {others[0]!r:.80}; self-distillation trains on text only: give "
-                "parts of the form {'type': 'text', 'text': ...}, or leave such rows out"
+                f"{where} has a part that is not text, {others[0]!r:.80}; give parts of the form {{'type': 'text', "
+                "'text': ...}; for images {'type': 'image'}, with --data.image_key and --data.max_images_per_prompt"
             )
     try:
         user_text(prompt)
@@ -274,7 +279,7 @@ def prompt_as_scored(
     text: the prompt's as it was rendered for the student, if that is known: templates may print the date.
     """
     tokenizer = text_tokenizer(tokenizer)
-    original = rendered(prompt, tokenizer, chat_template_kwargs) if text is None else text
+    original = rendered(prompt, tokenizer, chat_template_kwargs) if text is None else with_runs_printed(text, prompt)
     if ids == tokenizer(original, add_special_tokens=False, verbose=False)["input_ids"][-len(ids) :]:
         return prompt
     read = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

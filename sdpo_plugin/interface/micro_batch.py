@@ -14,7 +14,7 @@ import torch
 
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.distillation.fused import Head, HeadOutput
-from sdpo_plugin.interface.models import Worker
+from sdpo_plugin.interface.models import Images, Worker
 from sdpo_plugin.interface.ring import OneRank
 from sdpo_plugin.interface.transport import ATTACHED, LOSS_MASK, REQUESTED, SCALAR, Reports, padded_mask, response_rows
 
@@ -83,6 +83,12 @@ class MicroBatch:
         self.rollout_correction = rollout_correction
         self._reports = {} if reports is None else reports  # of all micro-batches of the rollout batch on this rank
         self._token_mean, self._sample_mean = token_mean, sample_mean
+
+    @property
+    def images(self) -> Images | None:
+        """Of each sample; None if none has any."""
+        found = getattr(self.experience, "mm_train_inputs", None)
+        return found if found and any(inputs is not None for inputs in found) else None
 
     @property
     def loss_mask(self) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +11,8 @@ import torch
 
 from sdpo_plugin.distillation.fused import Head
 
+# For each sample what the model's processor made of its images (`pixel_values`, ...), or None if it has none.
+Images = Sequence[Mapping[str, torch.Tensor] | None]
 # The largest tensor that is made, beside what stays, for what is done to all weights.
 MAX_CHUNK_BYTES = 256 * 2**20
 
@@ -39,10 +41,12 @@ class Model(Protocol):
         rows: torch.Tensor,
         max_tokens: int,
         wanted: torch.Tensor | None = None,
+        images: Images | None = None,
     ) -> torch.Tensor:
         """[N, H] at the N positions of `rows` (bool [B, S]), in passes of at most `max_tokens`. Collective.
 
-        Of these, if given, the `wanted` (bool [N]): with ring attention, those that this rank needs.
+        Of these, if given, the `wanted` (bool [N]): with ring attention, those that this rank needs. `images`: of each
+        of the B sequences.
         """
 
     def gathered_head(self) -> AbstractContextManager[Head]:

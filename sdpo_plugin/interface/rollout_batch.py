@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sdpo_plugin.config import ConfigError, chat_template_kwargs
+from sdpo_plugin.distillation.images import media_tokens, with_runs, with_tags_as_parts
 from sdpo_plugin.distillation.prompts import FramedText, Messages, prompt_as_scored, text_tokenizer
 from sdpo_plugin.interface.transport import ATTACHED, REQUESTED, SCALAR, Reports
 
@@ -49,7 +50,7 @@ class RolloutBatch:
             `turns` (a `Turn` for each action, in order) and `skipped` (why it has no reward, or None).
         rewards: float per sample, before length penalties and baselines; None where the reward function failed and the
             sample is skipped (`--reward.on_error`).
-        args: OpenRLHF's. tokenizer: the policy's, of a vision-language model without its processor.
+        args: OpenRLHF's. tokenizer: the policy's; of a vision-language model `processor` is what it comes in.
         max_seq_len: the longest sequence that the policy model is made for, in tokens.
         step: OpenRLHF's global step that trains on the batch, from 1.
         metrics: scalars to log for this step.
@@ -66,7 +67,7 @@ class RolloutBatch:
         max_seq_len: float,
         step: int = 1,
     ) -> None:
-        self.samples, self.args, self.tokenizer = samples, args, text_tokenizer(tokenizer)
+        self.samples, self.args, self.tokenizer, self.processor = samples, args, text_tokenizer(tokenizer), tokenizer
         self.max_seq_len, self.step = max_seq_len, step
         self.metrics: dict[str, float] = {}
         self.reports: dict[str, dict[int, Any]] = {}
@@ -89,10 +90,22 @@ class RolloutBatch:
         own = prompt_messages(self.samples[i].record, self.args)
         (text,) = getattr(self.samples[i], "prompts", [None])
         ids = self.prompt_ids(i)
+        if isinstance(own, list) and (inputs := self.images(i)) is not None:
+            own = with_runs(own, self.processor, inputs, ids)
         key = repr((own, ids, text))  # siblings share a prompt
         if key not in self._prompts:
             self._prompts[key] = prompt_as_scored(own, ids, self.tokenizer, chat_template_kwargs(self.args), text)
         return self._prompts[key]
+
+    def images(self, i: int) -> Mapping[str, torch.Tensor] | None:
+        """What the processor made of sample i's images, in their order; None if it has none."""
+        (inputs,) = getattr(self.samples[i], "mm_train_inputs", None) or [None]
+        return inputs
+
+    def image_tokens(self, ids: Sequence[int]) -> int:
+        """How many tokens of images `ids` have."""
+        media = media_tokens(self.processor)
+        return sum(token in media for token in ids) if media else 0
 
     def prompt_ids(self, i: int) -> list[int]:
         """The tokens of `prompt`."""
@@ -142,10 +155,11 @@ class RolloutBatch:
 
 
 def prompt_messages(record: dict[str, Any], args: Any) -> Messages:
-    """The data-set row's chat, or its text in the frame of `--data.input_template`."""
+    """The dataset row's chat, or its text in the frame of `--data.input_template`."""
     prompt = record[args.data.input_key]
     if args.data.apply_chat_template:
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return with_tags_as_parts(chat) if args.data.max_images_per_prompt > 0 else chat
     if not args.data.input_template:
         return prompt
     before, after = input_frame(args.data.input_template)

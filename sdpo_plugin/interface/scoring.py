@@ -94,22 +94,26 @@ def scoring_requests(micro_batch: MicroBatch) -> list[list[ScoringRequest]]:
 
 
 def teacher_inputs(
-    sequences: torch.Tensor, action_mask: torch.Tensor, requests: Sequence[ScoringRequest]
+    sequences: torch.Tensor,
+    action_mask: torch.Tensor,
+    requests: Sequence[ScoringRequest],
+    lengths: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """The teacher's input, a row for each request, up to the last token that it scores.
 
     Everything after the student's prompt is replayed unchanged, so response tokens keep their order and number.
-    Without any request there is one row of two tokens: other ranks may wait for this one (ZeRO-3).
+    Without any request there is a stand-in: other ranks may wait for this one (ZeRO-3).
 
     Args:
         sequences: [B, S], right-padded. action_mask: [B, A].
+        lengths: of the sequences, if they have images: all tokens of an image must be there. None: without images.
 
     Returns:
         sequences, attention_mask [R, S'], rows bool [R, S'] of the N' positions that predict tokens to score, and
         the sample and action position of each, int64 [N'] and [N'].
     """
     if not requests:
-        stand_in, none = sequences[:1, :2], sequences.new_zeros(0)
+        stand_in, none = sequences[:1, : 2 if lengths is None else lengths[0]], sequences.new_zeros(0)
         return stand_in, torch.ones_like(stand_in), torch.zeros_like(stand_in, dtype=torch.bool), (none, none)
     replayed, predicting, samples, positions = [], [], [], []
     # Places and lengths are found on the CPU: two waits for the device, rather than some for each request.
@@ -117,7 +121,8 @@ def teacher_inputs(
     for (i, prompt_ids, _), position_mask in zip(requests, masks, strict=True):
         first = int(action[i].nonzero()[0]) + 1  # action position p predicts token p + 1
         scored = position_mask.nonzero()[:, 0]
-        replayed.append(torch.cat([prompt_ids, sequences[i, first : int(scored[-1]) + 2]]))
+        end = int(scored[-1]) + 2 if lengths is None else lengths[i]
+        replayed.append(torch.cat([prompt_ids, sequences[i, first:end]]))
         predicting.append(scored - first + len(prompt_ids))
         samples.append(torch.full_like(scored, i))
         positions.append(scored)

@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.check
 def test_the_hosts_own_tests_pass_in_cpu_mode():
     code = (
-        "from sdpo_plugin.host import cpu; cpu.enable()\n"
+        "from sdpo_plugin.openrlhf_adapter.platform import cpu; cpu.enable()\n"
         "import pytest, sys, tests\n"
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *tests.__path__]))"
     )

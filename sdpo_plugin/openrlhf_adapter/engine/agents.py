@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sdpo_plugin.distillation.context import joined
+from sdpo_plugin.distillation.images import placeholders
 from sdpo_plugin.openrlhf_adapter.engine.calls import (
     FEEDBACK,
     LIMIT,
@@ -59,9 +60,10 @@ class Step(NamedTuple):
 
 @dataclass
 class Trajectory:
-    """One that is being played; `max_length` is `--data.max_len`."""
+    """One that is being played; `max_length` is `--data.max_len`, and `placeholders` stand for an image in a text."""
 
     max_length: int
+    placeholders: Sequence[str] = ()
     steps: list[Step] = field(default_factory=list)
 
 
@@ -198,6 +200,9 @@ class Agent:
         trajectory.steps.append(Step(feedback, of_turn, limit))
         # OpenRLHF truncates what does not fit, but only after the engine's event loop has tokenized all of it.
         observation = printable(result["environment_feedback"][: CHARACTERS * trajectory.max_length])
+        if not result.get("environment_images"):
+            for placeholder in trajectory.placeholders:  # mark-up without an image would end the training step
+                observation = observation.replace(placeholder, f"{placeholder[0]} {placeholder[1:]}")
         done = result["done"] or limit.startswith(MAX_TURNS)
         return {**result, "environment_feedback": observation, "extra_logs": extra_logs, "done": done}
 
@@ -236,7 +241,7 @@ def played(execute: Execute) -> Execute:
 
     async def call(**given: Any) -> dict[str, Any]:
         while True:
-            _trajectory.set(trajectory := Trajectory(given["max_length"]))
+            _trajectory.set(trajectory := Trajectory(given["max_length"], placeholders(given["hf_tokenizer"])))
             try:
                 # OpenRLHF counts down the tokens that are left in the one object of all trajectories of a prompt.
                 response = await execute(**{**given, "sampling_params": copy.deepcopy(given["sampling_params"])})

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from sdpo_plugin.config import ConfigError, RewardConfig
+from sdpo_plugin.distillation.images import media_tokens
 from sdpo_plugin.distillation.prompts import text_tokenizer
 from sdpo_plugin.environments.feedback import know
 from sdpo_plugin.openrlhf_adapter.engine import deterministic
@@ -104,11 +105,14 @@ class Engine(RolloutRayActor):
             if isinstance(self.executor, MultiTurnAgentExecutor):
                 self.executor.agent_instance_cls = hosted(self.executor.agent_instance_cls)
         self.alone = asyncio.Lock()
+        self.never: dict[int, float] = {}  # the logit bias of tokens that must not be sampled
 
     @overrides("prompt", "num_samples")
     async def generate_responses(self, prompt: Prompt, num_samples: int = 1, **kwargs: Any) -> list[dict[str, Any]]:
         text, request = str(prompt), prompt.request
         know(text_tokenizer(kwargs["hf_tokenizer"]))
+        # A sampled image token would stand for an image that is not there, which ends the training step.
+        self.never = {token: -100.0 for token in media_tokens(kwargs["hf_tokenizer"])}
         _reward.set(request.reward)
         _shown.set(request.shown)
         if request.shown is not None:
@@ -132,6 +136,9 @@ class Engine(RolloutRayActor):
                     )
                 _replaced.set(len(prompt_token_ids))  # an agent's later turns follow the same prompt
             prompt_token_ids = [*shown, *prompt_token_ids[_replaced.get() :]]
+        if self.never:
+            sampling_params = sampling_params.clone()
+            sampling_params.logit_bias = {**(sampling_params.logit_bias or {}), **self.never}
         if (seed := deterministic.seed_of_turn(prompt_token_ids)) is None:
             return await super().generate(prompt_token_ids, sampling_params, **kwargs)
         sampling_params = sampling_params.clone()

@@ -21,7 +21,7 @@ from sdpo_plugin.config import ConfigError, chat_template_kwargs, teacher_chat_t
 from sdpo_plugin.distillation.prompts import require_printed, text_tokenizer
 from sdpo_plugin.interface.rollout_batch import input_frame, prompt_messages
 from sdpo_plugin.openrlhf_adapter import dates
-from sdpo_plugin.openrlhf_adapter.launcher import labels, ring
+from sdpo_plugin.openrlhf_adapter.launcher import images, labels, ring
 from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
 from sdpo_plugin.openrlhf_adapter.platform.cluster import Cluster, require_gpus
 from sdpo_plugin.openrlhf_adapter.worker import checkpoint
@@ -73,6 +73,8 @@ def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
     found = tokenizer(args)
     data(args)
     chats(args, found)
+    if args.data.max_images_per_prompt > 0 and plugins.algorithm() is not None:
+        images.teacher(args)
 
 
 def writable(flag: str, path: str) -> None:
@@ -185,10 +187,10 @@ def tokenizer(args: Any) -> Any:
 
     found = _loaded("--actor.model_name_or_path", path, load)
     try:
-        found = text_tokenizer(found)
+        text = text_tokenizer(found)
     except ConfigError as error:
         raise ConfigError(f"--actor.model_name_or_path {path}: {error}") from error
-    if args.data.apply_chat_template and getattr(found, "chat_template", None) is None:
+    if args.data.apply_chat_template and getattr(text, "chat_template", None) is None:
         raise ConfigError(
             f"--data.apply_chat_template: the tokenizer of {path} has no chat template; use an instruction-tuned "
             "model, add a chat_template.jinja to its directory, or give --data.input_template instead of this flag"
@@ -257,10 +259,12 @@ def chats(args: Any, tokenizer: Any) -> None:
     if not args.data.apply_chat_template:
         return
     chat = chat_template_kwargs(args)
-    render = partial(tokenizer.apply_chat_template, **chat)
+    render = partial(text_tokenizer(tokenizer).apply_chat_template, **chat)
     for dataset, evaluation in datasets(args):
         flag = "--eval.dataset" if evaluation else "--data.prompt_dataset"
         rows = load(args, flag, dataset, args.eval.split if evaluation else args.data.prompt_split)
+        if args.data.max_images_per_prompt > 0 and plugins.algorithm() is not None:
+            images.check(args, tokenizer, f"{flag} {dataset}", rows)
         shapes = set()
         for row, prompt in enumerate(rows[args.data.input_key]):
             if (shape := _shape(prompt)) in shapes and row >= RENDERED_ROWS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from sdpo_plugin.config import ConfigError
 from sdpo_plugin.distillation.fused import Head, linear_log_probs
 from sdpo_plugin.distillation.products import head_products, sum_dtype
 from sdpo_plugin.interface.micro_batch import MicroBatch
+from sdpo_plugin.interface.models import Images
 from sdpo_plugin.interface.transport import response_rows
 from sdpo_plugin.openrlhf_adapter.patch_points import overrides, patch_point
 from sdpo_plugin.openrlhf_adapter.worker import lora
@@ -67,6 +68,9 @@ class HeadTap:
         return output
 
 
+merge_mm_train_inputs = patch_point(
+    "openrlhf.trainer.ray.ppo_actor:merge_mm_train_inputs", "mm_train_inputs_list", "device"
+)
 _Actor: Any = patch_point("openrlhf.trainer.ray.ppo_actor:Actor")
 
 
@@ -139,14 +143,20 @@ class PolicyActor(_Actor):
             )
 
     # Long: OpenRLHF's one forward pass, with its head in place or replaced, has all of these results.
-    @overrides("sequences", "action_mask", "attention_mask", "return_output", "return_entropy")
+    @overrides(
+        "sequences", "action_mask", "attention_mask", "return_output", "ring_attn_group", "packed_seq_lens",
+        "return_entropy",
+    )  # fmt: skip
     def forward(
         self,
         sequences: torch.Tensor,
         action_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         return_output: bool = False,
-        **kwargs: Any,
+        ring_attn_group: Any = None,
+        packed_seq_lens: Any = None,
+        return_entropy: bool = False,
+        **images: torch.Tensor,
     ) -> Any:
         """As OpenRLHF's, but logits exist at response positions only, and a chunk at a time.
 
@@ -154,6 +164,7 @@ class PolicyActor(_Actor):
 
         Args:
             sequences, attention_mask: int64 [B, S]. action_mask: [B, A].
+            images: what the processor made of all samples' images, if they have any.
 
         Returns:
             Log-probabilities float32 [B, A], zero where the mask is, and with `return_output` the model's output
@@ -161,10 +172,12 @@ class PolicyActor(_Actor):
         """
         micro_batch = self.micro_batch
         if micro_batch is not None and micro_batch.required["entropy"]:
-            kwargs["return_entropy"] = True
-        with_entropy = kwargs.get("return_entropy", False)
+            return_entropy = True
         if self.tap is None or action_mask is None:
-            result = super().forward(sequences, action_mask, attention_mask, return_output, **kwargs)
+            result = super().forward(
+                sequences, action_mask, attention_mask, return_output, ring_attn_group=ring_attn_group,
+                packed_seq_lens=packed_seq_lens, return_entropy=return_entropy, **images,
+            )  # fmt: skip
             if action_mask is not None and micro_batch is not None and micro_batch.required["entropy"]:
                 micro_batch.entropy = result[1].entropy[:, -action_mask.shape[1] :]
             return result
@@ -172,8 +185,13 @@ class PolicyActor(_Actor):
         mask = action_mask.bool()
         if micro_batch is not None and micro_batch.sample_mask is not None:
             mask = mask & micro_batch.sample_mask[:, None]
+            chosen = micro_batch.sample_mask
+            if micro_batch.images is not None:
+                read = chosen.tolist() if chosen.any() else [True]
+                of_read = [own for own, is_read in zip(micro_batch.images, read, strict=False) if is_read]
+                images = merge_mm_train_inputs(of_read, sequences.device)
             sequences, attention_mask, action_mask = only(
-                micro_batch.sample_mask, sequences, attention_mask, action_mask
+                chosen, sequences, attention_mask, action_mask, whole=micro_batch.images is not None
             )
         ring, rows, attended = self.ring, response_rows(action_mask, sequences), attention_mask.bool()
         targets = torch.roll(sequences, -1, dims=1)[ring.local(rows, attended)]
@@ -182,7 +200,7 @@ class PolicyActor(_Actor):
             scores: tuple[torch.Tensor | None, ...]
             if micro_batch is None or micro_batch.head_fn is None:
                 log_probs, entropy = linear_log_probs(
-                    hidden, self.head(), targets, self.temperature, with_entropy=with_entropy
+                    hidden, self.head(), targets, self.temperature, with_entropy=return_entropy
                 )
                 scores = (log_probs, entropy)
             else:
@@ -191,16 +209,16 @@ class PolicyActor(_Actor):
                 scores = (output.log_probs, output.entropy, output.loss)
             return tuple(s for s in scores if s is not None)
 
-        scores, output = self.at_rows(run_head, sequences, attention_mask, rows)
+        scores, output = self.at_rows(run_head, sequences, attention_mask, rows, images)
         of_all = partial(ring.gather_rows, rows=rows, attended=attended)
         log_probs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, of_all(scores[0].float()))
-        if with_entropy:
+        if return_entropy:
             output.entropy = torch.zeros_like(log_probs).masked_scatter(mask, of_all(scores[1].float()))
         if micro_batch is not None:
             micro_batch.entropy = output.entropy if micro_batch.required["entropy"] else None
             if micro_batch.head_fn is not None and micro_batch.head_output is not None:
                 # The results as they left the model, with the hooks of all around it.
-                entropy = scores[1] if with_entropy else None
+                entropy = scores[1] if return_entropy else None
                 loss = ring.sum_of_losses(scores[-1])
                 micro_batch.head_output = replace(
                     micro_batch.head_output, loss=loss, log_probs=scores[0], entropy=entropy
@@ -218,6 +236,7 @@ class PolicyActor(_Actor):
         sequences: torch.Tensor,
         attention_mask: torch.Tensor,
         rows: torch.Tensor,
+        images: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[Any, Any]:
         """Run the model with `function(hidden [N, H])` for a head, on the N positions of `rows` (bool [B, S]).
 
@@ -226,21 +245,40 @@ class PolicyActor(_Actor):
         Returns:
             The function's result and the model's output.
         """
-        tokens, others, rows = self._inputs(sequences, attention_mask, rows)
+        tokens, others, rows = self._inputs(sequences, attention_mask, rows, images)
         with self.tap.replaced_by(lambda hidden: function(hidden[rows])):
             output = self.model(tokens, **others)
         return output["logits"], output
 
     def _inputs(
-        self, sequences: torch.Tensor, attention_mask: torch.Tensor, rows: torch.Tensor
+        self,
+        sequences: torch.Tensor,
+        attention_mask: torch.Tensor,
+        rows: torch.Tensor,
+        images: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor]:
         """The model's tokens and its other inputs as OpenRLHF makes them, and `rows` in the shape of the tokens."""
+        if getattr(self, "is_vlm", False) and not self.packing_samples:
+            others = self._with_token_types(sequences, images)
+            return sequences, {"attention_mask": attention_mask, "position_ids": None, **others}, rows
         if not self.packing_samples:
             position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
             return sequences, {"attention_mask": attention_mask, "position_ids": position_ids}, rows
         tokens, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, self.ring.group)
         rows = self.ring.slice(rows.reshape(1, -1)[:, kept])
         return tokens, {"attention_mask": None, "position_ids": position_ids}, rows
+
+    def _with_token_types(
+        self, sequences: torch.Tensor, images: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """`images` with the token types that models place and mask images by, as in models/actor.py: `forward`."""
+        if not images:
+            return {}
+        config = self._vlm_config
+        types = (sequences == config.image_token_id).to(torch.int32)
+        if getattr(config, "video_token_id", None) is not None:
+            types[sequences == config.video_token_id] = 2
+        return {**images, "mm_token_type_ids" if "image_grid_thw" in images else "token_type_ids": types}
 
     @torch.no_grad()
     def hidden_states(
@@ -250,6 +288,7 @@ class PolicyActor(_Actor):
         rows: torch.Tensor,
         max_tokens: int,
         wanted: torch.Tensor | None = None,
+        images: Images | None = None,
     ) -> torch.Tensor:
         """Final hidden states [N, H] at the N positions of `rows`, without dropout and without a graph.
 
@@ -258,6 +297,7 @@ class PolicyActor(_Actor):
         Args:
             sequences, attention_mask: int64 [B, S], right-padded. rows: bool [B, S].
             wanted: bool [N], those that this rank needs, wherever they are computed; None: all.
+            images: of each of the B sequences; None: they have none.
         """
         lengths = attention_mask.sum(dim=1).tolist()
         batches = batches_within(lengths, max_tokens * self.ring.size)
@@ -267,13 +307,19 @@ class PolicyActor(_Actor):
         with self._scoring():
             for batch in batches:
                 width = lengths[batch[0]]
-                read = [tensor[batch, :width] for tensor in (sequences, attention_mask, rows)]
-                hidden, _ = self.at_rows(torch.clone, *read)
+                tokens, attended, at = (tensor[batch, :width] for tensor in (sequences, attention_mask, rows))
+                inputs = None if images is None else merge_mm_train_inputs([images[i] for i in batch], rows.device)
+                hidden, _ = self.at_rows(torch.clone, tokens, attended, at, inputs)
                 own = [needed[i] for i in batch]
-                hidden = self.ring.route(hidden, read[1].bool(), read[2], torch.cat(own))
+                hidden = self.ring.route(hidden, attended.bool(), at, torch.cat(own))
                 found.update(zip(batch, hidden.split([int(n.sum()) for n in own]), strict=True))
             for _ in range(self._most_of_any_rank(len(batches)) - len(batches)):
-                self.at_rows(torch.clone, sequences[:1, :2], attention_mask[:1, :2], rows[:1, :2])
+                # Stands in: of a sample with an image all of it, for the other ranks gather the visual encoder, too.
+                width = 2 if images is None else lengths[0]
+                inputs = None if images is None else merge_mm_train_inputs(images[:1], rows.device)
+                self.at_rows(
+                    torch.clone, sequences[:1, :width], attention_mask[:1, :width], rows[:1, :width], inputs
+                )
         return torch.cat([found[i] for i in range(len(lengths))])
 
     @contextmanager
@@ -309,14 +355,21 @@ class PolicyActor(_Actor):
 
 
 def only(
-    samples: torch.Tensor, sequences: torch.Tensor, attention_mask: torch.Tensor, action_mask: torch.Tensor
+    samples: torch.Tensor,
+    sequences: torch.Tensor,
+    attention_mask: torch.Tensor,
+    action_mask: torch.Tensor,
+    whole: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rows of `samples` (bool [B]) without padding that none of them needs.
 
-    With no sample at all, two tokens of the first without a response: other ranks may wait for this one (ZeRO-3).
+    With no sample at all, two tokens of the first without a response, or with `whole`, for samples with images, all of
+    it: other ranks may wait for this one (ZeRO-3).
     """
     if not samples.any():
-        return sequences[:1, :2], torch.ones_like(attention_mask[:1, :2]), torch.zeros_like(action_mask[:1, :1])
+        width = int(attention_mask[0].sum()) if whole else 2
+        nothing = torch.zeros_like(action_mask[:1, : width - 1])
+        return sequences[:1, :width], torch.ones_like(attention_mask[:1, :width]), nothing
     width = int(attention_mask[samples].any(dim=0).nonzero()[-1]) + 1
     return sequences[samples, :width], attention_mask[samples, :width], action_mask[samples, : width - 1]
 
