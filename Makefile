@@ -82,6 +82,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --upgrade 'pip>=25.1'
 	$(PY) -m pip install -q --no-deps --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu --group cpu-host
+	$(PY) .ci/torchvision_on_cpu.py
 	cp $(TESTED) .venv/tested.txt
 	$(PY) .ci/host_requirements.py > .venv/host.txt
 	DS_BUILD_OPS=0 $(PY) -m pip install -q --no-warn-conflicts -c .venv/tested.txt -r .venv/host.txt -e '.[cpu,test]'

@@ -19,7 +19,7 @@ from sdpo_plugin.testing.harness import OpenRLHF, Run, RunFailed
 from sdpo_plugin.testing.models import tiny_model, tiny_vision_model
 from sdpo_plugin.testing.worker import fake_worker
 
-__all__ = ["OpenRLHF", "Run", "RunFailed", "fake_worker", "tiny_model"]
+__all__ = ["OpenRLHF", "Run", "RunFailed", "fake_worker", "tiny_model", "tiny_vision_model"]
 
 
 @pytest.fixture(scope="session")

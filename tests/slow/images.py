@@ -71,7 +71,7 @@ def warm_start(directory: Path, seed: int, steps: int) -> None:
         texts, pictures = [], []
         for _ in range(64):
             left, right, guess = (rng.choice(list(COLORS)) for _ in range(3))
-            side = rng.choice(["look left", "look right", None])
+            side = rng.choice(["look left", "look right"] * 2 + [None])
             answer = {"look left": left, "look right": right, None: guess}[side]
             rollout = Rollout(0, QUESTION, guess, 0.0, side)
             (context,) = build_teacher_contexts([rollout], REPROMPT)
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--warm-up", type=int, default=1500)
+    parser.add_argument("--warm-up", type=int, default=3000)
     args = parser.parse_args()
     found: dict[str, list[list[list[float]]]] = {name: [] for name in RUNS}
     for seed in args.seeds:
