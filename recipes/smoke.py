@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from sdpo_plugin import report
-from sdpo_plugin.testing import tiny_model
+from sdpo_plugin.testing import tiny_model, tiny_vision_model
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -59,7 +59,10 @@ def rows(flags: list[str]) -> str | None:
 
 def small(flags: list[str]) -> list[str]:
     """A launch line's flags for a smoke run."""
-    return [*(rows(flags) if flag == "DATA.jsonl" else flag for flag in flags), "--config", "recipes/smoke.yaml"]
+    data = [rows(flags) if flag == "DATA.jsonl" else flag for flag in flags]
+    pictured = any("max_images_per_prompt" in (ROOT / config).read_text() for config in configs(flags))
+    model = ["--actor.model_name_or_path", "runs/smoke/vision"] if pictured else []
+    return [*data, "--config", "recipes/smoke.yaml", *model]
 
 
 def smoked() -> list[Path]:
@@ -91,6 +94,7 @@ def main(tasks: list[str]) -> None:
     if not chosen:
         sys.exit(f"no recipe with rows to run it on in {', '.join(tasks)}")
     tiny_model(OUT / "model", positions=4096)
+    tiny_vision_model(OUT / "vision", positions=4096)
     for recipe in chosen:
         began = time.monotonic()
         print(f"{run(recipe)} ({time.monotonic() - began:.0f} s)", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sdpo_plugin.config import ConfigError
+from sdpo_plugin.interface.rollout_batch import has_images
 
 # Text in which tokenizers differ: white space, digits, code, other scripts.
 PROBE = "Let x = 12345.678;\n\n\tif (x >= 10) { return  naïve_Größe(x); }  # 你好, мир! 🙂"
@@ -36,15 +37,7 @@ def reject_unsupported(args: Any) -> None:
             "--distill.generate_from_teacher the vLLM engines sample from another prompt than the student's, so the "
             "correction does not apply; give off"
         )
-    if args.data.max_images_per_prompt > 0:
-        of_images = f"--data.max_images_per_prompt {args.data.max_images_per_prompt}"
-        if not args.data.apply_chat_template:
-            raise ConfigError(f"{of_images}: images are parts of a chat; give --data.apply_chat_template")
-        if args.distill.generate_from_teacher:
-            raise ConfigError(
-                f"{of_images}: --distill.generate_from_teacher samples after a prompt of token ids alone, without "
-                "images; leave it out"
-            )
+    _reject_images(args)
     if args.teacher.save and args.teacher.kind != "ema":
         raise ConfigError(
             f"--teacher.save True: a {args.teacher.kind} teacher has no weights of its own to save; leave it out, or "
@@ -76,6 +69,19 @@ def reject_unsupported(args: Any) -> None:
     ):
         if asked:
             raise ConfigError(f"{flag} is not supported with --algo {args.algo.name} yet; {fix}")
+
+
+def _reject_images(args: Any) -> None:
+    if not has_images(args):
+        return
+    of_images = f"--data.max_images_per_prompt {args.data.max_images_per_prompt}"
+    if not args.data.apply_chat_template:
+        raise ConfigError(f"{of_images}: images are parts of a chat; give --data.apply_chat_template")
+    if args.distill.generate_from_teacher:
+        raise ConfigError(
+            f"{of_images}: --distill.generate_from_teacher samples after a prompt of token ids alone, without images; "
+            "leave it out"
+        )
 
 
 def require_same_tokenizer(student: str, teacher: str) -> None:

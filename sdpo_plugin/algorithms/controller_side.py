@@ -19,7 +19,7 @@ from sdpo_plugin.distillation.prompts import require_user_text
 from sdpo_plugin.distillation.teacher_prompt import TEXTS_AT_ONCE, TeacherPrompts, TruncationOffsets, teacher_prompt_ids
 from sdpo_plugin.distillation.thinking import response_texts, tags_with
 from sdpo_plugin.hookspecs import hookimpl
-from sdpo_plugin.interface.rollout_batch import RolloutBatch, prompt_messages
+from sdpo_plugin.interface.rollout_batch import RolloutBatch, has_images, prompt_messages
 from sdpo_plugin.interface.scoring import TeacherPrompt, attach_scoring_requests
 from sdpo_plugin.monitoring.collapse import CONTEXT_KL, CollapseMonitor, length_metrics
 from sdpo_plugin.monitoring.recorder import Recorder
@@ -65,7 +65,7 @@ class ControllerSide(Choices):
             return
         key = args.data.input_key
         for row, prompt in enumerate(dataset[key]):
-            require_user_text(f"--data.input_key {key}: row {row}", prompt, args.data.max_images_per_prompt > 0)
+            require_user_text(f"--data.input_key {key}: row {row}", prompt, images=has_images(args))
         if self._shows_privileged and self.reprompt.privileged_key in dataset.column_names:
             for row, shown in enumerate(dataset[self.reprompt.privileged_key]):
                 if not isinstance(shown, str | None):

@@ -154,12 +154,17 @@ class RolloutBatch:
             experience.info[SCALAR + name] = [torch.tensor(value, dtype=torch.float64)] * len(experience.index)
 
 
+def has_images(args: Any) -> bool:
+    """Whether rows may have images (`--data.max_images_per_prompt`)."""
+    return getattr(args.data, "max_images_per_prompt", 0) > 0
+
+
 def prompt_messages(record: dict[str, Any], args: Any) -> Messages:
     """The dataset row's chat, or its text in the frame of `--data.input_template`."""
     prompt = record[args.data.input_key]
     if args.data.apply_chat_template:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return with_tags_as_parts(chat) if args.data.max_images_per_prompt > 0 else chat
+        return with_tags_as_parts(chat) if has_images(args) else chat
     if not args.data.input_template:
         return prompt
     before, after = input_frame(args.data.input_template)

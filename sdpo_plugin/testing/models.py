@@ -51,7 +51,7 @@ VISION_TEMPLATE = (
 )
 
 
-def tiny_vision_model(directory: str | Path, *, seed: int = 0, layers: int = 2) -> Path:
+def tiny_vision_model(directory: str | Path, *, seed: int = 0, layers: int = 2, positions: int = 512) -> Path:
     """An untrained Qwen2.5-VL of some 0.6M parameters with a character tokenizer; needs torchvision.
 
     An image of 56 x 56 pixels is 4 tokens.
@@ -84,7 +84,7 @@ def tiny_vision_model(directory: str | Path, *, seed: int = 0, layers: int = 2) 
     processor = Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=VISION_TEMPLATE)
     text = {
         "vocab_size": len(vocab), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": layers,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": positions,
         "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every PPO script of OpenRLHF's examples with `--algo sdpo` added; data/openrlhf_scripts.json has their flags at 3c3be62.
+"""Every PPO script of OpenRLHF's examples with `--algo sdpo`; data/openrlhf_scripts.json has their flags at 3c3be62.
 
 Changed are models, data, files and sizes, what a CPU lacks, and flags that have other names in OpenRLHF 0.11.2.
 """

@@ -1,6 +1,6 @@
 """What SDPO learns from pictures: two colored squares, of which the student must find out that the left one counts.
 
-    python tests/slow/images.py [--seeds 1 2 3] [--steps 60]
+    python tests/slow/images.py [--seeds 1 2 3] [--steps 150]
 
 The feedback says "look left", so only a teacher that sees the picture knows the color. Writes runs/images/table.md and
 docs/validation/images.png: accuracy on pictures that were not trained on, with SDPO, with GRPO, and with SDPO whose
@@ -138,7 +138,7 @@ def train(name: str, seed: int, steps: int, base: Path) -> list[list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--warm-up", type=int, default=3000)
     args = parser.parse_args()
     found: dict[str, list[list[list[float]]]] = {name: [] for name in RUNS}

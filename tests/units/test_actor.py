@@ -13,7 +13,8 @@ from sdpo_plugin.config import ConfigError
 from sdpo_plugin.openrlhf_adapter.platform import cpu
 
 cpu.enable()
-from sdpo_plugin.openrlhf_adapter.worker.actor import PolicyActor, batches_within  # noqa: E402
+from sdpo_plugin.openrlhf_adapter.worker.actor import PolicyActor  # noqa: E402
+from sdpo_plugin.openrlhf_adapter.worker.inputs import batches_within  # noqa: E402
 
 
 class Model(torch.nn.Module):

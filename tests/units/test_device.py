@@ -102,7 +102,7 @@ def test_a_teacher_s_hidden_states_are_held_for_response_tokens_only():
     attention = torch.cat([torch.ones(samples, 1), action], dim=1).long()
     prompts, masks = [torch.tensor([2, 3])] * samples, list(action.bool())
     batch = worker.micro_batch(plugin, sequences, attention, action, teacher_prompt=prompts, loss_mask=masks)
-    plugin.teacher.hidden_states = lambda ids, mask, rows, most, wanted: torch.zeros(int(wanted.sum()), width)
+    plugin.teacher.hidden_states = lambda ids, mask, rows, most, wanted, images: torch.zeros(int(wanted.sum()), width)
     requests = [ScoringRequest(i, prompts[i], action[i].bool()) for i in range(samples)]
     with LargestTensor() as largest:
         hidden = plugin._teacher_hidden(batch, requests)

@@ -110,6 +110,8 @@ def test_a_launch_line_is_understood_and_its_last_recipe_wins(name, parsed):
     wanted = {}
     for config in smoke.configs(line):
         wanted |= recipe._flatten(YAML(typ="safe", pure=True).load(ROOT / config))
+    if "--actor.model_name_or_path" in line:  # flags win over recipes
+        wanted["actor.model_name_or_path"] = line[line.index("--actor.model_name_or_path") + 1]
     assert {key: parsed[name][key] for key in wanted} == wanted
 
 

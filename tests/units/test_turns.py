@@ -70,7 +70,8 @@ def trajectories(*agents):
         agent = hosted(Agent)
         reward_config.set(RewardConfig())
         played_at_once = [
-            played(execute)(agent=agent, says=says, max_length=64, sampling_params=None) for says in agents
+            played(execute)(agent=agent, says=says, max_length=64, sampling_params=None, hf_tokenizer=None)
+            for says in agents
         ]
         return await asyncio.gather(*played_at_once)
 
@@ -103,7 +104,7 @@ def test_an_executor_s_own_extra_logs_win():
         _trajectory.get().steps.append(Step("of a step", "of a turn", ""))
         return {"extra_logs": {"feedback": "of the executor"}}
 
-    said = asyncio.run(played(execute)(max_length=64, sampling_params=None))["extra_logs"]
+    said = asyncio.run(played(execute)(max_length=64, sampling_params=None, hf_tokenizer=None))["extra_logs"]
     assert said == {"feedback": "of the executor", "turn_feedback": ["of a turn"], "trajectory_limit": ""}
 
 

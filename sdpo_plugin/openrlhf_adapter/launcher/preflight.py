@@ -19,7 +19,7 @@ from typing import Any
 from sdpo_plugin import plugins
 from sdpo_plugin.config import ConfigError, chat_template_kwargs, teacher_chat_template_kwargs
 from sdpo_plugin.distillation.prompts import require_printed, text_tokenizer
-from sdpo_plugin.interface.rollout_batch import input_frame, prompt_messages
+from sdpo_plugin.interface.rollout_batch import has_images, input_frame, prompt_messages
 from sdpo_plugin.openrlhf_adapter import dates
 from sdpo_plugin.openrlhf_adapter.launcher import images, labels, ring
 from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
@@ -73,7 +73,7 @@ def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
     found = tokenizer(args)
     data(args)
     chats(args, found)
-    if args.data.max_images_per_prompt > 0 and plugins.algorithm() is not None:
+    if has_images(args) and plugins.algorithm() is not None:
         images.teacher(args)
 
 
@@ -263,7 +263,7 @@ def chats(args: Any, tokenizer: Any) -> None:
     for dataset, evaluation in datasets(args):
         flag = "--eval.dataset" if evaluation else "--data.prompt_dataset"
         rows = load(args, flag, dataset, args.eval.split if evaluation else args.data.prompt_split)
-        if args.data.max_images_per_prompt > 0 and plugins.algorithm() is not None:
+        if has_images(args) and plugins.algorithm() is not None:
             images.check(args, tokenizer, f"{flag} {dataset}", rows)
         shapes = set()
         for row, prompt in enumerate(rows[args.data.input_key]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,8 @@ from sdpo_plugin.interface.models import Images
 from sdpo_plugin.interface.transport import response_rows
 from sdpo_plugin.openrlhf_adapter.patch_points import overrides, patch_point
 from sdpo_plugin.openrlhf_adapter.worker import lora
-from sdpo_plugin.openrlhf_adapter.worker.ring import NoRing, current_ring, unpad_and_slice_tensor
+from sdpo_plugin.openrlhf_adapter.worker.inputs import batches_within, merge_mm_train_inputs, model_inputs, only
+from sdpo_plugin.openrlhf_adapter.worker.ring import NoRing, current_ring
 from sdpo_plugin.openrlhf_adapter.worker.zero import exact_frequencies, gathered, is_partitioned, trace_for_scoring
 
 
@@ -68,9 +69,6 @@ class HeadTap:
         return output
 
 
-merge_mm_train_inputs = patch_point(
-    "openrlhf.trainer.ray.ppo_actor:merge_mm_train_inputs", "mm_train_inputs_list", "device"
-)
 _Actor: Any = patch_point("openrlhf.trainer.ray.ppo_actor:Actor")
 
 
@@ -123,7 +121,7 @@ class PolicyActor(_Actor):
         mask = torch.ones_like(ids)
         training = self.model.training
         self.model.eval()
-        tokens, others, _ = self._inputs(ids, mask, mask.bool())
+        tokens, others, _ = model_inputs(self, ids, mask, mask.bool())
         logits = self.model(tokens, **others).logits[0].float()
         self.tap = HeadTap(self.model.module)
 
@@ -245,40 +243,10 @@ class PolicyActor(_Actor):
         Returns:
             The function's result and the model's output.
         """
-        tokens, others, rows = self._inputs(sequences, attention_mask, rows, images)
+        tokens, others, rows = model_inputs(self, sequences, attention_mask, rows, images)
         with self.tap.replaced_by(lambda hidden: function(hidden[rows])):
             output = self.model(tokens, **others)
         return output["logits"], output
-
-    def _inputs(
-        self,
-        sequences: torch.Tensor,
-        attention_mask: torch.Tensor,
-        rows: torch.Tensor,
-        images: Mapping[str, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor]:
-        """The model's tokens and its other inputs as OpenRLHF makes them, and `rows` in the shape of the tokens."""
-        if getattr(self, "is_vlm", False) and not self.packing_samples:
-            others = self._with_token_types(sequences, images)
-            return sequences, {"attention_mask": attention_mask, "position_ids": None, **others}, rows
-        if not self.packing_samples:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
-            return sequences, {"attention_mask": attention_mask, "position_ids": position_ids}, rows
-        tokens, position_ids, _, _, kept = unpad_and_slice_tensor(sequences, attention_mask, self.ring.group)
-        rows = self.ring.slice(rows.reshape(1, -1)[:, kept])
-        return tokens, {"attention_mask": None, "position_ids": position_ids}, rows
-
-    def _with_token_types(
-        self, sequences: torch.Tensor, images: Mapping[str, torch.Tensor] | None
-    ) -> dict[str, torch.Tensor]:
-        """`images` with the token types that models place and mask images by, as in models/actor.py: `forward`."""
-        if not images:
-            return {}
-        config = self._vlm_config
-        types = (sequences == config.image_token_id).to(torch.int32)
-        if getattr(config, "video_token_id", None) is not None:
-            types[sequences == config.video_token_id] = 2
-        return {**images, "mm_token_type_ids" if "image_grid_thw" in images else "token_type_ids": types}
 
     @torch.no_grad()
     def hidden_states(
@@ -352,34 +320,3 @@ class PolicyActor(_Actor):
         """The head with its weights gathered from all ranks where ZeRO-3 keeps them apart."""
         with gathered(list(self.tap.module.parameters())):
             yield self.head()
-
-
-def only(
-    samples: torch.Tensor,
-    sequences: torch.Tensor,
-    attention_mask: torch.Tensor,
-    action_mask: torch.Tensor,
-    whole: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of `samples` (bool [B]) without padding that none of them needs.
-
-    With no sample at all, two tokens of the first without a response, or with `whole`, for samples with images, all of
-    it: other ranks may wait for this one (ZeRO-3).
-    """
-    if not samples.any():
-        width = int(attention_mask[0].sum()) if whole else 2
-        nothing = torch.zeros_like(action_mask[:1, : width - 1])
-        return sequences[:1, :width], torch.ones_like(attention_mask[:1, :width]), nothing
-    width = int(attention_mask[samples].any(dim=0).nonzero()[-1]) + 1
-    return sequences[samples, :width], attention_mask[samples, :width], action_mask[samples, : width - 1]
-
-
-def batches_within(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of sequences, the longest first, in batches of at most `max_tokens` with their padding, or of one."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
