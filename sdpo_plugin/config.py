@@ -227,6 +227,10 @@ class RepromptConfig(OptionGroup):
         "'{\"enable_thinking\": true}'; they override those of --data.chat_template_kwargs; none: the student's",
     )
     privileged_key: str = option("privileged_context", "dataset column that is shown as {privileged_context}")
+    teacher_images: str | None = option(
+        None, "dataset column of images that only the teacher sees, after the student's, such as a crop or an "
+        "annotated copy; with --data.max_images_per_prompt"
+    )
     max_len: int = option(10240, "longest teacher prompt in tokens; a longer one is truncated")
     truncation: str = option(
         "right", "side on which the sections of a teacher prompt are truncated if it is too long (never the question "

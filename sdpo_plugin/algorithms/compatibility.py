@@ -72,6 +72,11 @@ def reject_unsupported(args: Any) -> None:
 
 
 def _reject_images(args: Any) -> None:
+    if args.reprompt.teacher_images is not None and (not has_images(args) or args.train.agent_func_path):
+        raise ConfigError(
+            f"--reprompt.teacher_images {args.reprompt.teacher_images}: needs --data.max_images_per_prompt, and no "
+            "--train.agent_func_path, whose images would come before the teacher's"
+        )
     if not has_images(args):
         return
     of_images = f"--data.max_images_per_prompt {args.data.max_images_per_prompt}"

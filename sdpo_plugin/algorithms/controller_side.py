@@ -12,6 +12,7 @@ import torch
 from sdpo_plugin import plugins
 from sdpo_plugin.algorithms import no_reward
 from sdpo_plugin.algorithms.choices import PREFIX, Choices
+from sdpo_plugin.algorithms.teacher_images import add_teacher_images, require_image_tokens
 from sdpo_plugin.config import ConfigError, StopTraining, teacher_chat_template_kwargs
 from sdpo_plugin.distillation.consensus import CONSENSUS
 from sdpo_plugin.distillation.context import Rollout, TeacherContext, build_teacher_contexts, context_metrics
@@ -99,7 +100,8 @@ class ControllerSide(Choices):
 
     @hookimpl
     def openrlhf_record_columns(self, args: Any) -> list[str]:
-        return [self.reprompt.privileged_key] if self._shows_privileged else []
+        images = [self.reprompt.teacher_images] if self.reprompt.teacher_images is not None else []
+        return [*([self.reprompt.privileged_key] if self._shows_privileged else []), *images]
 
     # ── the rewarded batch ──
 
@@ -108,6 +110,8 @@ class ControllerSide(Choices):
         self._prompts = None  # of the last batch
         rollouts = self.rollouts(batch)
         contexts = self.teacher_contexts(batch, rollouts)
+        if self.reprompt.teacher_images is not None:
+            add_teacher_images(batch, rollouts, contexts, self.reprompt.teacher_images)
         prompts = self._attach_teacher_prompts(batch, rollouts, contexts)
         masks = self._loss_masks(batch, prompts)
         batch.attach("loss_mask", masks)
@@ -202,13 +206,7 @@ class ControllerSide(Choices):
         """
         room = self.room(batch, i, position_mask)
         ids, offsets = self.prompts_of(batch).ids(context, int(max(min(self.reprompt.max_len, room), 1)))
-        if batch.images(i) is not None:
-            found, expected = batch.image_tokens(ids), batch.image_tokens(batch.prompt_ids(i))
-            if found != expected:
-                raise ConfigError(
-                    f"sample {i}: the teacher's prompt has {found} image tokens and the student's {expected}; "
-                    f"{type(batch.processor).__name__} is not supported"
-                )
+        require_image_tokens(batch, i, context, ids)
         return (ids, offsets) if len(ids) <= room else ([], {})
 
     def room(self, batch: RolloutBatch, i: int, position_mask: torch.Tensor) -> float:

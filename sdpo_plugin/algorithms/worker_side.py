@@ -17,8 +17,14 @@ from sdpo_plugin.config import ConfigError
 from sdpo_plugin.distillation.loss import TokenBatch
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.interface.micro_batch import MicroBatch
-from sdpo_plugin.interface.models import Worker
-from sdpo_plugin.interface.scoring import ScoringRequest, numbered, scoring_requests, teacher_inputs
+from sdpo_plugin.interface.models import Images, Worker
+from sdpo_plugin.interface.scoring import (
+    ScoringRequest,
+    numbered,
+    scoring_requests,
+    teacher_images,
+    teacher_inputs,
+)
 from sdpo_plugin.monitoring.collapse import CHECKED_SAMPLES
 
 
@@ -88,7 +94,10 @@ class WorkerSide(Choices):
             self.teacher.rate = micro_batch.scalars["update_rate"]
         if not micro_batch.required["all_samples"]:
             micro_batch.sample_mask = micro_batch.loss_mask.any(dim=1)
-        teacher_hidden = [self._teacher_hidden(micro_batch, requests) for requests in scoring_requests(micro_batch)]
+        images = teacher_images(micro_batch)
+        teacher_hidden = [
+            self._teacher_hidden(micro_batch, requests, images) for requests in scoring_requests(micro_batch)
+        ]
         check = self._collapse_check(micro_batch)
         policy_weights, distill_weights = self.loss_coefficients(micro_batch)
         if self.uses_policy_loss:
@@ -141,10 +150,12 @@ class WorkerSide(Choices):
         }  # fmt: skip
         return {name: micro_batch.to_response_tokens(values) for name, values in found.items() if values is not None}
 
-    def _teacher_hidden(self, micro_batch: MicroBatch, requests: Sequence[ScoringRequest]) -> torch.Tensor:
+    def _teacher_hidden(
+        self, micro_batch: MicroBatch, requests: Sequence[ScoringRequest], images: Images | None
+    ) -> torch.Tensor:
         """The teacher's hidden states [N, H] at the response tokens; zero where no request covers the token."""
         batch, response = micro_batch.experience, micro_batch.response
-        lengths, images = None, micro_batch.images
+        lengths = None
         if images is not None:
             lengths = batch.attention_mask.sum(dim=1).tolist()
             images = [images[request.sample] for request in requests] or images[:1]
@@ -179,7 +190,7 @@ class WorkerSide(Choices):
             for i in chosen.nonzero()[:, 0].tolist()
         ]
         tokens = checked[micro_batch.response]
-        without_context = self._teacher_hidden(micro_batch, own_prompts)[tokens]
+        without_context = self._teacher_hidden(micro_batch, own_prompts, micro_batch.images)[tokens]
         return CollapseCheck(tokens, without_context, micro_batch.to_response_tokens(failed)[tokens])
 
     @staticmethod

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, groupby, zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdpo_plugin.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 TAG = "<image>"  # in the text of a dataset row, as in OpenRLHF's datasets/prompts_dataset.py
 
@@ -38,6 +41,12 @@ def with_tags_as_parts(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [part for pair in zip_longest(texts, images) for part in pair if part is not None]
 
     return [{**message, "content": content(message.get("content"))} for message in chat]
+
+
+def references(column: Any) -> list[Any]:
+    """A row's images, as paths, URLs or base64 strings, from what its column has."""
+    given = column if isinstance(column, list) else [column]
+    return [one for one in given if one is not None]
 
 
 def media_tokens(processor: Any) -> set[int]:
@@ -87,6 +96,28 @@ def with_runs(
         {**message, "content": [part(one) for one in content]} if isinstance(content, list) else message
         for message in chat for content in [message.get("content")]
     ]  # fmt: skip
+
+
+def with_added_images(chat: list[dict[str, Any]], runs: Sequence[str], processor: Any) -> list[dict[str, Any]]:
+    """`chat` with images at its end, given by the text of their tokens: after all others of the prompt."""
+    content = chat[-1]["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    added = [{"type": "image", "placeholder": processor.image_token, "run": run} for run in runs]
+    return [*chat[:-1], {**chat[-1], "content": [*parts, *added]}]
+
+
+def processed(references: Sequence[Any], processor: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What a processor makes of images (paths, URLs or base64 strings), and the text of each one's tokens."""
+    from transformers.image_utils import load_image
+
+    chat = [{"role": "user", "content": [{"type": "image"} for _ in references]}]
+    pictures = [load_image(reference) for reference in references]
+    text = processor.image_token * len(references)
+    made = processor(text=[text], images=pictures, add_special_tokens=False, return_tensors="pt")
+    skipped = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+    inputs = {name: value for name, value in made.items() if name not in skipped}
+    parts = image_parts(with_runs(chat, processor, inputs, made["input_ids"][0].tolist()))
+    return inputs, [part["run"] for part in parts]
 
 
 def with_runs_printed(text: str, chat: Any) -> str:

@@ -6,7 +6,7 @@ B samples, S tokens of a sequence, A = S - 1 action positions: those that predic
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,10 @@ import torch
 
 from sdpo_plugin.distillation.teacher_prompt import TruncationOffsets
 from sdpo_plugin.interface.micro_batch import MicroBatch
+from sdpo_plugin.interface.models import Images
 from sdpo_plugin.interface.rollout_batch import RolloutBatch
+
+TEACHER_IMAGE = "teacher_image/"  # begins the names of what the processor made of them
 
 
 def numbered(name: str, k: int) -> str:
@@ -57,6 +60,26 @@ def attach_scoring_requests(
             spans[prompt.position_mask] = torch.tensor([begin, begin := begin + len(prompt.ids)])
         every_span.append(spans)
     batch.attach(numbered("teacher_spans", k), every_span)
+
+
+def attach_teacher_images(batch: RolloutBatch, inputs: Sequence[Mapping[str, torch.Tensor] | None]) -> None:
+    """Send along, with each sample, what the processor made of the images that only its teacher sees."""
+    for name in sorted({name for own in inputs for name in own or ()}):
+        batch.attach(TEACHER_IMAGE + name, [torch.zeros(0) if own is None else own[name] for own in inputs])
+
+
+def teacher_images(micro_batch: MicroBatch) -> Images | None:
+    """Of each sample: its own images, then those that only its teacher sees; None if no sample has any."""
+    added = {name.removeprefix(TEACHER_IMAGE): v for name, v in micro_batch.data.items() if TEACHER_IMAGE in name}
+    if not added:
+        return micro_batch.images
+    found: list[Mapping[str, torch.Tensor] | None] = []
+    for i, own in enumerate(micro_batch.images or [None] * len(micro_batch.experience.sequences)):
+        own = own or {}
+        more = {name: values[i] for name, values in added.items() if values[i].numel()}
+        both = {name: [inputs[name].cpu() for inputs in (own, more) if name in inputs] for name in {**own, **more}}
+        found.append({name: torch.cat(values) for name, values in both.items()} or None)
+    return found
 
 
 class ScoringRequest(NamedTuple):

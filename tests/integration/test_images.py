@@ -90,6 +90,34 @@ def test_the_teacher_is_shown_the_student_s_images(recorded, attached, model):
     assert abs(gray - shown) > 0.1 * shown
 
 
+def test_the_teacher_is_shown_images_of_its_own(openrlhf, model, rows, reward, recorded, tmp_path):
+    """A column that only the teacher sees, here of some rows: after the student's images, and no one else's."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model)
+    network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.bfloat16)
+    own = [{**row, "hint": rows[3]["images"][0] if i % 2 else None} for i, row in enumerate(rows)]
+    flags = ("--reprompt.teacher_images", "hint", "--plugins", "attached", "--attached.out", str(tmp_path / "seen.pt"))
+    run = openrlhf(model, own, reward, *FULL, *flags)
+    attached, losses = torch.load(tmp_path / "seen.pt"), []
+    for i, sample in enumerate(run.samples[0]):
+        prompt, mask, ids = attached["teacher_prompt"][i], sample.action_mask[0].bool(), sample.sequences[0]
+        inputs, first = sample.mm_train_inputs[0], int(mask.nonzero()[0]) + 1
+        more = attached["teacher_image/pixel_values"][i]
+        assert bool(more.numel()) == bool(sample.record["hint"])
+        both = inputs
+        if more.numel():
+            grid = attached["teacher_image/image_grid_thw"][i]
+            pixels = torch.cat([inputs["pixel_values"], more])
+            both = {"pixel_values": pixels, "image_grid_thw": torch.cat([inputs["image_grid_thw"], grid])}
+        student = log_probs(network, ids, inputs, processor.image_token_id)[mask.nonzero()[:, 0]]
+        replayed = torch.cat([prompt, ids[first:]])
+        teacher = log_probs(network, replayed, both, processor.image_token_id)
+        losses.append(token_divergence(student, teacher[mask.nonzero()[:, 0] - first + len(prompt)], 0.0))
+    (loss,) = [value for _, value in run.metrics["train/self_distillation/loss"]]
+    assert loss == pytest.approx(float(torch.cat(losses).mean()), rel=0.02)
+
+
 def log_probs(network, ids, inputs, image_token):
     types = (ids == image_token).int()[None]
     with torch.no_grad():

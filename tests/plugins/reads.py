@@ -20,12 +20,12 @@ def openrlhf_worker_setup(worker):
 
 
 def noted(hidden_states):
-    def call(self, sequences, attention_mask, rows, max_tokens, wanted):
+    def call(self, sequences, attention_mask, rows, *others):
         with open(out, "a") as file:
             for ids, length, at in zip(sequences.tolist(), attention_mask.sum(dim=1).tolist(), rows, strict=True):
                 scored = [position + 1 for position in at.nonzero()[:, 0].tolist()]
                 file.write(json.dumps([ids[:length], scored]) + "\n")
-        return hidden_states(self, sequences, attention_mask, rows, max_tokens, wanted)
+        return hidden_states(self, sequences, attention_mask, rows, *others)
 
     return call
 

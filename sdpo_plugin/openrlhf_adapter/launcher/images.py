@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from sdpo_plugin.config import ConfigError, chat_template_kwargs
-from sdpo_plugin.distillation.images import image_parts, require_placeholders
+from sdpo_plugin.distillation.images import image_parts, references, require_placeholders
 from sdpo_plugin.distillation.prompts import rendered
 from sdpo_plugin.interface.rollout_batch import prompt_messages
 
 RENDERED_ROWS = 1000  # whose placeholders are counted
 
 
-def check(args: Any, processor: Any, flag: str, rows: Any) -> None:
+def check(args: Any, processor: Any, flag: str, rows: Any, evaluation: bool) -> None:
     """Every row has as many image parts as images, all of them are there, and the chat template prints them.
 
     Args:
@@ -53,6 +53,11 @@ def check(args: Any, processor: Any, flag: str, rows: Any) -> None:
             require_placeholders(text.count(token), len(given), token, where)
         if not given:
             without.append(row)
+    hints = args.reprompt.teacher_images
+    if hints is not None and not evaluation and hints not in rows.column_names:
+        raise ConfigError(
+            f"--reprompt.teacher_images {hints}: {flag} has no such column; it has {', '.join(rows.column_names)}"
+        )
     if args.ds.zero_stage == 3 and without and len(without) < len(rows):
         raise ConfigError(
             f"--ds.zero_stage 3: {flag}, row {without[0]} has no image and others have; ranks that need no visual "
@@ -72,12 +77,6 @@ def teacher(args: Any) -> None:
             f"--teacher.model_name_or_path {path}: not a vision-language model (no vision_config), and the prompts "
             "have images; give one of the student's family"
         )
-
-
-def references(column: Any) -> list[Any]:
-    """A row's images, as paths, URLs or data, from what its column has."""
-    given = column if isinstance(column, list) else [column]
-    return [one for one in given if one is not None]
 
 
 def _plain(rows: Any, key: str) -> Iterator[Any]:

@@ -264,7 +264,7 @@ def chats(args: Any, tokenizer: Any) -> None:
         flag = "--eval.dataset" if evaluation else "--data.prompt_dataset"
         rows = load(args, flag, dataset, args.eval.split if evaluation else args.data.prompt_split)
         if has_images(args) and plugins.algorithm() is not None:
-            images.check(args, tokenizer, f"{flag} {dataset}", rows)
+            images.check(args, tokenizer, f"{flag} {dataset}", rows, evaluation)
         shapes = set()
         for row, prompt in enumerate(rows[args.data.input_key]):
             if (shape := _shape(prompt)) in shapes and row >= RENDERED_ROWS:
