@@ -105,7 +105,7 @@ def test_a_teacher_s_hidden_states_are_held_for_response_tokens_only():
     plugin.teacher.hidden_states = lambda ids, mask, rows, most, wanted, images: torch.zeros(int(wanted.sum()), width)
     requests = [ScoringRequest(i, prompts[i], action[i].bool()) for i in range(samples)]
     with LargestTensor() as largest:
-        hidden = plugin._teacher_hidden(batch, requests)
+        hidden = plugin._teacher_hidden(batch, requests, None)
     tokens = int(action.sum())
     assert hidden.shape == (tokens, width)
     assert largest.bytes <= 4 * (tokens + 1) * width
