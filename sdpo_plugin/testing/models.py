@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+
+def _characters(special: list[str]) -> Any:
+    """A tokenizer with a token for each printable ASCII character, after these."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate([*special, "\n", *map(chr, range(32, 127))])}
+    characters = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=[token for token in special if "|" in token],
+    )  # fmt: skip
 
 
 def tiny_model(
@@ -14,17 +29,9 @@ def tiny_model(
     354,432 parameters untied, if not wider or deeper; head size 64, which vLLM's CPU attention needs.
     """
     import torch
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    special = ["<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>", "<unk>"]
-    vocab = {token: i for i, token in enumerate([*special, "\n", *map(chr, range(32, 127))])}
-    characters = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        additional_special_tokens=special[2:5],
-    )
+    tokenizer = _characters(["<pad>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>", "<unk>"])
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -32,7 +39,7 @@ def tiny_model(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocab), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
             num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, head_dim=64,
             max_position_embeddings=positions, tie_word_embeddings=tied,
             pad_token_id=0, eos_token_id=1, bos_token_id=None,
@@ -57,9 +64,7 @@ def tiny_vision_model(directory: str | Path, *, seed: int = 0, layers: int = 2, 
     An image of 56 x 56 pixels is 4 tokens.
     """
     import torch
-    from tokenizers import Tokenizer, decoders, models
     from transformers import (
-        PreTrainedTokenizerFast,
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
         Qwen2_5_VLProcessor,
@@ -67,17 +72,11 @@ def tiny_vision_model(directory: str | Path, *, seed: int = 0, layers: int = 2, 
         Qwen2VLVideoProcessor,
     )
 
-    special = [
+    tokenizer = _characters([
         "<pad>", "<eos>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|vision_start|>", "<|vision_end|>",
         "<|image_pad|>", "<|video_pad|>",
-    ]  # fmt: skip
-    vocab = {token: i for i, token in enumerate([*special, "\n", *map(chr, range(32, 127))])}
-    characters = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        additional_special_tokens=special[3:],
-    )  # fmt: skip
+    ])  # fmt: skip
+    vocab = tokenizer.get_vocab()
     patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
     images = Qwen2VLImageProcessor(**patches, size={"shortest_edge": 28 * 28, "longest_edge": 112 * 112})
     videos = Qwen2VLVideoProcessor(**patches)
