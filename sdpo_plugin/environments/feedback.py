@@ -25,6 +25,7 @@ LOOKS_SPECIAL = re.compile(
 # What a response may end with, though it is a special token of some models: </tool_call>, [/THINK], <|tool_call_end|>.
 MARKUP = re.compile(r"</?[A-Za-z_]+>|\[/?[A-Z_]+\]|.*(?:tool|think|answer).*", re.IGNORECASE)
 TAIL = 64  # characters
+LEAST_TAIL = 8
 
 
 def reward_function(
@@ -57,12 +58,14 @@ def reward_function(
 def response_of(query: str, prompt: str) -> str:
     """A query without its prompt and without the special tokens at its end.
 
-    A prompt that was truncated on the left, or that its tokenizer does not reproduce exactly, is found by its end.
+    A prompt that was truncated on the left, that its tokenizer does not reproduce exactly, or whose images have more
+    tokens in the query, is found by its end: as much of it as the query has.
     """
     if query.startswith(prompt):
         response = query[len(prompt) :]
     else:
-        response = query.rpartition(prompt[-TAIL:])[2]
+        ends = (prompt[-length:] for length in range(TAIL, LEAST_TAIL - 1, -1))
+        response = query.rpartition(next((end for end in ends if end in query), prompt[-TAIL:]))[2]
     return without_end_tokens(response)
 
 

@@ -9,7 +9,7 @@ from common import adapter, cases, motion
 from safetensors.torch import load_file
 
 from sdpo_plugin.openrlhf_adapter.launcher import recipe as recipes
-from sdpo_plugin.testing import tiny_model
+from sdpo_plugin.testing import tiny_model, tiny_vision_model
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -17,20 +17,24 @@ import smoke  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def small_model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("smoke") / "model", positions=4096)
+def small_models(tmp_path_factory):
+    """A language model and, for recipes with images, a vision-language model."""
+    directory = tmp_path_factory.mktemp("smoke")
+    made = (tiny_model(directory / "model", positions=4096), tiny_vision_model(directory / "vision", positions=4096))
+    return dict(zip((False, True), made, strict=True))
 
 
 RECIPES = {str(path.relative_to(ROOT / "recipes")): (path,) for path in smoke.smoked()}
 
 
 @pytest.mark.parametrize("path", cases(RECIPES, "multi_turn/sdpo.yaml", "tooluse/sdft.yaml"))
-def test_a_recipe_distils_what_its_environment_says(openrlhf, small_model, path, monkeypatch):
+def test_a_recipe_distils_what_its_environment_says(openrlhf, small_models, path, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = smoke.small(smoke.launch(path))
     given = {}
     for config in smoke.configs(flags):
         given |= recipes.load(config)
+    small_model = small_models["data.max_images_per_prompt" in given]
     if given.get("reward.remote_url", "").endswith("reasoning.py"):
         pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'openrlhf-sdpo[reasoning]'")
     run = openrlhf.train(*flags, "--actor.model_name_or_path", str(small_model), timeout=120)
@@ -56,5 +60,6 @@ def assert_judged_by(file, samples, model):
     for sample in samples:
         query, prompt = tokenizer.decode(sample.sequences[0]), sample.prompts[0]
         judged = reward.reward_func([query], [prompt], [sample.labels[0]])
-        assert query.startswith(prompt) and judged["rewards"] == sample.rewards and judged["rewards"].item() == 0.0
+        assert query.startswith(prompt) or "images" in sample.record  # whose tokens are more than one each
+        assert judged["rewards"] == sample.rewards and judged["rewards"].item() == 0.0
         assert judged["feedback"] == [sample.feedback] and sample.feedback

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdpo_plugin.config import ConfigError, RepromptConfig
@@ -12,6 +12,7 @@ from sdpo_plugin.distillation.context import Rollout, build_teacher_contexts
 from sdpo_plugin.distillation.images import image_parts, media_tokens, with_runs, with_tags_as_parts
 from sdpo_plugin.distillation.prompts import prompt_as_scored, rendered, require_user_text
 from sdpo_plugin.distillation.teacher_prompt import teacher_prompt_ids
+from sdpo_plugin.environments.feedback import response_of
 from sdpo_plugin.interface.scoring import ScoringRequest, teacher_inputs
 from sdpo_plugin.testing import tiny_vision_model
 
@@ -45,6 +46,7 @@ def test_a_prompt_with_its_runs_is_what_the_student_read(processor, read):
     assert prompt_as_scored(prompt, ids, processor, text=rendered(QUESTION, processor)) is prompt
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("ab <image>|_pdvsontre"), max_size=80))
 def test_feedback_never_adds_an_image(processor, read, feedback):
     ids, inputs = read
@@ -56,6 +58,7 @@ def test_feedback_never_adds_an_image(processor, read, feedback):
         assert [i for i in found if i in media_tokens(processor)] == [i for i in ids if i in media_tokens(processor)]
 
 
+@settings(deadline=None)  # the first one imports OpenRLHF
 @given(st.lists(st.sampled_from(["<image>", "a", " ", "<", "image>"]), max_size=8).map("".join))
 def test_tags_become_parts_as_in_openrlhf(text):
     from openrlhf.datasets.prompts_dataset import _str_to_content_list
@@ -90,6 +93,14 @@ def test_all_of_a_sample_with_images_is_replayed():
     assert teacher_inputs(sequences, action, [request])[0].tolist() == [[1, 2, 3, 7]]
     assert teacher_inputs(sequences, action, [request], [5, 3])[0].tolist() == [[1, 2, 3, 7, 8, 9]]
     assert teacher_inputs(sequences, action, [], [5, 3])[0].tolist() == [[5, 6, 7, 8, 9]]
+
+
+def test_the_response_to_a_picture_is_found(processor, read):
+    """A query has a picture's tokens, where the prompt that a reward function is given has one placeholder."""
+    ids, _ = read
+    query, prompt = processor.tokenizer.decode(ids) + "blue<eos>", rendered(QUESTION, processor)
+    assert not query.startswith(prompt)
+    assert response_of(query, prompt).removesuffix("<eos>") == "blue"
 
 
 def test_a_tokenizer_has_no_media(processor):
