@@ -7,8 +7,6 @@ from common import LORA, SDPO, TWO_RANKS, ZERO, cases
 from sdpo_plugin.distillation.loss import token_divergence
 from sdpo_plugin.testing import RunFailed, tiny_vision_model
 
-pytest.importorskip("torchvision", reason="the processors of vision-language models need it", exc_type=Exception)
-
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 # With two ranks the visual encoder's weights are not always finite on a CPU, without `--algo` as well.
 ONE_RANK = ("--ds.zero_stage", "3")

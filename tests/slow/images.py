@@ -2,8 +2,8 @@
 
     python tests/slow/images.py [--seeds 1 2 3] [--steps 150]
 
-The feedback says "look left", so only a teacher that sees the picture knows the color. Writes runs/images/table.md and
-docs/validation/images.png: accuracy on pictures that were not trained on, with SDPO, with GRPO, and with SDPO whose
+The feedback says "look left", so only a teacher that sees the picture knows the color. Prints, and writes to
+runs/images/found.json, the accuracy on pictures that were not trained on: with SDPO, with GRPO, and with SDPO whose
 teacher is shown gray pictures. Some minutes a seed.
 """
 

@@ -16,7 +16,6 @@ from sdpo_plugin.environments.feedback import response_of
 from sdpo_plugin.interface.scoring import ScoringRequest, teacher_inputs
 from sdpo_plugin.testing import tiny_vision_model
 
-pytest.importorskip("torchvision", reason="the processors of vision-language models need it", exc_type=Exception)
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and "}, {"type": "image"},
              {"type": "text", "text": "which?"}]}]  # fmt: skip
 
