@@ -155,10 +155,25 @@ class TeacherConfig(OptionGroup):
         "passes, a longer sample in a pass of its own"
     )
     save: bool = option(False, "also save the EMA teacher as a Hugging Face model")
+    scored_by: str = option(
+        "worker", "what runs the teacher: worker: every policy worker; engine: vLLM engines, which return its top-k "
+        "tokens: the rollout's own with --teacher.kind live, otherwise engines of the teacher's own",
+        ("worker", "engine"),
+    )
+    num_engines: int = option(1, "number of the teacher's own vLLM engines, with --teacher.scored_by engine")
+    tensor_parallel_size: int = option(1, "GPUs of each of the teacher's own vLLM engines")
+    gpu_memory_utilization: float = option(
+        0.9, "fraction of each GPU's memory that the teacher's own vLLM engines may use"
+    )
+    url: str | None = option(
+        None, "running vLLM servers that score for --teacher.kind model, such as http://host:8000; several are "
+        "separated by commas and take turns"
+    )
 
     def check(self) -> None:
-        if self.kind == "model" and self.model_name_or_path is None:
-            self.fail("kind", "this teacher needs a model; give --teacher.model_name_or_path")
+        if self.kind == "model" and self.model_name_or_path is None and self.url is None:
+            self.fail("kind", "this teacher needs a model; give --teacher.model_name_or_path, or --teacher.url")
+        self._check_engines()
         for name in ("model_name_or_path", "zero_stage"):
             if self.kind != "model" and getattr(self, name) is not None:
                 self.fail(name, f"not used by --teacher.kind {self.kind}; give --teacher.kind model, or leave it out")
@@ -173,6 +188,21 @@ class TeacherConfig(OptionGroup):
             if self.update_rate == 1.0 and (self.kind == "trust_region" or self.sync_steps == 1):
                 copies = ", or --teacher.sync_steps N to copy the student every N steps" * (self.kind == "ema")
                 self.fail("update_rate", f"the teacher would be equal to the student; give --teacher.kind live{copies}")
+
+    def _check_engines(self) -> None:
+        self.positive("num_engines", integer=True)
+        self.positive("tensor_parallel_size", integer=True)
+        self.in_unit_interval("gpu_memory_utilization")
+        if self.scored_by == "engine" and self.kind == "trust_region":
+            self.fail("scored_by", "an engine cannot mix the logits of two models; give --teacher.kind ema or base")
+        if self.scored_by == "engine" and self.zero_stage is not None:
+            self.fail("zero_stage", "the teacher's engines have the weights; leave it out")
+        if self.url is None:
+            return
+        if self.kind != "model" or self.scored_by != "engine":
+            self.fail("url", "give --teacher.kind model and --teacher.scored_by engine with it")
+        if self.model_name_or_path is not None:
+            self.fail("url", "the server has the model; leave --teacher.model_name_or_path out")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from sdpo_plugin.algorithms import no_reward
+from sdpo_plugin.algorithms.choices import Choices
 from sdpo_plugin.algorithms.compatibility import reject_unsupported, require_same_tokenizer
 from sdpo_plugin.algorithms.controller_side import ControllerSide
 from sdpo_plugin.algorithms.worker_side import WorkerSide
@@ -47,6 +48,8 @@ class SelfDistillation(ControllerSide, WorkerSide):
         """
         corrected = cls.uses_rollout_correction and cls.is_enabled(args) and not args.distill.generate_from_teacher
         found = dict(TRUNCATED_IMPORTANCE_SAMPLING) if corrected else {}
+        if args.teacher.scored_by == "engine":
+            found["distill.support"] = "teacher"
         if not cls.needs_reward or cls._is_label_free(args):
             reward = args.reward.remote_url or args.reward.model_name_or_path or args.train.agent_func_path
             found |= {} if reward else {"reward.remote_url": no_reward.PATH}
@@ -66,6 +69,8 @@ class SelfDistillation(ControllerSide, WorkerSide):
             self.diagnostics.fail("log_samples", fix)
         if self.teacher_config.model_name_or_path is not None:
             require_same_tokenizer(args.actor.model_name_or_path, self.teacher_config.model_name_or_path)
+        if self.teacher_config.scored_by == "engine":
+            self._require_tables_suffice()
         if not self.supports_hybrid_loss and self.distill.weight != 1.0:
             raise ConfigError(
                 f"--distill.weight {self.distill.weight}: --algo {self.name} combines distillation and OpenRLHF's "
@@ -75,4 +80,17 @@ class SelfDistillation(ControllerSide, WorkerSide):
             logger.warning(
                 f"--algo.kl.init_coef {args.algo.kl.init_coef}: a penalty on rewards, which has no effect with "
                 "--distill.weight 1; give --algo.kl.use_loss to keep the student near the reference model, or 0"
+            )
+
+    def _require_tables_suffice(self) -> None:
+        cls = type(self)
+        if cls.reads_distributions or cls.token_loss is not Choices.token_loss:
+            raise ConfigError(
+                f"--teacher.scored_by engine: --algo {self.name} reads the teacher's whole distribution, and an engine "
+                "returns its top-k tokens; give --teacher.scored_by worker"
+            )
+        if cls.make_teacher is not Choices.make_teacher:
+            raise ConfigError(
+                f"--teacher.scored_by engine: --algo {self.name} makes a teacher of its own on the policy workers; "
+                "give --teacher.scored_by worker"
             )

@@ -85,7 +85,9 @@ class Choices:
     # Every token has weight 1 unless a variant defines a method `token_weights(tokens)`, which returns [r] without a
     # gradient. The weights do not change the denominator of the mean; `normalizes_token_weights` divides them by their
     # mean over the distilled tokens of the micro-batch.
+    # `reads_distributions` says that they are made of the teacher's whole distribution, which no engine returns.
     token_weights: Callable[[TokenBatch], torch.Tensor] | None = None
+    reads_distributions = False
     normalizes_token_weights = False
 
     # A variant in which the teacher changes the advantage of single tokens defines a method

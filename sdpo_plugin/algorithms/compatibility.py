@@ -54,6 +54,8 @@ def reject_unsupported(args: Any) -> None:
             f"--ds.zpg {args.ds.zpg}: with --ds.lora.rank and --ds.zero_stage 3 an ema teacher would stay as it began; "
             "give --ds.zpg 1, or --teacher.kind base"
         )
+    if args.teacher.scored_by == "engine":
+        _reject_with_engines(args)
     correction = args.algo.advantage
     if correction.is_correction_mode == "clip" and (
         correction.is_correction_level == "seq" or correction.is_correction_gating != "ratio"
@@ -69,6 +71,38 @@ def reject_unsupported(args: Any) -> None:
     ):
         if asked:
             raise ConfigError(f"{flag} is not supported with --algo {args.algo.name} yet; {fix}")
+
+
+def _reject_with_engines(args: Any) -> None:
+    """What a teacher that vLLM engines score cannot do."""
+    distill, teacher = args.distill, args.teacher
+    if distill.mode == "full" or (distill.mode == "topk" and distill.support != "teacher"):
+        flag = "mode full" if distill.mode == "full" else f"support {distill.support}"
+        raise ConfigError(
+            f"--distill.{flag}: with --teacher.scored_by engine only the teacher's own top-k tokens are known; give "
+            "--distill.mode topk --distill.support teacher, or --teacher.scored_by worker"
+        )
+    if has_images(args):
+        raise ConfigError(
+            f"--data.max_images_per_prompt {args.data.max_images_per_prompt}: with --teacher.scored_by engine the "
+            "teacher is sent token ids, without images; give --teacher.scored_by worker"
+        )
+    rollout_engines = teacher.kind == "live"
+    if rollout_engines and not args.vllm.num_engines:
+        raise ConfigError(
+            f"--vllm.num_engines {args.vllm.num_engines}: --teacher.kind live is scored by the rollout's engines, and "
+            "there are none; give --teacher.scored_by worker"
+        )
+    if args.rollout.temperature != 1.0 and (rollout_engines or teacher.url is not None):
+        which = "the rollout's engines" if rollout_engines else "a server"
+        raise ConfigError(
+            f"--rollout.temperature {args.rollout.temperature}: vLLM scores at temperature 1 whatever is asked, and "
+            f"{which} cannot be changed; give --rollout.temperature 1, or --teacher.scored_by worker"
+        )
+    if teacher.kind == "ema" and getattr(args.vllm, "sync_with_ray", False):
+        raise ConfigError(
+            "--vllm.sync_with_ray: the teacher's engines get the EMA's weights without it; leave it out"
+        )
 
 
 def _reject_images(args: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from sdpo_plugin import plugins
 from sdpo_plugin.algorithms import no_reward
 from sdpo_plugin.algorithms.choices import PREFIX, Choices
+from sdpo_plugin.algorithms.engine_scores import attach_engine_scores, scored_topk
 from sdpo_plugin.algorithms.teacher_images import add_teacher_images, require_image_tokens
 from sdpo_plugin.config import ConfigError, StopTraining, teacher_chat_template_kwargs
 from sdpo_plugin.distillation.consensus import CONSENSUS
@@ -113,6 +114,8 @@ class ControllerSide(Choices):
         if self.reprompt.teacher_images is not None:
             add_teacher_images(batch, rollouts, contexts, self.reprompt.teacher_images)
         prompts = self._attach_teacher_prompts(batch, rollouts, contexts)
+        if self.teacher_config.scored_by == "engine":
+            attach_engine_scores(batch, prompts, scored_topk(self.distill))
         masks = self._loss_masks(batch, prompts)
         batch.attach("loss_mask", masks)
         batch.attach("reward", [torch.tensor(float("nan") if r is None else float(r)) for r in batch.rewards])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from sdpo_plugin.algorithms.choices import PREFIX, Choices
 from sdpo_plugin.algorithms.teacher import Teacher
 from sdpo_plugin.distillation.fused import Head, HeadOutput, TeacherStates, linear_distillation, match_vocab_size
-from sdpo_plugin.distillation.loss import TokenBatch
+from sdpo_plugin.distillation.loss import LOG_ZERO, TeacherTable, TokenBatch
 from sdpo_plugin.interface.micro_batch import MicroBatch
 from sdpo_plugin.monitoring.collapse import measure
 from sdpo_plugin.monitoring.recorder import report_token_stats
@@ -35,7 +36,8 @@ class DistillationPass:
     """A `HeadFunction` for one micro-batch of N response tokens.
 
     Attributes:
-        teacher_hidden: the teacher's hidden states, [N, H] for each of the K teacher contexts.
+        scored: for each of the K teacher contexts, the teacher's hidden states [N, H], or its table where engines
+            score.
         weights: [N], each token's weight in the mean; 0 for tokens that are not in the loss.
         data: `token_data`, [N] each.
         correction: returns the factors of `--algo.advantage.is_correction_*` for r tokens, [r]; None: no correction.
@@ -47,7 +49,7 @@ class DistillationPass:
         algorithm: Choices,
         teacher: Teacher,
         micro_batch: MicroBatch,
-        teacher_hidden: Sequence[torch.Tensor],
+        scored: Sequence[torch.Tensor | TeacherTable],
         *,
         weights: torch.Tensor,
         data: dict[str, torch.Tensor],
@@ -55,11 +57,11 @@ class DistillationPass:
         check: CollapseCheck | None,
     ) -> None:
         self.algorithm, self.teacher, self.micro_batch = algorithm, teacher, micro_batch
-        self.teacher_hidden, self.weights, self.data = teacher_hidden, weights, data
+        self.scored, self.weights, self.data = scored, weights, data
         self.correction, self.check = correction, check
         self.temperature: float = micro_batch.worker.actor.temperature
         self._token_weights = torch.ones_like(weights)
-        self._sampled = torch.zeros(len(teacher_hidden), len(weights), device=weights.device)  # log-probs by teachers
+        self._sampled = torch.zeros(len(scored), len(weights), device=weights.device)  # log-probs by teachers
 
     def __call__(self, hidden: torch.Tensor, student: Head, token_ids: torch.Tensor) -> HeadOutput:
         """Loss, log-probabilities and entropy of the N tokens.
@@ -70,11 +72,10 @@ class DistillationPass:
             token_ids: int64 [N], the sampled tokens.
         """
         micro_batch, required = self.micro_batch, self.micro_batch.required
-        with self.teacher.head() as teacher:
-            student, teacher = match_vocab_size(student, teacher)
-            self._measure_context_kl(hidden, student, teacher, token_ids)
+        with self._teachers(student) as (student, teachers):
+            self._measure_context_kl(hidden, student, teachers[0], token_ids)
             output = linear_distillation(
-                hidden, student, [TeacherStates(states, teacher) for states in self.teacher_hidden], token_ids,
+                hidden, student, teachers, token_ids,
                 self.weights, self.objective, data=self.data, temperature=self.temperature,
                 read=self.data["in_loss"] if self.algorithm.token_advantages is not None else None,
                 differentiable_log_probs=required["log_probs"] or required["entropy"],
@@ -82,12 +83,22 @@ class DistillationPass:
             )  # fmt: skip
             # From before the rollout batch's first update; with a single update, these are the student's own.
             before = self.data.get("old_log_probs", output.log_probs).detach()
-            states = TeacherStates(self.teacher_hidden[0], teacher)
-            report_token_stats(micro_batch, before, states, token_ids, self.data["active"], self.temperature)
+            report_token_stats(micro_batch, before, teachers[0], token_ids, self.data["active"], self.temperature)
         output = self._weighted(output)
         if self.algorithm.token_advantages is not None:
             micro_batch.advantages = self._advantages(output.log_probs.detach())
         return output
+
+    @contextmanager
+    def _teachers(self, student: Head) -> Iterator[tuple[Head, list[TeacherStates | TeacherTable]]]:
+        """The student's head and the teachers, over one vocabulary."""
+        tables = [table for table in self.scored if isinstance(table, TeacherTable)]
+        if tables:
+            yield student, [within_vocab(table, student) for table in tables]
+            return
+        with self.teacher.head() as teacher:
+            student, teacher = match_vocab_size(student, teacher)
+            yield student, [TeacherStates(x, teacher) for x in self.scored if isinstance(x, torch.Tensor)]
 
     def objective(self, tokens: TokenBatch) -> torch.Tensor:
         """The loss of r of the N tokens, [r], including token weights and rollout correction."""
@@ -104,13 +115,13 @@ class DistillationPass:
         return loss if self.correction is None else loss * self.correction(tokens)
 
     def _measure_context_kl(
-        self, hidden: torch.Tensor, student: Head, teacher: Head, token_ids: torch.Tensor
+        self, hidden: torch.Tensor, student: Head, teacher: TeacherStates | TeacherTable, token_ids: torch.Tensor
     ) -> None:
-        if self.check is None:
+        if self.check is None or isinstance(teacher, TeacherTable):
             return
         tokens, without_context, failed = self.check
         measured = measure(
-            hidden[tokens], student, self.teacher_hidden[0][tokens], without_context, teacher, token_ids[tokens],
+            hidden[tokens], student, teacher.hidden[tokens], without_context, teacher.head, token_ids[tokens],
             failed, self.temperature,
         )  # fmt: skip
         for name, (total, count) in measured.items():
@@ -137,3 +148,10 @@ class DistillationPass:
         data = {name: of_ring(values) for name, values in self.data.items()}
         found = self.algorithm.token_advantages(of_ring(log_probs), of_ring(self._sampled.T).T, data)
         return given.masked_scatter(self.micro_batch.response_of_ring, found.to(given.dtype))
+
+
+def within_vocab(table: TeacherTable, student: Head) -> TeacherTable:
+    """The table without tokens that the student's head does not have: a teacher's vocabulary may be padded."""
+    unknown = table.ids >= len(student.weight)
+    known = table.ids.masked_fill(unknown, 0), table.log_probs.masked_fill(unknown, LOG_ZERO)
+    return TeacherTable(table.sampled, *known)

@@ -43,7 +43,7 @@ class FSD(SDPO):
 
     name = "fsd"
     options = (FsdConfig,)
-    normalizes_token_weights = True
+    normalizes_token_weights = reads_distributions = True
     fsd: FsdConfig
 
     def token_weights(self, tokens: TokenBatch) -> torch.Tensor:

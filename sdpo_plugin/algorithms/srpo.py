@@ -54,7 +54,7 @@ class SRPO(SDPO):
         "algo.advantage.estimator": "group_norm", "distill.loss_agg_mode": "token-mean",
     }  # fmt: skip
     uses_policy_loss, supports_hybrid_loss = True, False
-    normalizes_token_weights = True
+    normalizes_token_weights = reads_distributions = True
     srpo: SrpoConfig
 
     def teacher_contexts(self, batch: RolloutBatch, rollouts: Sequence[Rollout]) -> list[list[TeacherContext]]:

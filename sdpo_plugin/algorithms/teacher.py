@@ -25,6 +25,10 @@ WEIGHTS, RESIDUAL = ".weights", ".residual"
 
 def make_teacher(config: TeacherConfig, worker: Worker) -> Teacher:
     """The teacher of `--teacher.kind`, on this rank."""
+    if config.scored_by == "engine":
+        if config.kind != "ema":
+            return EngineTeacher()
+        return PublishedEmaTeacher(worker.load_initial_model(config.offload, updatable=True), worker, config)
     if config.kind == "live":
         return Teacher(worker.actor)
     if config.kind == "model":
@@ -71,6 +75,13 @@ class Teacher:
 
     def load(self, directory: str) -> None:
         """Restore the state that `save` wrote."""
+
+
+class EngineTeacher(Teacher):
+    """A teacher of which the policy workers have nothing: vLLM engines hold its weights and score."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
 
 
 class TrustRegionTeacher(Teacher):
@@ -245,6 +256,19 @@ class EmaTeacher(Teacher):
                     self._restore(shards[name][here], self.residual[name][here], *parts)
             rank += 1
         self.model.sync()
+
+
+class PublishedEmaTeacher(EmaTeacher):
+    """An EMA teacher that vLLM engines score: they get its low-precision weights after the rollout batch's updates."""
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        super().after_optimizer_step()
+        self.worker.publish_to_engines(self.model)
+
+    def load(self, directory: str) -> None:
+        super().load(directory)
+        self.worker.publish_to_engines(self.model)
 
 
 def _read(

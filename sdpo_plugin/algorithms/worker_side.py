@@ -12,9 +12,10 @@ import torch
 from sdpo_plugin.algorithms.choices import PREFIX, Choices
 from sdpo_plugin.algorithms.compatibility import policy_loss_needs_log_probs
 from sdpo_plugin.algorithms.distillation_pass import CollapseCheck, DistillationPass
+from sdpo_plugin.algorithms.engine_scores import teacher_tables
 from sdpo_plugin.algorithms.teacher import EmaTeacher, Teacher
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.distillation.loss import TokenBatch
+from sdpo_plugin.distillation.loss import TeacherTable, TokenBatch
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.interface.micro_batch import MicroBatch
 from sdpo_plugin.interface.models import Images, Worker
@@ -94,11 +95,13 @@ class WorkerSide(Choices):
             self.teacher.rate = micro_batch.scalars["update_rate"]
         if not micro_batch.required["all_samples"]:
             micro_batch.sample_mask = micro_batch.loss_mask.any(dim=1)
-        images = teacher_images(micro_batch)
-        teacher_hidden = [
-            self._teacher_hidden(micro_batch, requests, images) for requests in scoring_requests(micro_batch)
-        ]
-        check = self._collapse_check(micro_batch)
+        scored: Sequence[torch.Tensor | TeacherTable]
+        if self.teacher_config.scored_by == "engine":
+            scored, check = teacher_tables(micro_batch), None
+        else:
+            images = teacher_images(micro_batch)
+            scored = [self._teacher_hidden(micro_batch, asked, images) for asked in scoring_requests(micro_batch)]
+            check = self._collapse_check(micro_batch)
         policy_weights, distill_weights = self.loss_coefficients(micro_batch)
         if self.uses_policy_loss:
             micro_batch.policy_weights = policy_weights
@@ -108,7 +111,7 @@ class WorkerSide(Choices):
             self,
             self.teacher,
             micro_batch,
-            teacher_hidden,
+            scored,
             weights=micro_batch.to_response_tokens(mean * micro_batch.loss_mask * distill_weights[:, None]),
             data=self.token_data(micro_batch),
             correction=self._rollout_correction(micro_batch),

@@ -20,8 +20,12 @@ from torch import Tensor
 
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.distillation.loss import (
+    TeacherTable,
     TokenBatch,
+    Unread,
     compares_all,
+    divergence_from_table,
+    entropy_of,
     importance_ratio,
     on_shared_support,
     support_ids,
@@ -61,9 +65,9 @@ class RowTokens(TokenBatch):
 
     def __init__(
         self, kernels: Any, products: Tensor, head: Any, teachers: Sequence[tuple[Tensor, Any]], ids: Tensor,
-        rows: Tensor, data: Mapping[str, Tensor], differentiate: bool,
+        rows: Tensor, data: Mapping[str, Tensor], tables: Sequence[TeacherTable], differentiate: bool,
     ) -> None:
-        self.ids, self.rows, self.data = ids, rows, data
+        self.ids, self.rows, self.data, self.tables = ids, rows, data, tables
         self._kernels, self._head, self._differentiate = kernels, head, differentiate
         self._logits = kernels.Logits(products, head.scale, head.softcap)
         self._taught_by = [(head, kernels.Logits(x, head.scale, head.softcap)) for x, head in teachers]
@@ -76,6 +80,8 @@ class RowTokens(TokenBatch):
 
     @property
     def teachers(self) -> Sequence[Tensor]:  # type: ignore[override]
+        if self.tables:
+            return Unread()
         raise WholeDistribution
 
     @cached_property
@@ -90,8 +96,7 @@ class RowTokens(TokenBatch):
     def _leaf(self, values: Tensor) -> Tensor:
         return values.requires_grad_(self._differentiate)
 
-    def _at(self, ids: Tensor) -> Tensor:
-        """The student's log-probabilities of `ids` `[r, K]`."""
+    def at(self, ids: Tensor) -> Tensor:
         products = self._leaf(self._logits.products.gather(1, ids))
         self._gathered.append((ids, products))
         return self._head.logits(products) - self._statistics[0][:, None]
@@ -102,14 +107,12 @@ class RowTokens(TokenBatch):
 
     @cached_property
     def log_probs(self) -> Tensor:
-        return self._at(self.ids[:, None]).squeeze(1)
-
-    @cached_property
-    def teacher_log_probs(self) -> Tensor:
-        return self.sampled_by_teachers[0]
+        return self.at(self.ids[:, None]).squeeze(1)
 
     @cached_property
     def sampled_by_teachers(self) -> Tensor:
+        if self.tables:
+            return torch.stack([table.sampled[self.rows] for table in self.tables])
         return torch.stack([self._teacher_at(self.ids[:, None], k).squeeze(1) for k in range(len(self._taught_by))])
 
     @property
@@ -123,9 +126,11 @@ class RowTokens(TokenBatch):
 
     @cached_property
     def teacher_entropy(self) -> Tensor:
-        return self._teacher_statistics[0][1]
+        return entropy_of(self.teachers[0]) if self.tables else self._teacher_statistics[0][1]
 
     def divergence(self, config: DistillConfig) -> Tensor:
+        if self.tables:
+            return divergence_from_table(self, config)
         student, (_, teacher) = self._logits.products, self._taught_by[0]
         if config.mode == "sampled":
             loss = (self.log_probs - self.teacher_log_probs).detach() * self.log_probs
@@ -134,7 +139,7 @@ class RowTokens(TokenBatch):
         else:
             # Logits are in the order of their products.
             ids = support_ids(student, teacher.products, config, self._largest)
-            pair = on_shared_support(self._at(ids), self._teacher_at(ids), ids, config)
+            pair = on_shared_support(self.at(ids), self._teacher_at(ids), ids, config)
             loss = token_divergence(*pair, config.alpha, config.kl_clip)
         return loss * importance_ratio(self.log_probs, self.get("old_log_probs"), config.is_clip)
 

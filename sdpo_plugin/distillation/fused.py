@@ -22,7 +22,15 @@ from torch.autograd.function import once_differentiable
 
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.distillation import by_row
-from sdpo_plugin.distillation.loss import Objective, TokenBatch, entropy_of, log_probs, objective_of
+from sdpo_plugin.distillation.loss import (
+    Objective,
+    TeacherTable,
+    TokenBatch,
+    Unread,
+    entropy_of,
+    log_probs,
+    objective_of,
+)
 from sdpo_plugin.distillation.products import accumulate, head_products, product_dtype, rows_at_a_time, sum_dtype
 
 
@@ -98,7 +106,7 @@ class HeadOutput:
 def linear_distillation(
     student_hidden: Tensor,
     student_head: Head,
-    teachers: Sequence[TeacherStates],
+    teachers: Sequence[TeacherStates | TeacherTable],
     token_ids: Tensor,
     weights: Tensor,
     objective: Objective,
@@ -112,6 +120,8 @@ def linear_distillation(
 ) -> HeadOutput:
     """`sum(weights * objective(tokens))` of all models' logits / temperature, without the logits.
 
+    A teacher's table has been made at this temperature; either all teachers are tables, or none.
+
     Student hidden states `[N, H]`; token_ids, weights and all of `data` `[N]`. Rows of weight 0 get neither teacher
     logits nor a loss, but log-probabilities and entropy like all others; those of `read` (bool `[N]`) are shown to
     `objective` all the same, without being part of the sum. Gradients reach the student's hidden states,
@@ -123,9 +133,10 @@ def linear_distillation(
     `differentiable_log_probs` lets gradients through `log_probs` and `entropy`, at the price of all heads' products
     once more in the backward pass, where the weights must be in place again (ZeRO-3 gathers them for the forward).
     """
+    states = [t for t in teachers if isinstance(t, TeacherStates)]
     distilled = _Distillation(
-        [TeacherStates(t.hidden.detach(), t.head.effective(temperature)) for t in teachers],
-        weights.detach(), objective, data or {}, read,
+        [TeacherStates(t.hidden.detach(), t.head.effective(temperature)) for t in states],
+        weights.detach(), objective, data or {}, read, [t for t in teachers if isinstance(t, TeacherTable)],
     )
     job = _Job(token_ids, temperature, with_entropy, chunk_size, distilled)
     return _run(student_hidden, student_head, job, differentiable_log_probs)
@@ -177,6 +188,7 @@ class _Distillation(NamedTuple):
     objective: Objective
     data: Mapping[str, Tensor]
     read: Tensor | None = None
+    tables: Sequence[TeacherTable] = ()
 
 
 class _Job(NamedTuple):
@@ -353,7 +365,9 @@ def _score(
     with torch.set_grad_enabled(differentiate):
         leaf = products.detach().requires_grad_(differentiate)
         student, *teachers = (head.log_probs(x) for x, head in zip((leaf, *teacher_products), heads, strict=True))
-        tokens = TokenBatch(student, teachers, job.token_ids[rows], rows, distilled.data if distilled else {})
+        data, tables = (distilled.data, distilled.tables) if distilled else ({}, ())
+        shown = Unread() if tables else teachers
+        tokens = TokenBatch(student, shown, job.token_ids[rows], rows, data, tables)
         entropy = entropy_of(student) if job.with_entropy else None
         loss = None if distilled is None else distilled.objective(tokens)
         outputs = (loss, tokens.log_probs, entropy)
@@ -372,9 +386,9 @@ def _score_by_row(
     distilled, differentiate = job.distilled, any(x is not None for x in upstream)
     with torch.set_grad_enabled(differentiate):
         taught_by = list(zip(teacher_products, heads[1:], strict=True))
-        data = distilled.data if distilled else {}
+        data, tables = (distilled.data, distilled.tables) if distilled else ({}, ())
         ids = job.token_ids[rows]
-        tokens = by_row.RowTokens(kernels, products, heads[0], taught_by, ids, rows, data, differentiate)
+        tokens = by_row.RowTokens(kernels, products, heads[0], taught_by, ids, rows, data, tables, differentiate)
         loss = None if distilled is None else distilled.objective(tokens)
         outputs = (loss, tokens.log_probs, tokens.entropy if job.with_entropy else None)
     if differentiate:

@@ -14,12 +14,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpo_plugin.config import DistillConfig
+from sdpo_plugin.config import ConfigError, DistillConfig
 
 # Stands for log 0. Lower than any log-probability of finite logits, but finite: 0 * log 0 is then 0 and never nan.
 LOG_ZERO = -1e15
@@ -28,16 +29,44 @@ LOG_ZERO = -1e15
 MIN_TAIL = 1e-7
 
 
+class TeacherTable(NamedTuple):
+    """A teacher's scores of N tokens where its distributions stay elsewhere, such as in a vLLM engine.
+
+    Attributes:
+        sampled: `[N]`, log-probabilities of the sampled tokens.
+        ids: int64 `[N, K]`, the teacher's likeliest tokens, in order.
+        log_probs: `[N, K]`, theirs; `LOG_ZERO` where there is no such token.
+    """
+
+    sampled: Tensor
+    ids: Tensor
+    log_probs: Tensor
+
+
+class Unread(Sequence[Tensor]):
+    """Stands for the distributions of teachers that are known by their tables alone."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, k: Any) -> Any:
+        raise ConfigError(
+            "--teacher.scored_by engine: this algorithm reads the teacher's whole distribution, and an engine returns "
+            "its top-k tokens; give --teacher.scored_by worker"
+        )
+
+
 @dataclass
 class TokenBatch:
     """Some response tokens under the student and its teachers: all that a loss can be made of.
 
     Attributes:
         student: `[r, V]`, the student's log-probabilities, differentiable.
-        teachers: of each teacher context, `[r, V]`.
+        teachers: of each teacher context, `[r, V]`; ConfigError where there are tables.
         ids: int64 `[r]`, the sampled tokens.
         rows: int64 `[r]`, where the tokens are among all N.
         data: what else is known about them, tensors `[N]`: `tokens["reward"]` is `[r]`.
+        tables: of each teacher context, where it is scored by an engine.
     """
 
     student: Tensor
@@ -45,6 +74,7 @@ class TokenBatch:
     ids: Tensor
     rows: Tensor
     data: Mapping[str, Tensor] = field(default_factory=dict)
+    tables: Sequence[TeacherTable] = ()
 
     def __getitem__(self, name: str) -> Tensor:
         return self.data[name][self.rows]
@@ -56,6 +86,10 @@ class TokenBatch:
         """`[r, V]` -> `[r]`: the entries of the sampled tokens."""
         return log_probs.gather(-1, self.ids[:, None]).squeeze(-1)
 
+    def at(self, ids: Tensor) -> Tensor:
+        """The student's log-probabilities of `ids` `[r, K]`."""
+        return self.student.gather(-1, ids)
+
     @cached_property
     def log_probs(self) -> Tensor:
         """`[r]`, the student's of the sampled tokens, differentiable."""
@@ -64,11 +98,13 @@ class TokenBatch:
     @cached_property
     def teacher_log_probs(self) -> Tensor:
         """`[r]`, the first teacher's of the sampled tokens."""
-        return self.gather_sampled(self.teachers[0])
+        return self.sampled_by_teachers[0]
 
     @cached_property
     def sampled_by_teachers(self) -> Tensor:
         """`[K, r]`, every teacher's of the sampled tokens."""
+        if self.tables:
+            return torch.stack([table.sampled[self.rows] for table in self.tables])
         return torch.stack([self.gather_sampled(teacher) for teacher in self.teachers])
 
     @cached_property
@@ -83,6 +119,8 @@ class TokenBatch:
 
     def divergence(self, config: DistillConfig) -> Tensor:
         """`[r]`: `loss_from_log_probs` of the first teacher, with the tokens' `old_log_probs` if there are any."""
+        if self.tables:
+            return divergence_from_table(self, config)
         return loss_from_log_probs(self.student, self.teachers[0], self.ids, config, self.get("old_log_probs"))
 
 
@@ -179,6 +217,18 @@ def _with_tail(log_probs: Tensor) -> Tensor:
     """Appends log(1 - mass): `[..., K]` -> `[..., K+1]`, as published (log1mexp of the clamped log mass)."""
     log_mass = torch.logsumexp(log_probs, dim=-1, keepdim=True).clamp(max=-MIN_TAIL)
     return torch.cat([log_probs, torch.log(-torch.expm1(log_mass))], dim=-1)
+
+
+def divergence_from_table(tokens: TokenBatch, config: DistillConfig) -> Tensor:
+    """`[r]`: `loss_from_log_probs` of the first teacher's table, with `config.support` the teacher's top-k."""
+    if config.mode == "sampled":
+        loss = (tokens.log_probs - tokens.teacher_log_probs).detach() * tokens.log_probs
+    else:
+        ids, teacher = (x[tokens.rows] for x in tokens.tables[0][1:])
+        student = tokens.at(ids).masked_fill(teacher <= LOG_ZERO, LOG_ZERO)
+        pair = on_shared_support(student, teacher.to(student.dtype), ids, config)
+        loss = token_divergence(*pair, config.alpha, config.kl_clip)
+    return loss * importance_ratio(tokens.log_probs, tokens.get("old_log_probs"), config.is_clip)
 
 
 def importance_ratio(token_log_probs: Tensor, old_log_probs: Tensor | None, is_clip: float | None) -> Tensor | float:

@@ -65,6 +65,9 @@ class TeacherModel(Model, Protocol):
     def export(self, path: str) -> None:
         """Save the model in Hugging Face form. Collective."""
 
+    def modules_for_engines(self) -> Iterator[Any]:
+        """What vLLM engines are sent: modules whose `named_parameters()` are all weights that change. Collective."""
+
     def device_tensors(self) -> list[torch.Tensor]:
         """Weights of its own in device memory, all that are there between two passes. Collective."""
 
@@ -107,3 +110,5 @@ class Worker(Protocol):
 
     def load_model(self, path: str, offload: bool, zero_stage: int | None) -> TeacherModel:
         """The model at `path`, without adapters; zero_stage 0 or 3, or None for the student's. Collective."""
+    def publish_to_engines(self, model: TeacherModel) -> None:
+        """Send the teacher's engines these weights, once the rollout batch has been trained on."""

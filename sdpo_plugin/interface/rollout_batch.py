@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -41,6 +41,35 @@ class SentRow(dict[str, Any]):
         return self[name] if name in self or name in self.others else default
 
 
+class ToScore(NamedTuple):
+    """A request to the teacher's engines: the log-probabilities of `ids` from position `start` on, at least 1."""
+
+    ids: Sequence[int]
+    start: int
+
+
+class Scores(NamedTuple):
+    """An engine's answer, for n = len(ids) - start tokens.
+
+    Attributes:
+        sampled: float32 [n], of the tokens themselves.
+        ids: int32 [n, K], the likeliest tokens, in order. log_probs: float32 [n, K], theirs.
+    """
+
+    sampled: torch.Tensor
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+
+
+class TeacherEngines(Protocol):
+    """The vLLM engines that score for the teacher (`--teacher.scored_by engine`)."""
+
+    max_tokens: int  # of a request
+
+    def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
+        """The scores of each request. Raises TeacherError where an engine fails."""
+
+
 class RolloutBatch:
     """All samples of one step, rewarded, in data order: `args.rollout.n_samples_per_prompt` per prompt.
 
@@ -53,6 +82,7 @@ class RolloutBatch:
         args: OpenRLHF's. tokenizer: the policy's; of a vision-language model `processor` is what it comes in.
         max_seq_len: the longest sequence that the policy model is made for, in tokens.
         step: OpenRLHF's global step that trains on the batch, from 1.
+        teacher_engines: what scores for the teacher, or None: the policy workers do.
         metrics: scalars to log for this step.
         reports: once the step has trained (`openrlhf_after_training_step`), what the policy workers reported: for each
             requested name, by number of the sample. A sample that no worker trained on is absent.
@@ -66,7 +96,9 @@ class RolloutBatch:
         tokenizer: Any,
         max_seq_len: float,
         step: int = 1,
+        teacher_engines: TeacherEngines | None = None,
     ) -> None:
+        self.teacher_engines = teacher_engines
         self.samples, self.args, self.tokenizer, self.processor = samples, args, text_tokenizer(tokenizer), tokenizer
         self.max_seq_len, self.step = max_seq_len, step
         self.metrics: dict[str, float] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdpo_plugin.distillation.context import Rollout, joined
 from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation
-from sdpo_plugin.distillation.loss import TokenBatch
+from sdpo_plugin.distillation.loss import TeacherTable, TokenBatch
 from sdpo_plugin.distillation.prompts import rendered, text_tokenizer
 from sdpo_plugin.interface.micro_batch import MicroBatch
 from sdpo_plugin.interface.rollout_batch import RolloutBatch
@@ -161,8 +161,8 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 
 def report_token_stats(
-    micro_batch: MicroBatch, student: Tensor, teacher: TeacherStates, token_ids: Tensor, active: Tensor,
-    temperature: float,
+    micro_batch: MicroBatch, student: Tensor, teacher: TeacherStates | TeacherTable, token_ids: Tensor,
+    active: Tensor, temperature: float,
 ) -> None:
     """Report the numbers of the samples that the controller requested, each once in a rollout batch.
 
@@ -170,7 +170,7 @@ def report_token_stats(
 
     Args:
         student: [N], the student's log-probabilities of the N response tokens `token_ids` (int64 [N]).
-        teacher: its hidden states at these tokens, and its head.
+        teacher: its hidden states at these tokens and its head, or its table.
         active: bool [N], whether the teacher scored them.
     """
     rows = micro_batch.requested_rows(RECORDED)
@@ -179,7 +179,10 @@ def report_token_stats(
     batch = micro_batch.experience
     row_of = micro_batch.to_response_tokens(torch.arange(len(batch.sequences)))
     wanted = active & torch.isin(row_of, torch.tensor(rows, device=row_of.device))
-    local = likeliest(teacher.hidden[wanted], teacher.head, token_ids[wanted], temperature)
+    if isinstance(teacher, TeacherTable):
+        local = (teacher.sampled[wanted], *(x[wanted, :ALTERNATIVES] for x in (teacher.ids, teacher.log_probs)))
+    else:
+        local = likeliest(teacher.hidden[wanted], teacher.head, token_ids[wanted], temperature)
     spread = [x.new_zeros(len(wanted), *x.shape[1:]) for x in local]
     for every, x in zip(spread, local, strict=True):
         every[wanted] = x

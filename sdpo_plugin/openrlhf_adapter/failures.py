@@ -51,6 +51,10 @@ class RewardError(RuntimeError):
     """
 
 
+class TeacherError(RuntimeError):
+    """A server that scores for the teacher (`--teacher.url`) failed, after all attempts."""
+
+
 class NotFinite(RuntimeError):
     """A loss or a gradient is infinite or NaN, and with it the weights."""
 
@@ -100,6 +104,8 @@ def classify_error(error: BaseException) -> Failure:
     if isinstance(cause, RewardError):
         first, _, trace = said.partition("\n")
         return Failure(REWARD, first, last_frame(trace), "correct the function, or give --reward.on_error skip")
+    if isinstance(cause, TeacherError):
+        return Failure(MACHINE, said, fix="start the server again; --ckpt.load_enable resumes from the last checkpoint")
     if isinstance(cause, FeedbackError):
         return Failure(REWARD, said)
     if isinstance(cause, IncompatibleOpenRLHF):
@@ -109,10 +115,12 @@ def classify_error(error: BaseException) -> Failure:
     if kind == "OutOfMemoryError" or "out of memory" in said.lower():
         return Failure(MACHINE, f"out of memory: {said.splitlines()[0]}", actor or last_frame(text), NO_ROOM)
     if actor.endswith("Engine.__init__"):
-        reason = " ".join(said[:500].split())
+        reason, flag = " ".join(said[:500].split()), "--actor.model_name_or_path"
+        if "TeacherEngine" in actor:
+            flag = "the teacher of --teacher.scored_by engine"
         return Failure(
-            SETTINGS, f"vLLM cannot serve --actor.model_name_or_path with these flags: {kind}: {reason}", actor,
-            "correct the --vllm.* flag or the model; vLLM's own messages are above",
+            SETTINGS, f"vLLM cannot serve {flag} with these flags: {kind}: {reason}", actor,
+            "correct the --vllm.* or --teacher.* flag or the model; vLLM's own messages are above",
         )  # fmt: skip
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         return Failure(MACHINE, said, last_frame(text), NO_DISK)
@@ -144,7 +152,7 @@ def classify_error(error: BaseException) -> Failure:
         )  # fmt: skip
     if kind in ("EngineDeadError", "EngineGenerateError"):
         return Failure(
-            MACHINE, f"a rollout engine died: {said.splitlines()[0]}", actor,
+            MACHINE, f"a vLLM engine died: {said.splitlines()[0]}", actor,
             "see its last lines above; if it ran out of memory, lower --vllm.gpu_memory_utilization",
         )  # fmt: skip
     if kind in ("ActorDiedError", "ActorUnavailableError", "RayActorError", "WorkerCrashedError", "NodeDiedError"):

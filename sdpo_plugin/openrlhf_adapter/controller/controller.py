@@ -14,6 +14,7 @@ from sdpo_plugin.config import StopTraining
 from sdpo_plugin.monitoring.masking import masked
 from sdpo_plugin.openrlhf_adapter import dates
 from sdpo_plugin.openrlhf_adapter.controller.rollout import ExperienceMaker, SamplesGenerator, training_then_evaluation
+from sdpo_plugin.openrlhf_adapter.controller.teacher_engines import OwnEngines, teacher_engines
 from sdpo_plugin.openrlhf_adapter.patch_points import overrides, patch_point
 
 _BASE = patch_point("openrlhf.trainer.ppo_trainer:BasePPOTrainer")
@@ -93,11 +94,14 @@ class ControllerHooks(_Controller):
         bind(strategy.args)
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.wandb_logger = LogHook(self.wandb_logger, self.args)
+        if plugins.algorithm() is not None:
+            self.experience_maker.teacher_engines = teacher_engines(self.args, self.vllm_engines)
 
     @overrides(of=_BASE)
     def fit(self, *args: Any, **kwargs: Any) -> None:
         hook = plugins.active().hook
         try:
+            self._publish_teacher()
             super().fit(*args, **kwargs)
         except BaseException as error:
             hook.openrlhf_train_end(error=error, args=self.args)
@@ -110,6 +114,7 @@ class ControllerHooks(_Controller):
         status, global_step = super().train_step(rollout_samples, global_step)
         hook, batch = plugins.active().hook, self.experience_maker.batch
         self.experience_maker.batch = None  # not to be held while the next one is made
+        self._publish_teacher()
         if batch.reports:
             for reports in ray.get(self.actor_model_group.async_run_method(method_name="take_reports")):
                 batch.collect_reports(reports)
@@ -142,6 +147,11 @@ class ControllerHooks(_Controller):
         plugins.active().hook.openrlhf_load_controller_state(states=states, args=self.args)
         self._begin(states["global_step"])
         return states
+
+    def _publish_teacher(self) -> None:
+        """Send the teacher's own engines the weights that an EMA has for them."""
+        if isinstance(engines := self.experience_maker.teacher_engines, OwnEngines):
+            ray.get(self.actor_model_group.async_run_method(method_name="publish_teacher", engines=engines.engines))
 
     def _begin(self, step: int) -> None:
         """After global step `step`: store what a restart needs."""

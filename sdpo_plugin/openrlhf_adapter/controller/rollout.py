@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from sdpo_plugin import plugins
 from sdpo_plugin.config import RewardConfig, chat_template_kwargs, from_namespace
 from sdpo_plugin.distillation.prompts import rendered, text_tokenizer
-from sdpo_plugin.interface.rollout_batch import RolloutBatch, SentRow, Turn, prompt_messages
+from sdpo_plugin.interface.rollout_batch import RolloutBatch, SentRow, TeacherEngines, Turn, prompt_messages
 from sdpo_plugin.interface.transport import attached_loss_mask
 from sdpo_plugin.monitoring import masking
 from sdpo_plugin.openrlhf_adapter.engine import deterministic
@@ -253,7 +253,10 @@ class ExperienceMaker(_ExperienceMaker):
 
     Attributes:
         step: the global step that is to come. batch: its `RolloutBatch`, once it was made.
+        teacher_engines: what scores for the teacher; None: the policy workers do.
     """
+
+    teacher_engines: TeacherEngines | None = None
 
     @overrides("rollout_samples")
     def make_experience_batch(self, rollout_samples: Sequence[Any]) -> list[Any]:
@@ -276,7 +279,9 @@ class ExperienceMaker(_ExperienceMaker):
     @overrides("experiences")
     def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
         positions = max_seq_len(self.args.actor.model_name_or_path)
-        batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer, positions, self.step)
+        engines = self.teacher_engines
+        longest = positions if engines is None else min(positions, engines.max_tokens)
+        batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer, longest, self.step, engines)
         if self.args.reward.on_error == "skip":
             batch.metrics["rollout/reward_skipped_fraction"] = self.skipped
         if (turns := ended_at(MAX_TURNS, self.samples)) is not None:

@@ -16,7 +16,7 @@ from sdpo_plugin.config import ConfigError, RewardConfig
 from sdpo_plugin.distillation.images import media_tokens
 from sdpo_plugin.distillation.prompts import text_tokenizer
 from sdpo_plugin.environments.feedback import know
-from sdpo_plugin.openrlhf_adapter.engine import deterministic
+from sdpo_plugin.openrlhf_adapter.engine import deterministic, scoring
 from sdpo_plugin.openrlhf_adapter.engine.agents import Execute, hosted, played
 from sdpo_plugin.openrlhf_adapter.engine.calls import (
     FAILURE,
@@ -92,6 +92,7 @@ class Engine(RolloutRayActor):
     """vllm_engine.py: `RolloutRayActor`."""
 
     async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray awaits it
+        kwargs["max_logprobs"] = -1  # a bound on requests alone; OpenRLHF's is 1, and a live teacher's top-k are more
         try:
             await super().__init__(*args, **kwargs)
         except SystemExit as error:  # of the user's file: Ray would take it for the engine's wish
@@ -145,6 +146,10 @@ class Engine(RolloutRayActor):
         sampling_params.seed = seed
         async with self.alone:
             return await super().generate(prompt_token_ids, sampling_params, **kwargs)
+
+    async def score(self, ids: list[int], start: int, topk: int) -> Any:
+        """A live teacher's scores, see `scoring.score`."""
+        return await scoring.score(self.llm, ids, start, topk)
 
 
 def rewards_kept(executor: Any) -> None:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -59,8 +61,8 @@ def student_alone(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_weights(model: PeftModel) -> Iterator[dict[str, torch.Tensor]]:
-    """Weight + adapter of every adapted layer, under the base model's names, up to a GiB of them at a time.
+def merged_modules(model: PeftModel, adapter: str) -> Iterator[Any]:
+    """Weight + adapter of every adapted layer, under the base model's names: modules of up to a GiB of weights.
 
     All others are what the engine has loaded. New tensors: the training weights stay as they are. Collective.
     """
@@ -70,14 +72,14 @@ def merged_weights(model: PeftModel) -> Iterator[dict[str, torch.Tensor]]:
             continue
         with gathered(list(layer.parameters())):
             weight = dequantize_module_weight(layer.get_base_layer())
-            merged = (weight.float() + layer.get_delta_weight(STUDENT).float()).to(weight.dtype)
+            merged = (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)
         merged.ds_shape = merged.shape  # where OpenRLHF looks under ZeRO-3
         group[name.removeprefix("base_model.model.") + ".weight"] = merged
         if sum(w.nbytes for w in group.values()) >= GROUP_BYTES:
-            yield group
+            yield SimpleNamespace(named_parameters=group.items)
             group = {}
     if group:
-        yield group
+        yield SimpleNamespace(named_parameters=group.items)
 
 
 def save_teacher(model: PeftModel, directory: str, write: bool) -> None:

@@ -6,7 +6,7 @@ At ZeRO-3 DeepSpeed fetches them itself, layer by layer (`offload_param`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,13 +25,16 @@ class OffloadedActor(PolicyActor):
             parameter.data = weights.pin_memory() if parameter.is_cuda else weights
 
     def hidden_states(self, *inputs: Any) -> torch.Tensor:
-        with self._on_device(self.model.parameters()):
+        with self.on_device():
             return super().hidden_states(*inputs)
 
     @contextmanager
     def gathered_head(self) -> Iterator[Head]:
         with self._on_device(self.tap.module.parameters()), super().gathered_head() as head:
             yield head
+
+    def on_device(self) -> AbstractContextManager[None]:
+        return self._on_device(self.model.parameters())
 
     @contextmanager
     def _on_device(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:

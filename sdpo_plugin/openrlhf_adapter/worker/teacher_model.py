@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from sdpo_plugin.interface.models import Worker
 from sdpo_plugin.openrlhf_adapter.worker import lora
+from sdpo_plugin.openrlhf_adapter.worker.offload import OffloadedActor
 from sdpo_plugin.openrlhf_adapter.worker.zero import device_tensors, sync, weight_shards
 
 
@@ -27,6 +30,10 @@ class SeparateTeacher:
     def export(self, path: str) -> None:
         self.worker.sleeper.wake()  # saving gathers the weights on the device
         self.worker.strategy.save_model(self.actor, self.worker.tokenizer, path)
+
+    def modules_for_engines(self) -> Iterator[Any]:
+        with self.actor.on_device() if isinstance(self.actor, OffloadedActor) else nullcontext():
+            yield self.actor.model.module
 
     def device_tensors(self) -> list[torch.Tensor]:
         return [] if self.actor._offload else device_tensors(self.actor.model.module)
@@ -51,6 +58,9 @@ class AdapterTeacher:
 
     def sync(self) -> None:
         sync(self._layout(), self.actor.model.module)
+
+    def modules_for_engines(self) -> Iterator[Any]:
+        return lora.merged_modules(self.actor.model.module, lora.TEACHER)
 
     def device_tensors(self) -> list[torch.Tensor]:
         return []  # adapters stay awake with the model they are in

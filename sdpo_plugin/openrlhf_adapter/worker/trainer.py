@@ -107,6 +107,10 @@ class PolicyTrainer(_ActorPPOTrainer):
     micro_batch: MicroBatch  # during its training step
     actor: Any
     actor_loss_fn: Any
+    vllm_engines: Any
+    use_cuda_ipc: bool
+    _model_update_group: Any = None  # rank 0's
+    teacher_group: Any = None  # rank 0's, with the teacher's engines
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -168,16 +172,37 @@ class PolicyTrainer(_ActorPPOTrainer):
         """Of a LoRA model the engines get merged weights, under the names of the base model."""
         if self.vllm_engines is None:
             return  # OpenRLHF calls it on a restart, with or without engines
-        actor = self.actor
-        if not isinstance(actor.model.module, lora.PeftModel):
+        module = self.actor.model.module
+        if not isinstance(module, lora.PeftModel):
             return super().broadcast_to_vllm()
+        self._send(lora.merged_modules(module, lora.STUDENT))
+
+    def _send(self, modules: Iterable[Any]) -> None:
+        """OpenRLHF's weight sync, of these modules in the place of the policy's."""
+        actor = self.actor
         try:
-            for weights in lora.merged_weights(actor.model.module):
-                module = SimpleNamespace(named_parameters=weights.items)
+            for module in modules:
                 self.actor = SimpleNamespace(model=SimpleNamespace(module=module), is_vlm=False)
                 super().broadcast_to_vllm()
         finally:
             self.actor = actor
+
+    def send_to_teacher(self, engines: Sequence[Any], modules: Iterable[Any]) -> None:
+        """OpenRLHF's weight sync, of these modules to the teacher's engines, which are a group of their own."""
+        args, teacher = self.strategy.args, self.args.teacher
+        students = args.vllm, self.vllm_engines, self.use_cuda_ipc, self._model_update_group
+        towards = {"num_engines": teacher.num_engines, "tensor_parallel_size": teacher.tensor_parallel_size}
+        args.vllm = SimpleNamespace(**{**vars(args.vllm), **towards, "enable_prefix_caching": False})
+        self.vllm_engines, self.use_cuda_ipc = engines, False
+        try:
+            if self.worker.rank == 0:
+                if self.teacher_group is None:
+                    self._init_vllm_sync_group(args.vllm.sync_backend)
+                    self.teacher_group = self._model_update_group
+                self._model_update_group = self.teacher_group
+            self._send(modules)
+        finally:
+            args.vllm, self.vllm_engines, self.use_cuda_ipc, self._model_update_group = students
 
     def _require_finite(self, found: dict[str, Any], skipped: bool) -> None:
         """Raises NotFinite: in bf16 DeepSpeed skips such a step in silence and logs the norm of the one before.

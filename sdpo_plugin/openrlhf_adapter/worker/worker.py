@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,8 @@ _PolicyModelActor: Any = patch_point("openrlhf.trainer.ray.ppo_actor:PolicyModel
 
 class PolicyWorker(_PolicyModelActor):
     """ppo_actor.py: `PolicyModelActor`; an `interface.Worker`."""
+
+    published: TeacherModel | None = None
 
     @overrides("strategy", "pretrain", "max_steps", "vllm_engines")
     def init_model_from_pretrained(
@@ -90,6 +92,20 @@ class PolicyWorker(_PolicyModelActor):
         actor.eval()
         actor.tap_head()
         return SeparateTeacher(self, actor)
+
+    def publish_to_engines(self, model: TeacherModel) -> None:
+        self.published = model  # until `publish_teacher`
+
+    def publish_teacher(self, engines: Sequence[Any]) -> None:
+        """Send the teacher's engines what `publish_to_engines` was given since the last call. Collective."""
+        if self.published is None:
+            return
+        asleep = self.sleeper.asleep
+        self.sleeper.wake()
+        self.trainer.send_to_teacher(engines, self.published.modules_for_engines())
+        if asleep:
+            self.sleeper.sleep(self.sleeper.tensors)
+        self.published = None
 
     def take_reports(self) -> Reports:
         """This rank's reports to the controller on the rollout batch that it has trained on."""

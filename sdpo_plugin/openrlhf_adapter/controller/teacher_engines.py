@@ -1,0 +1,98 @@
+"""The vLLM engines that score for the teacher: the rollout's, or engines of the teacher's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from openrlhf.trainer.ray import vllm_engine
+
+from sdpo_plugin.config import TeacherConfig, from_namespace
+from sdpo_plugin.interface.rollout_batch import Scores, TeacherEngines, ToScore
+from sdpo_plugin.openrlhf_adapter.controller.rollout import max_seq_len
+from sdpo_plugin.openrlhf_adapter.engine.scoring import TeacherEngine
+from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
+
+_ENGINES = "openrlhf.trainer.ray.vllm_engine"
+create_vllm_engines = patch_point(
+    f"{_ENGINES}:create_vllm_engines", "num_engines", "tensor_parallel_size", "pretrain", "seed",
+    "full_determinism", "enable_prefix_caching", "enforce_eager", "max_model_len", "gpu_memory_utilization",
+)  # fmt: skip
+batch_vllm_engine_call = patch_point(f"{_ENGINES}:batch_vllm_engine_call", "engines", "method_name")
+
+
+def teacher_engines(args: Any, rollout_engines: Sequence[Any]) -> TeacherEngines | None:
+    """What scores for the teacher, or None where the policy workers do.
+
+    Args:
+        args: OpenRLHF's nested arguments.
+    """
+    config: TeacherConfig = from_namespace(TeacherConfig, args)
+    if config.scored_by == "worker":
+        return None
+    if config.kind == "live":
+        return RolloutEngines(rollout_engines, args)
+    return OwnEngines(config, args)
+
+
+class RayEngines:
+    """Engines that are Ray actors, which take requests in turns.
+
+    Attributes:
+        engines: with a method `score(ids, start, topk)`. max_tokens: of a request.
+    """
+
+    engines: Sequence[Any]
+    max_tokens: int
+
+    def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
+        loads = [0] * len(self.engines)
+        answers = []
+        for ids, start in requests:
+            least = loads.index(min(loads))
+            loads[least] += len(ids)
+            answers.append(self.engines[least].score.remote(list(ids), start, topk))
+        return [Scores(*map(torch.tensor, answer)) for answer in ray.get(answers)]
+
+
+class RolloutEngines(RayEngines):
+    """The rollout's own engines, whose weights are the student's that sampled (`--teacher.kind live`)."""
+
+    def __init__(self, engines: Sequence[Any], args: Any) -> None:
+        self.engines, self.sleeps = engines, args.vllm.enable_sleep
+        self.max_tokens = args.data.max_len - 1  # vLLM samples a token after the last one
+
+    def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
+        if self.sleeps:
+            batch_vllm_engine_call(self.engines, "wake_up")
+        try:
+            return super().score(requests, topk)
+        finally:
+            if self.sleeps:
+                batch_vllm_engine_call(self.engines, "sleep")
+
+
+class OwnEngines(RayEngines):
+    """Engines of the teacher's own, on GPUs of their own, with the weights of the model that teaches."""
+
+    def __init__(self, config: TeacherConfig, args: Any) -> None:
+        model = config.model_name_or_path or args.actor.model_name_or_path
+        longest = int(min(max_seq_len(model), args.data.max_len + args.reprompt.max_len + 1))
+        self.max_tokens = longest - 1
+        rollouts, vllm_engine.RolloutRayActor = vllm_engine.RolloutRayActor, ray.remote(TeacherEngine)
+        try:
+            self.engines = create_vllm_engines(
+                config.num_engines, config.tensor_parallel_size, model, args.train.seed,
+                full_determinism=args.train.full_determinism_enable, enable_prefix_caching=False,
+                enforce_eager=args.vllm.enforce_eager, max_model_len=longest,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+            )  # fmt: skip
+        finally:
+            vllm_engine.RolloutRayActor = rollouts
+        self.tempered = [engine.divide_logits.remote(args.rollout.temperature) for engine in self.engines]
+
+    def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
+        ray.get(self.tempered)
+        return super().score(requests, topk)
