@@ -6,11 +6,10 @@ import logging
 from typing import Any
 
 from sdpo_plugin.config import ConfigError
+from sdpo_plugin.distillation.prompts import PROBE
 from sdpo_plugin.interface.rollout_batch import has_images
 
 logger = logging.getLogger(__name__)
-# Text in which tokenizers differ: white space, digits, code, other scripts.
-PROBE = "Let x = 12345.678;\n\n\tif (x >= 10) { return  naïve_Größe(x); }  # 你好, мир! 🙂"
 
 
 def policy_loss_needs_log_probs(args: Any) -> bool:
@@ -104,8 +103,8 @@ def _reject_with_engines(args: Any) -> None:
     wanted = args.reprompt.max_len + (args.rollout.max_new_tokens or 0)
     if rollout_engines and wanted >= args.data.max_len:
         logger.warning(
-            f"--data.max_len {args.data.max_len}: the rollout's engines score prompts and responses up to it, so teacher "
-            f"prompts are truncated there; give {wanted + 1} for prompts of --reprompt.max_len"
+            f"--data.max_len {args.data.max_len}: the rollout's engines score prompts and responses up to it, so "
+            f"teacher prompts are truncated there; give {wanted + 1} for prompts of --reprompt.max_len"
         )
     if teacher.kind == "ema" and getattr(args.vllm, "sync_with_ray", False):
         raise ConfigError(

@@ -12,7 +12,7 @@ import torch
 from sdpo_plugin import plugins
 from sdpo_plugin.algorithms import no_reward
 from sdpo_plugin.algorithms.choices import PREFIX, Choices
-from sdpo_plugin.algorithms.engine_scores import attach_engine_scores, scored_topk
+from sdpo_plugin.algorithms.engine_scores import attach_engine_scores, context_kl, scored_topk
 from sdpo_plugin.algorithms.teacher_images import add_teacher_images, require_image_tokens
 from sdpo_plugin.config import ConfigError, StopTraining, teacher_chat_template_kwargs
 from sdpo_plugin.distillation.consensus import CONSENSUS
@@ -23,7 +23,7 @@ from sdpo_plugin.distillation.thinking import response_texts, tags_with
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.interface.rollout_batch import RolloutBatch, has_images, prompt_messages
 from sdpo_plugin.interface.scoring import TeacherPrompt, attach_scoring_requests
-from sdpo_plugin.monitoring.collapse import CONTEXT_KL, CollapseMonitor, length_metrics
+from sdpo_plugin.monitoring.collapse import CHECKED_SAMPLES, CONTEXT_KL, CollapseMonitor, length_metrics
 from sdpo_plugin.monitoring.recorder import Recorder
 
 MONITOR_STATE = PREFIX + "collapse_monitor"
@@ -115,7 +115,7 @@ class ControllerSide(Choices):
             add_teacher_images(batch, rollouts, contexts, self.reprompt.teacher_images)
         prompts = self._attach_teacher_prompts(batch, rollouts, contexts)
         if self.teacher_config.scored_by == "engine":
-            attach_engine_scores(batch, prompts, scored_topk(self.distill))
+            batch.engine_scores = attach_engine_scores(batch, prompts, scored_topk(self.distill))[0]
         masks = self._loss_masks(batch, prompts)
         batch.attach("loss_mask", masks)
         batch.attach("reward", [torch.tensor(float("nan") if r is None else float(r)) for r in batch.rewards])
@@ -261,15 +261,22 @@ class ControllerSide(Choices):
         threshold = self.reprompt.success_threshold
         failed = [rollout.reward is None or rollout.reward < threshold for rollout in rollouts]
         if any(context.sections or context.by_turn for context in contexts):  # else the context KL is 0
-            batch.attach("failed", [torch.tensor(f) for f in failed])
-            if self.reprompt.chat_template_kwargs is not None:
-                bare = [self.bare_prompt_ids(batch, i) if own.active else [] for i, own in enumerate(contexts)]
-                batch.attach("bare_prompt", [torch.tensor(ids, dtype=torch.long) for ids in bare])
+            self._request_context_kl(batch, failed, contexts)
         lengths = [int(sample.action_mask.sum()) for sample in batch.samples]
         batch.metrics[PREFIX + "response_length_drift"] = self.monitor.drift(sum(lengths) / len(lengths))
         left_out = sum(bool(sample.truncated) for sample in batch.samples) if self.distill.mask_truncated else 0
         for warning in self.monitor.check_batch(rollouts, contexts, left_out):
             logger.warning(warning)
+
+    def _request_context_kl(self, batch: RolloutBatch, failed: list[bool], contexts: list[TeacherContext]) -> None:
+        if batch.engine_scores is not None:
+            chosen = [i for i, own in enumerate(contexts) if own.active and failed[i]][:CHECKED_SAMPLES]
+            batch.metrics |= context_kl(batch, {i: self.bare_prompt_ids(batch, i) for i in chosen})
+            return
+        batch.attach("failed", [torch.tensor(f) for f in failed])
+        if self.reprompt.chat_template_kwargs is not None:
+            bare = [self.bare_prompt_ids(batch, i) if own.active else [] for i, own in enumerate(contexts)]
+            batch.attach("bare_prompt", [torch.tensor(ids, dtype=torch.long) for ids in bare])
 
     @hookimpl
     def openrlhf_after_training_step(self, batch: RolloutBatch) -> None:

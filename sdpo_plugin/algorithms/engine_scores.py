@@ -7,15 +7,17 @@ never of tokens that the student chooses: the divergence is over the teacher's t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.distillation.loss import LOG_ZERO, TeacherTable
+from sdpo_plugin.distillation.loss import LOG_ZERO, MIN_TAIL, TeacherTable, token_divergence
 from sdpo_plugin.interface.micro_batch import MicroBatch
 from sdpo_plugin.interface.rollout_batch import RolloutBatch, Scores, ToScore
 from sdpo_plugin.interface.scoring import TeacherPrompt, numbered
+from sdpo_plugin.monitoring.collapse import CONTEXT_KL
 
 SAMPLED, IDS, LOG_PROBS = "teacher_sampled", "teacher_ids", "teacher_log_probs"
 TIMING = "timing/teacher_score"
@@ -53,6 +55,41 @@ def attach_engine_scores(
             batch.attach(numbered(name, k), [getattr(own, field) for own in scores])
     batch.metrics[TIMING] = time.monotonic() - began
     return found
+
+
+def context_kl(batch: RolloutBatch, prompts: Mapping[int, list[int]]) -> dict[str, float]:
+    """The context KL (`monitoring/collapse.py`) of a few samples, per scored token, as the tables show it.
+
+    It is computed over the tokens that are in both top-k, with all others as one: a lower bound.
+
+    Args:
+        prompts: of these samples, the teacher's prompt without a context.
+    """
+    engines, scores = batch.teacher_engines, batch.engine_scores
+    assert engines is not None and scores is not None
+    asked = {i: ToScore([*ids, *batch.response_ids(i)], len(ids)) for i, ids in prompts.items()}
+    asked = {i: request for i, request in asked.items() if len(request.ids) <= engines.max_tokens}
+    if not asked:
+        return {}
+    kls = []
+    topk = scores[next(iter(asked))].ids.shape[1]
+    for i, bare in zip(asked, engines.score(list(asked.values()), topk), strict=True):
+        response = batch.response_mask(i)
+        own, scored = scores[i], scores[i].log_probs[:, 0] > LOG_ZERO
+        at = (response.nonzero()[:, 0] - response.nonzero()[0])[scored]
+        kls.append(_shared_kl(own.ids[scored], own.log_probs[scored], bare.ids[at], bare.log_probs[at]))
+    found = torch.cat(kls)
+    return {CONTEXT_KL: float(found.mean())} if len(found) else {}
+
+
+def _shared_kl(p_ids: Tensor, p: Tensor, q_ids: Tensor, q: Tensor) -> Tensor:
+    """[n]: KL(P || Q) of top-k tables, [n, K] ids and log-probabilities, over the shared tokens and the rest."""
+    same = p_ids[:, :, None] == q_ids[:, None, :]
+    shared = same.any(dim=2)
+    q = torch.where(shared, torch.where(same, q[:, None, :], LOG_ZERO).amax(dim=2), LOG_ZERO)
+    p = torch.where(shared, p, LOG_ZERO)
+    rests = [(1.0 - x.exp().sum(dim=1, keepdim=True)).clamp(min=MIN_TAIL).log() for x in (p, q)]
+    return token_divergence(torch.cat([q, rests[1]], dim=1), torch.cat([p, rests[0]], dim=1), alpha=0.0)
 
 
 def to_score(batch: RolloutBatch, i: int, prompt: TeacherPrompt) -> ToScore:

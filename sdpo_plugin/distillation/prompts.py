@@ -33,6 +33,8 @@ Messages = Chat | FramedText | str  # chat messages, or a prompt that was never 
 STARTED = datetime.now()
 # Stands for a text: a template that prints a list as Python or JSON text, and not its parts, changes the quote.
 MARK = '\ue000"\ue000'
+# Text in which tokenizers differ: white space, digits, code, other scripts.
+PROBE = "Let x = 12345.678;\n\n\tif (x >= 10) { return  naïve_Größe(x); }  # 你好, мир! 🙂"
 
 
 # ── tokenizers and chat templates ──

@@ -83,6 +83,7 @@ class RolloutBatch:
         max_seq_len: the longest sequence that the policy model is made for, in tokens.
         step: OpenRLHF's global step that trains on the batch, from 1.
         teacher_engines: what scores for the teacher, or None: the policy workers do.
+        engine_scores: with them, of each sample its response tokens' scores with the first teacher context.
         metrics: scalars to log for this step.
         reports: once the step has trained (`openrlhf_after_training_step`), what the policy workers reported: for each
             requested name, by number of the sample. A sample that no worker trained on is absent.
@@ -99,6 +100,7 @@ class RolloutBatch:
         teacher_engines: TeacherEngines | None = None,
     ) -> None:
         self.teacher_engines = teacher_engines
+        self.engine_scores: Sequence[Scores] | None = None
         self.samples, self.args, self.tokenizer, self.processor = samples, args, text_tokenizer(tokenizer), tokenizer
         self.max_seq_len, self.step = max_seq_len, step
         self.metrics: dict[str, float] = {}

@@ -12,6 +12,7 @@ from openrlhf.trainer.ray import vllm_engine
 from sdpo_plugin.config import TeacherConfig, from_namespace
 from sdpo_plugin.interface.rollout_batch import Scores, TeacherEngines, ToScore
 from sdpo_plugin.openrlhf_adapter.controller.rollout import max_seq_len
+from sdpo_plugin.openrlhf_adapter.controller.teacher_servers import TeacherServers
 from sdpo_plugin.openrlhf_adapter.engine.scoring import TeacherEngine
 from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
 
@@ -34,6 +35,8 @@ def teacher_engines(args: Any, rollout_engines: Sequence[Any]) -> TeacherEngines
         return None
     if config.kind == "live":
         return RolloutEngines(rollout_engines, args)
+    if config.url is not None:
+        return TeacherServers(config.url.split(","), args)
     return OwnEngines(config, args)
 
 

@@ -21,6 +21,7 @@ from sdpo_plugin.config import ConfigError, chat_template_kwargs, teacher_chat_t
 from sdpo_plugin.distillation.prompts import require_printed, text_tokenizer
 from sdpo_plugin.interface.rollout_batch import has_images, input_frame, prompt_messages
 from sdpo_plugin.openrlhf_adapter import dates
+from sdpo_plugin.openrlhf_adapter.controller import teacher_servers
 from sdpo_plugin.openrlhf_adapter.launcher import images, labels, ring
 from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
 from sdpo_plugin.openrlhf_adapter.platform.cluster import Cluster, require_gpus
@@ -71,6 +72,8 @@ def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
             configs.append((flag, path, model(flag, path)))
         ring.models(args, configs)
     found = tokenizer(args)
+    if plugins.algorithm() is not None and args.teacher.url is not None:
+        teacher_servers.check(args, found, args.distill.topk if args.distill.mode == "topk" else 1)
     data(args)
     chats(args, found)
     if has_images(args) and plugins.algorithm() is not None:
