@@ -13,7 +13,8 @@ from sdpo_plugin.algorithms.choices import Choices
 from sdpo_plugin.algorithms.compatibility import reject_unsupported, require_same_tokenizer
 from sdpo_plugin.algorithms.controller_side import ControllerSide
 from sdpo_plugin.algorithms.worker_side import WorkerSide
-from sdpo_plugin.config import ConfigError, teacher_chat_template_kwargs
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.distillation.chat_arguments import teacher_chat_template_kwargs
 from sdpo_plugin.distillation.consensus import CONSENSUS
 from sdpo_plugin.hookspecs import hookimpl
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
 from sdpo_plugin import plugins
 from sdpo_plugin.algorithms import no_reward
-from sdpo_plugin.algorithms.choices import PREFIX, Choices
+from sdpo_plugin.algorithms.choices import PREFIX
 from sdpo_plugin.algorithms.engine_scores import attach_engine_scores, context_kl, scored_topk
-from sdpo_plugin.algorithms.teacher_images import add_teacher_images, require_image_tokens
-from sdpo_plugin.config import ConfigError, StopTraining, teacher_chat_template_kwargs
+from sdpo_plugin.algorithms.prompt_side import TeacherPromptSide
+from sdpo_plugin.algorithms.teacher_images import add_teacher_images
+from sdpo_plugin.config import ConfigError, StopTraining
+from sdpo_plugin.distillation.chat_arguments import teacher_chat_template_kwargs
 from sdpo_plugin.distillation.consensus import CONSENSUS
 from sdpo_plugin.distillation.context import Rollout, TeacherContext, build_teacher_contexts, context_metrics
 from sdpo_plugin.distillation.prompts import require_user_text
-from sdpo_plugin.distillation.teacher_prompt import TEXTS_AT_ONCE, TeacherPrompts, TruncationOffsets, teacher_prompt_ids
+from sdpo_plugin.distillation.teacher_prompt import TEXTS_AT_ONCE, teacher_prompt_ids
 from sdpo_plugin.distillation.thinking import response_texts, tags_with
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.interface.rollout_batch import RolloutBatch, has_images, prompt_messages
@@ -50,14 +51,13 @@ def plan_teacher_scoring(batch: RolloutBatch, i: int, context: TeacherContext) -
     return list(found.values())
 
 
-class ControllerSide(Choices):
+class ControllerSide(TeacherPromptSide):
     """Hooks that run on the controller, which has the whole batch; `openrlhf_dataset` also runs in the launcher."""
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)
         self.monitor = CollapseMonitor(self.diagnostics, self.reprompt, self.uses_policy_loss)
         self.recorder = Recorder(args) if self.diagnostics.log_samples else None
-        self._prompts: TeacherPrompts | None = None
 
     # ── before a rollout ──
 
@@ -195,46 +195,6 @@ class ControllerSide(Choices):
         batch.metrics[PREFIX + "truncated_fraction"] = truncated / (len(batch) * len(contexts))
         batch.metrics[PREFIX + "too_long_fraction"] = too_long / (len(batch) * len(contexts))
         return prompts
-
-    def teacher_prompt(
-        self, batch: RolloutBatch, i: int, context: TeacherContext, position_mask: torch.Tensor
-    ) -> tuple[list[int], TruncationOffsets]:
-        """The teacher's prompt for sample i as token ids, and where it is truncated.
-
-        The prompt is truncated so that it fits into `max_seq_len` together with the response up to the last scored
-        position. If no truncation of the sections is enough, the list of ids is empty.
-
-        Args:
-            position_mask: bool [A_i], the positions that are scored.
-        """
-        room = self.room(batch, i, position_mask)
-        ids, offsets = self.prompts_of(batch).ids(context, int(max(min(self.reprompt.max_len, room), 1)))
-        require_image_tokens(batch, i, context, ids)
-        return (ids, offsets) if len(ids) <= room else ([], {})
-
-    def room(self, batch: RolloutBatch, i: int, position_mask: torch.Tensor) -> float:
-        """The model's positions that the tokens scored by `position_mask` leave to the teacher's prompt."""
-        return batch.max_seq_len - (int(position_mask.nonzero()[-1] - batch.response_mask(i).nonzero()[0]) + 1)
-
-    @cached_property
-    def teacher_chat(self) -> dict[str, Any]:
-        """The chat-template arguments of the teacher's prompts."""
-        return teacher_chat_template_kwargs(self.args)
-
-    def bare_prompt_ids(self, batch: RolloutBatch, i: int) -> list[int]:
-        """Sample i's own prompt for the teacher, without a context.
-
-        These are the student's tokens, unless the teacher has chat-template arguments of its own.
-        """
-        if self.reprompt.chat_template_kwargs is None:
-            return batch.prompt_ids(i)
-        return self.prompts_of(batch).ids(TeacherContext(batch.prompt(i), False))[0]
-
-    def prompts_of(self, batch: RolloutBatch) -> TeacherPrompts:
-        """What makes the teacher's prompts of a batch, and has those that were made already."""
-        if self._prompts is None:
-            self._prompts = TeacherPrompts(batch.tokenizer, self.reprompt, self.teacher_chat)
-        return self._prompts
 
     def _loss_masks(
         self, batch: RolloutBatch, scored: Sequence[Sequence[Sequence[PlannedScoring | TeacherPrompt]]]

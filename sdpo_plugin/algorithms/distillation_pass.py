@@ -11,7 +11,8 @@ import torch
 
 from sdpo_plugin.algorithms.choices import PREFIX, Choices
 from sdpo_plugin.algorithms.teacher import Teacher
-from sdpo_plugin.distillation.fused import Head, HeadOutput, TeacherStates, linear_distillation, match_vocab_size
+from sdpo_plugin.distillation.fused import HeadOutput, linear_distillation
+from sdpo_plugin.distillation.head import Head, TeacherStates, match_vocab_size
 from sdpo_plugin.distillation.loss import LOG_ZERO, TeacherTable, TokenBatch
 from sdpo_plugin.interface.micro_batch import MicroBatch
 from sdpo_plugin.monitoring.collapse import measure

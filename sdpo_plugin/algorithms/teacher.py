@@ -15,7 +15,7 @@ import numpy
 import torch
 
 from sdpo_plugin.config import ConfigError, TeacherConfig
-from sdpo_plugin.distillation.fused import Head
+from sdpo_plugin.distillation.head import Head
 from sdpo_plugin.interface.models import Model, TeacherModel, Worker, chunks
 
 # Of each parameter: where its values are in the files beside it, the teacher's weights and their fp32 residual.

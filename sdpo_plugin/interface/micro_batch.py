@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.distillation.fused import Head, HeadOutput
+from sdpo_plugin.distillation.fused import HeadOutput
+from sdpo_plugin.distillation.head import Head
 from sdpo_plugin.interface.models import Images, Worker
 from sdpo_plugin.interface.ring import OneRank
 from sdpo_plugin.interface.transport import ATTACHED, LOSS_MASK, REQUESTED, SCALAR, Reports, padded_mask, response_rows

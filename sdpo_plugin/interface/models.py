@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sdpo_plugin.distillation.fused import Head
+from sdpo_plugin.distillation.head import Head
 
 # For each sample what the model's processor made of its images (`pixel_values`, ...), or None if it has none.
 Images = Sequence[Mapping[str, torch.Tensor] | None]

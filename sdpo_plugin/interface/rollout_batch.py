@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from sdpo_plugin.config import ConfigError, chat_template_kwargs
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.distillation.chat_arguments import chat_template_kwargs
 from sdpo_plugin.distillation.images import media_tokens, with_runs, with_tags_as_parts
 from sdpo_plugin.distillation.prompts import FramedText, Messages, prompt_as_scored, text_tokenizer
 from sdpo_plugin.interface.transport import ATTACHED, REQUESTED, SCALAR, Reports

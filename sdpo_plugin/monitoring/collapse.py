@@ -18,7 +18,8 @@ from torch import Tensor
 from sdpo_plugin.config import DiagnosticsConfig, DistillConfig, RepromptConfig
 from sdpo_plugin.distillation.consensus import CONSENSUS
 from sdpo_plugin.distillation.context import Rollout, TeacherContext, has_feedback
-from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation, linear_log_probs
+from sdpo_plugin.distillation.fused import linear_distillation, linear_log_probs
+from sdpo_plugin.distillation.head import Head, TeacherStates
 from sdpo_plugin.distillation.loss import objective_of
 
 CONTEXT_KL = "teacher/context_kl"

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sdpo_plugin.distillation.context import Rollout, joined
-from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation
+from sdpo_plugin.distillation.fused import linear_distillation
+from sdpo_plugin.distillation.head import Head, TeacherStates
 from sdpo_plugin.distillation.loss import TeacherTable, TokenBatch
 from sdpo_plugin.distillation.prompts import rendered, text_tokenizer
 from sdpo_plugin.interface.micro_batch import MicroBatch

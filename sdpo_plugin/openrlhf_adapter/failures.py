@@ -119,7 +119,7 @@ def classify_error(error: BaseException) -> Failure:
         if "TeacherEngine" in actor:
             flag = "the teacher of --teacher.scored_by engine"
         return Failure(
-            SETTINGS, f"vLLM cannot serve {flag} with these flags: {kind}: {reason}", actor,
+            SETTINGS, f"vLLM cannot serve {flag}: {kind}: {reason}", actor,
             "correct the --vllm.* or --teacher.* flag or the model; vLLM's own messages are above",
         )  # fmt: skip
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):

@@ -30,7 +30,7 @@ def fake_worker(vocab: int = 31, hidden: int = 16, device: Any = None, **groups:
     from torch.utils._pytree import tree_map_only
 
     from sdpo_plugin.config import GROUPS
-    from sdpo_plugin.distillation.fused import Head
+    from sdpo_plugin.distillation.head import Head
     from sdpo_plugin.interface.micro_batch import MicroBatch, combined_requirements
     from sdpo_plugin.interface.models import Fragment
     from sdpo_plugin.interface.transport import ATTACHED, Reports, response_rows

@@ -10,7 +10,8 @@ import torch
 
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.distillation import by_row, kernels
-from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation, linear_log_probs
+from sdpo_plugin.distillation.fused import linear_distillation, linear_log_probs
+from sdpo_plugin.distillation.head import Head, TeacherStates
 from sdpo_plugin.distillation.loss import objective_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,7 @@ import torch
 
 from sdpo_plugin.config import DiagnosticsConfig, RepromptConfig
 from sdpo_plugin.distillation.context import Rollout, TeacherContext, build_teacher_contexts
-from sdpo_plugin.distillation.fused import Head
+from sdpo_plugin.distillation.head import Head
 from sdpo_plugin.monitoring.collapse import CONTEXT_KL, CollapseMonitor, measure
 
 

@@ -13,7 +13,8 @@ from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES
 
 from sdpo_plugin.algorithms.sdpo import SDPO
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation
+from sdpo_plugin.distillation.fused import linear_distillation
+from sdpo_plugin.distillation.head import Head, TeacherStates
 from sdpo_plugin.distillation.loss import objective_of
 from sdpo_plugin.interface.ring import OneRank
 from sdpo_plugin.interface.scoring import ScoringRequest

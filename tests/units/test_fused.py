@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpo_plugin.config import DistillConfig
 from sdpo_plugin.distillation import fused, products
-from sdpo_plugin.distillation.fused import Head, TeacherStates, linear_distillation_loss, linear_log_probs
+from sdpo_plugin.distillation.fused import linear_distillation_loss, linear_log_probs
+from sdpo_plugin.distillation.head import Head, TeacherStates
 from sdpo_plugin.distillation.loss import LOG_ZERO, TokenBatch, distillation_loss, objective_of, per_token_loss
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "self_distillation_loss.json").read_text())

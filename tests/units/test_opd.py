@@ -10,7 +10,7 @@ from sdpo_plugin.algorithms.compatibility import require_same_tokenizer
 from sdpo_plugin.algorithms.opd import OPD
 from sdpo_plugin.config import ConfigError
 from sdpo_plugin.distillation.context import Rollout
-from sdpo_plugin.distillation.fused import Head, match_vocab_size
+from sdpo_plugin.distillation.head import Head, match_vocab_size
 from sdpo_plugin.interface.rollout_batch import RolloutBatch
 from sdpo_plugin.testing import fake_worker, tiny_model
 

@@ -12,7 +12,7 @@ from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES
 from sdpo_plugin.algorithms.sdft import SDFT
 from sdpo_plugin.algorithms.sdpo import SDPO
 from sdpo_plugin.distillation.context import Rollout
-from sdpo_plugin.distillation.fused import Head
+from sdpo_plugin.distillation.head import Head
 from sdpo_plugin.distillation.prompts import FramedText
 from sdpo_plugin.interface.rollout_batch import RolloutBatch, Turn
 from sdpo_plugin.interface.transport import ATTACHED, REQUESTED

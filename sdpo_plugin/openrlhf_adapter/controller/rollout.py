@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import RewardConfig, chat_template_kwargs, from_namespace
+from sdpo_plugin.config import RewardConfig, from_namespace
+from sdpo_plugin.distillation.chat_arguments import chat_template_kwargs
 from sdpo_plugin.distillation.prompts import rendered, text_tokenizer
 from sdpo_plugin.interface.rollout_batch import RolloutBatch, SentRow, TeacherEngines, Turn, prompt_messages
 from sdpo_plugin.interface.transport import attached_loss_mask

@@ -28,11 +28,10 @@ from sdpo_plugin import plugins
 from sdpo_plugin.config import (
     ConfigError,
     RepromptConfig,
-    chat_template_kwargs,
     flat,
     from_namespace,
-    teacher_chat_template_kwargs,
 )
+from sdpo_plugin.distillation.chat_arguments import chat_template_kwargs, teacher_chat_template_kwargs
 from sdpo_plugin.monitoring.masking import masked
 from sdpo_plugin.openrlhf_adapter import patch_points
 from sdpo_plugin.openrlhf_adapter.launcher import memory

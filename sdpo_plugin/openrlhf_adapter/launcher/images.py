@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from sdpo_plugin.config import ConfigError, chat_template_kwargs
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.distillation.chat_arguments import chat_template_kwargs
 from sdpo_plugin.distillation.images import image_parts, references, require_placeholders
 from sdpo_plugin.distillation.prompts import rendered
 from sdpo_plugin.interface.rollout_batch import prompt_messages

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import ConfigError, RewardConfig, chat_template_kwargs, flat, from_namespace
+from sdpo_plugin.config import ConfigError, RewardConfig, flat, from_namespace
+from sdpo_plugin.distillation.chat_arguments import chat_template_kwargs
 from sdpo_plugin.openrlhf_adapter import patch_points
 from sdpo_plugin.openrlhf_adapter.engine import deterministic
 from sdpo_plugin.openrlhf_adapter.launcher import options, recipe

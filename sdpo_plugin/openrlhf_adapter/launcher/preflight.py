@@ -17,7 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import ConfigError, chat_template_kwargs, teacher_chat_template_kwargs
+from sdpo_plugin.config import ConfigError
+from sdpo_plugin.distillation.chat_arguments import chat_template_kwargs, teacher_chat_template_kwargs
 from sdpo_plugin.distillation.prompts import require_printed, text_tokenizer
 from sdpo_plugin.interface.rollout_batch import has_images, input_frame, prompt_messages
 from sdpo_plugin.openrlhf_adapter import dates

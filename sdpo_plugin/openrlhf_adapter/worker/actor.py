@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from sdpo_plugin.config import ConfigError
-from sdpo_plugin.distillation.fused import Head, linear_log_probs
+from sdpo_plugin.distillation.fused import linear_log_probs
+from sdpo_plugin.distillation.head import Head
 from sdpo_plugin.distillation.products import head_products, sum_dtype
 from sdpo_plugin.interface.micro_batch import MicroBatch
 from sdpo_plugin.interface.models import Images

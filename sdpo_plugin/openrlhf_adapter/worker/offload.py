@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sdpo_plugin.distillation.fused import Head
+from sdpo_plugin.distillation.head import Head
 from sdpo_plugin.openrlhf_adapter.worker.actor import PolicyActor
 
 
