@@ -85,6 +85,15 @@ def openrlhf_rollout_sample(sample: Any, response: dict[str, Any], args: Any) ->
 
 
 @hookspec
+def openrlhf_rollout_group(batch: RolloutBatch) -> None:
+    """All samples of one prompt have their rewards, and other prompts are still sampled: begin what takes time.
+
+    `batch` has these samples alone, and sends nothing anywhere. Called in synchronous runs with
+    `--teacher.scored_by engine`, if rewards come from a function or an agent. The group may not be trained on.
+    """
+
+
+@hookspec
 def openrlhf_requirements(args: Any) -> Mapping[str, bool] | None:
     """What a micro-batch must provide: True for a value that this plugin uses, False for one that it does not need.
 

@@ -11,7 +11,7 @@ import torch
 from sdpo_plugin import plugins
 from sdpo_plugin.algorithms import no_reward
 from sdpo_plugin.algorithms.choices import PREFIX
-from sdpo_plugin.algorithms.engine_scores import attach_engine_scores, context_kl, scored_topk
+from sdpo_plugin.algorithms.engine_scores import attach_engine_scores, begin_scoring, context_kl, scored_topk
 from sdpo_plugin.algorithms.prompt_side import TeacherPromptSide
 from sdpo_plugin.algorithms.teacher_images import add_teacher_images
 from sdpo_plugin.config import ConfigError, StopTraining
@@ -105,6 +105,13 @@ class ControllerSide(TeacherPromptSide):
         return [*([self.reprompt.privileged_key] if self._shows_privileged else []), *images]
 
     # ── the rewarded batch ──
+
+    @hookimpl
+    def openrlhf_rollout_group(self, batch: RolloutBatch) -> None:
+        if self.teacher_config.scored_by == "engine" and self.reprompt.demonstration != "random":  # of a whole batch
+            rollouts = self.rollouts(batch)
+            prompts = self._attach_teacher_prompts(batch, rollouts, self.teacher_contexts(batch, rollouts))
+            begin_scoring(batch, prompts, scored_topk(self.distill))
 
     @hookimpl
     def openrlhf_rollout_batch(self, batch: RolloutBatch) -> None:

@@ -46,15 +46,24 @@ def attach_engine_scores(
         The same by teacher context and sample.
     """
     engines, began = batch.teacher_engines, time.monotonic()
-    assert engines is not None  # `compatibility.reject_unsupported`
-    planned = [(i, prompt) for shown in prompts for i, own in enumerate(shown) for prompt in own]
-    answers = iter(engines.score([to_score(batch, i, prompt) for i, prompt in planned], topk))
+    assert engines is not None  # `--teacher.scored_by engine`
+    answers = iter(engines.score(_requests(batch, prompts), topk))
     found = [[_of_sample(batch, i, own, answers, topk) for i, own in enumerate(shown)] for shown in prompts]
     for k, scores in enumerate(found):
         for name, field in ((SAMPLED, "sampled"), (IDS, "ids"), (LOG_PROBS, "log_probs")):
             batch.attach(numbered(name, k), [getattr(own, field) for own in scores])
     batch.metrics[TIMING] = time.monotonic() - began
     return found
+
+
+def begin_scoring(batch: RolloutBatch, prompts: Sequence[Sequence[Sequence[TeacherPrompt]]], topk: int) -> None:
+    """Send ahead what `attach_engine_scores` will ask for, if the same prompts are made of the whole batch."""
+    assert batch.teacher_engines is not None
+    batch.teacher_engines.begin(_requests(batch, prompts), topk)
+
+
+def _requests(batch: RolloutBatch, prompts: Sequence[Sequence[Sequence[TeacherPrompt]]]) -> list[ToScore]:
+    return [to_score(batch, i, prompt) for shown in prompts for i, own in enumerate(shown) for prompt in own]
 
 
 def context_kl(batch: RolloutBatch, prompts: Mapping[int, list[int]]) -> dict[str, float]:

@@ -67,6 +67,9 @@ class TeacherEngines(Protocol):
 
     max_tokens: int  # of a request
 
+    def begin(self, requests: Sequence[ToScore], topk: int) -> None:
+        """Send requests ahead, whose answers the next `score` will ask for; those that it does not are dropped."""
+
     def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
         """The scores of each request. Raises TeacherError where an engine fails."""
 

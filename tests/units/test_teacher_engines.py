@@ -19,7 +19,7 @@ from sdpo_plugin.distillation.head import Head, TeacherStates
 from sdpo_plugin.distillation.loss import LOG_ZERO, TeacherTable, objective_of, token_divergence
 from sdpo_plugin.interface.rollout_batch import Scores, ToScore
 from sdpo_plugin.interface.scoring import TeacherPrompt
-from sdpo_plugin.openrlhf_adapter.controller.teacher_servers import scores_of
+from sdpo_plugin.openrlhf_adapter.controller.teacher_servers import Requests, scores_of
 from sdpo_plugin.openrlhf_adapter.platform.cluster import has_own_engines
 from sdpo_plugin.testing import fake_worker
 
@@ -166,6 +166,30 @@ def test_the_policy_worker_distils_the_table_it_was_sent():
         losses[engine.get("scored_by")] = batch.loss.item()
         assert worker.actor.lm_head.weight.grad.abs().sum() > 0
     assert losses["engine"] != pytest.approx(losses[None])
+
+
+class Counted(Requests):
+    max_tokens = 100
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def _send(self, request, topk):
+        self.sent.append(request)
+        return request
+
+    def _received(self, sent):
+        return sent
+
+
+def test_what_was_sent_ahead_is_not_sent_again_until_the_weights_may_have_changed():
+    engines, first, second = Counted(), ToScore([1, 2, 3], 1), ToScore([1, 2, 3], 2)
+    engines.begin([first, ToScore([9, 9], 1)], 2)
+    assert engines.score([second, first, second], 2) == [second, first, second]
+    assert engines.sent == [first, ToScore([9, 9], 1), second]
+    engines.score([first], 2)
+    assert engines.sent[3:] == [first]
 
 
 # ── servers ──

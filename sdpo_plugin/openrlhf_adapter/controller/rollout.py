@@ -77,6 +77,7 @@ class SamplesGenerator(_SamplesGenerator):
     """samples_generator.py: gives each sample its data-set row and the feedback of its reward function."""
 
     evaluating = False
+    on_group: Callable[[list[Any]], None] | None = None  # called with all samples of a prompt, while others are sampled
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -84,6 +85,7 @@ class SamplesGenerator(_SamplesGenerator):
         self.reward: RewardConfig = from_namespace(RewardConfig, self.args)
         self._row: tuple[tuple[int, int], dict[str, Any]] | None = None
         self._sent: tuple[dict[str, Any], SentRow] | None = None
+        self._group: list[Any] = []
 
     @overrides()
     def generate_eval_samples(self, **kwargs: Any) -> list[Any]:
@@ -138,6 +140,11 @@ class SamplesGenerator(_SamplesGenerator):
             if self._sent is None or self._sent[0] is not sample.record:
                 self._sent = sample.record, SentRow(sample.record, sent_columns(self.args))
             sample.record = self._sent[1]
+        if self.on_group is not None and not self.evaluating:
+            self._group.append(sample)  # an engine returns a prompt's samples together
+            if len(self._group) == self.args.rollout.n_samples_per_prompt:
+                group, self._group = self._group, []
+                self.on_group(group)
         return sample
 
     def _record(self, request: Request) -> dict[str, Any]:
@@ -257,6 +264,7 @@ class ExperienceMaker(_ExperienceMaker):
         teacher_engines: what scores for the teacher; None: the policy workers do.
     """
 
+    step = 1
     teacher_engines: TeacherEngines | None = None
 
     @overrides("rollout_samples")
@@ -277,12 +285,23 @@ class ExperienceMaker(_ExperienceMaker):
         processes = self.args.actor.num_nodes * self.args.actor.num_gpus_per_node
         return processes // self.args.ds.ring_attn_size // self.args.ds.tensor_parallel_size
 
+    def group_sampled(self, samples: list[Any]) -> None:
+        """All samples of a prompt are there: the teacher's engines may begin with them."""
+        if any(sample.rewards is None and not sample.skipped for sample in samples):
+            return  # a reward model gives them later
+        rewards = torch.cat([torch.zeros(1) if sample.rewards is None else sample.rewards for sample in samples])
+        known = SimpleNamespace(index=range(len(samples)), rewards=rewards, info={})
+        plugins.active().hook.openrlhf_rollout_group(batch=self._batch(samples, [known]))
+
+    def _batch(self, samples: Sequence[Any], experiences: Sequence[Any]) -> RolloutBatch:
+        longest, engines = max_seq_len(self.args.actor.model_name_or_path), self.teacher_engines
+        if engines is not None:
+            longest = min(longest, engines.max_tokens)
+        return RolloutBatch(samples, experiences, self.args, self.tokenizer, longest, self.step, engines)
+
     @overrides("experiences")
     def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
-        positions = max_seq_len(self.args.actor.model_name_or_path)
-        engines = self.teacher_engines
-        longest = positions if engines is None else min(positions, engines.max_tokens)
-        batch = RolloutBatch(self.samples, experiences, self.args, self.tokenizer, longest, self.step, engines)
+        batch = self._batch(self.samples, experiences)
         if self.args.reward.on_error == "skip":
             batch.metrics["rollout/reward_skipped_fraction"] = self.skipped
         if (turns := ended_at(MAX_TURNS, self.samples)) is not None:

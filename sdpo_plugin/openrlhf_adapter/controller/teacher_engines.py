@@ -12,7 +12,7 @@ from openrlhf.trainer.ray import vllm_engine
 from sdpo_plugin.config import TeacherConfig, from_namespace
 from sdpo_plugin.interface.rollout_batch import Scores, TeacherEngines, ToScore
 from sdpo_plugin.openrlhf_adapter.controller.rollout import max_seq_len
-from sdpo_plugin.openrlhf_adapter.controller.teacher_servers import TeacherServers
+from sdpo_plugin.openrlhf_adapter.controller.teacher_servers import Requests, TeacherServers
 from sdpo_plugin.openrlhf_adapter.engine.scoring import TeacherEngine
 from sdpo_plugin.openrlhf_adapter.patch_points import patch_point
 
@@ -40,37 +40,44 @@ def teacher_engines(args: Any, rollout_engines: Sequence[Any]) -> TeacherEngines
     return OwnEngines(config, args)
 
 
-class RayEngines:
-    """Engines that are Ray actors, which take requests in turns.
+class RayEngines(Requests):
+    """Engines that are Ray actors. Each request goes to the one that has been sent the fewest tokens.
 
     Attributes:
-        engines: with a method `score(ids, start, topk)`. max_tokens: of a request.
+        engines: with a method `score(ids, start, topk)`.
     """
 
     engines: Sequence[Any]
-    max_tokens: int
 
-    def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
-        loads = [0] * len(self.engines)
-        answers = []
-        for ids, start in requests:
-            least = loads.index(min(loads))
-            loads[least] += len(ids)
-            answers.append(self.engines[least].score.remote(list(ids), start, topk))
-        return [Scores(*map(torch.tensor, answer)) for answer in ray.get(answers)]
+    def __init__(self, engines: Sequence[Any], max_tokens: int) -> None:
+        super().__init__()
+        self.engines, self.max_tokens, self.sent = engines, max_tokens, [0] * len(engines)
+
+    def _send(self, request: ToScore, topk: int) -> Any:
+        least = self.sent.index(min(self.sent))
+        self.sent[least] += len(request.ids)
+        return self.engines[least].score.remote(list(request.ids), request.start, topk)
+
+    def _received(self, sent: Sequence[Any]) -> list[Scores]:
+        return [Scores(*map(torch.tensor, answer)) for answer in ray.get(list(sent))]
 
 
 class RolloutEngines(RayEngines):
     """The rollout's own engines, whose weights are the student's that sampled (`--teacher.kind live`)."""
 
     def __init__(self, engines: Sequence[Any], args: Any) -> None:
-        self.engines, self.sleeps = engines, args.vllm.enable_sleep
-        self.max_tokens = args.data.max_len - 1  # vLLM samples a token after the last one
+        super().__init__(engines, args.data.max_len - 1)  # vLLM samples a token after the last one
+        self.sleeps = args.vllm.enable_sleep
+
+    def begin(self, requests: Sequence[ToScore], topk: int) -> None:
+        if not self.sleeps:  # else they are put to sleep before they have answered
+            super().begin(requests, topk)
 
     def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
         if self.sleeps:
             batch_vllm_engine_call(self.engines, "wake_up")
         try:
+            super().begin(requests, topk)
             return super().score(requests, topk)
         finally:
             if self.sleeps:
@@ -83,10 +90,9 @@ class OwnEngines(RayEngines):
     def __init__(self, config: TeacherConfig, args: Any) -> None:
         model = config.model_name_or_path or args.actor.model_name_or_path
         longest = int(min(max_seq_len(model), args.data.max_len + args.reprompt.max_len + 1))
-        self.max_tokens = longest - 1
         rollouts, vllm_engine.RolloutRayActor = vllm_engine.RolloutRayActor, ray.remote(TeacherEngine)
         try:
-            self.engines = create_vllm_engines(
+            engines = create_vllm_engines(
                 config.num_engines, config.tensor_parallel_size, model, args.train.seed,
                 full_determinism=args.train.full_determinism_enable, enable_prefix_caching=False,
                 enforce_eager=args.vllm.enforce_eager, max_model_len=longest,
@@ -94,6 +100,7 @@ class OwnEngines(RayEngines):
             )  # fmt: skip
         finally:
             vllm_engine.RolloutRayActor = rollouts
+        super().__init__(engines, longest - 1)
         self.tempered = [engine.divide_logits.remote(args.rollout.temperature) for engine in self.engines]
 
     def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import concurrent.futures
+import hashlib
+import itertools
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import numpy as np
 import torch
 
 from sdpo_plugin.config import ConfigError, RewardConfig, from_namespace
@@ -34,7 +39,44 @@ class Server:
     max_model_len: int
 
 
-class TeacherServers:
+class Requests:
+    """Requests that may be sent ahead: the answer to one is found by its tokens, whoever has sent it.
+
+    Attributes:
+        max_tokens: of a request.
+        begun: what `_send` returned, by request, until the next `score` has ended.
+    """
+
+    max_tokens: int
+
+    def __init__(self) -> None:
+        self.begun: dict[bytes, Any] = {}
+
+    def begin(self, requests: Sequence[ToScore], topk: int) -> None:
+        for request in requests:
+            if (key := _key(request)) not in self.begun:
+                self.begun[key] = self._send(request, topk)
+
+    def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
+        self.begin(requests, topk)
+        try:
+            return self._received([self.begun[_key(request)] for request in requests])
+        finally:
+            self.begun = {}  # the teacher's weights may change before the next rollout
+
+    def _send(self, request: ToScore, topk: int) -> Any:
+        raise NotImplementedError
+
+    def _received(self, sent: Sequence[Any]) -> list[Scores]:
+        raise NotImplementedError
+
+
+def _key(request: ToScore) -> bytes:
+    digest = hashlib.blake2b(np.array(request.ids, dtype=np.int64).tobytes(), digest_size=16)
+    return digest.digest() + request.start.to_bytes(8, "big")
+
+
+class TeacherServers(Requests):
     """`interface.rollout_batch.TeacherEngines` of servers that take requests in turns.
 
     A request that fails goes to the next server, `--reward.max_attempts` times, with `--reward.timeout` for each.
@@ -42,41 +84,45 @@ class TeacherServers:
 
     def __init__(self, urls: Sequence[str], args: Any) -> None:
         """Raises TeacherError where a server does not answer."""
+        super().__init__()
         self.config: RewardConfig = from_namespace(RewardConfig, args)
-        self.servers = asyncio.run(self._found(urls))
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.limit = asyncio.Semaphore(AT_ONCE * len(urls))
+        self.numbers = itertools.count()
+        self.session, self.servers = self._run(self._found(urls)).result()
         self.max_tokens = min(server.max_model_len for server in self.servers) - 1
 
-    def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
-        """The scores of each request. Raises TeacherError after the last attempt."""
-        return asyncio.run(self._scores(requests, topk))
+    def _run(self, call: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
+        return asyncio.run_coroutine_threadsafe(call, self.loop)
+
+    def _send(self, request: ToScore, topk: int) -> concurrent.futures.Future[Any]:
+        return self._run(self._scores(request, topk))
+
+    def _received(self, sent: Sequence[concurrent.futures.Future[Any]]) -> list[Scores]:
+        """Raises TeacherError after a request's last attempt."""
+        return [future.result() for future in sent]
 
     def decoded(self, ids: Sequence[int], topk: int) -> list[str | None]:
-        """The server's texts of tokens, which it returns with their scores."""
-        (answer,) = asyncio.run(self._answers([ToScore(ids, 1)], topk))
-        return [(at.get(str(token)) or {}).get("decoded_token") for token, at in zip(ids[1:], answer[1:], strict=True)]
+        """The server's texts of tokens but the first, which it returns with their scores."""
+        answer = self._run(self._answer(ToScore(ids, 1), topk)).result()
+        return [answer[at][str(token)].get("decoded_token") for at, token in enumerate(ids) if at]
 
-    async def _found(self, urls: Sequence[str]) -> list[Server]:
-        async with aiohttp.ClientSession() as session:
-            return [await self._attempts([url], lambda at: _model(session, at)) for url in urls]
+    async def _found(self, urls: Sequence[str]) -> tuple[aiohttp.ClientSession, list[Server]]:
+        session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
+        return session, [await self._attempts([url], lambda at: _model(session, at)) for url in urls]
 
-    async def _scores(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
-        answers = await self._answers(requests, topk)
-        return [scores_of(request, answer, topk) for request, answer in zip(requests, answers, strict=True)]
+    async def _scores(self, request: ToScore, topk: int) -> Scores:
+        return scores_of(request, await self._answer(request, topk), topk)
 
-    async def _answers(self, requests: Sequence[ToScore], topk: int) -> list[list[Any]]:
-        """`prompt_logprobs` for each request."""
-        limit = asyncio.Semaphore(AT_ONCE * len(self.servers))
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+    async def _answer(self, request: ToScore, topk: int) -> list[Any]:
+        """`prompt_logprobs`."""
+        first = next(self.numbers) % len(self.servers)
+        order = [*self.servers[first:], *self.servers[:first]]
+        async with self.limit:
+            return await self._attempts(order, lambda at: _prompt_logprobs(self.session, at, request, topk))
 
-            async def ask(number: int, request: ToScore) -> list[Any]:
-                first = number % len(self.servers)
-                order = [*self.servers[first:], *self.servers[:first]]
-                async with limit:
-                    return await self._attempts(order, lambda server: _prompt_logprobs(session, server, request, topk))
-
-            return await asyncio.gather(*(ask(*numbered) for numbered in enumerate(requests)))
-
-    async def _attempts(self, targets: Sequence[Any], call: Any) -> Any:
+    async def _attempts(self, targets: Sequence[Any], call: Callable[[Any], Awaitable[Any]]) -> Any:
         failure = ""
         async for attempt in tried(self.config):
             target = targets[attempt % len(targets)]
