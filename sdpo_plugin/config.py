@@ -6,14 +6,19 @@ docs/options.md. Values are checked on construction, so an instance is always us
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import json
 import math
 import typing
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
+
+
+def is_server(source: str) -> bool:
+    """Whether a teacher's source is the address of servers, not a model."""
+    return source.startswith(("http://", "https://"))
 
 
 class ConfigError(ValueError):
@@ -168,9 +173,16 @@ class TeacherConfig(OptionGroup):
         None, "running vLLM servers that score for --teacher.kind model, such as http://host:8000; several are "
         "separated by commas and take turns"
     )
+    route_key: str | None = option(
+        None, "dataset column that says which of several teachers scores a row, by --teacher.routes"
+    )
+    routes: str | None = option(
+        None, "the teachers of --teacher.route_key, models or servers, as a JSON object from the column's values: "
+        "'{\"math\": \"org/model\", \"code\": \"http://host:8000\"}'"
+    )
 
     def check(self) -> None:
-        if self.kind == "model" and self.model_name_or_path is None and self.url is None:
+        if self.kind == "model" and not (self.model_name_or_path or self.url or self.routes):
             self.fail("kind", "this teacher needs a model; give --teacher.model_name_or_path, or --teacher.url")
         self._check_engines()
         for name in ("model_name_or_path", "zero_stage"):
@@ -196,12 +208,31 @@ class TeacherConfig(OptionGroup):
             self.fail("scored_by", "an engine cannot mix the logits of two models; give --teacher.kind ema or base")
         if self.scored_by == "engine" and self.zero_stage is not None:
             self.fail("zero_stage", "the teacher's engines have the weights; leave it out")
-        if self.url is None:
-            return
-        if self.kind != "model" or self.scored_by != "engine":
-            self.fail("url", "give --teacher.kind model and --teacher.scored_by engine with it")
-        if self.model_name_or_path is not None:
-            self.fail("url", "the server has the model; leave --teacher.model_name_or_path out")
+        if (self.routes is None) != (self.route_key is None):
+            self.fail("route_key", "--teacher.route_key and --teacher.routes need each other; give both, or none")
+        for name in ("url", "routes"):
+            if getattr(self, name) is not None and (self.kind != "model" or self.scored_by != "engine"):
+                self.fail(name, "give --teacher.kind model and --teacher.scored_by engine with it")
+        given = [name for name in ("model_name_or_path", "url", "routes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            self.fail(given[-1], f"it says where the teacher is; leave --teacher.{given[0]} out")
+        self.sources("")
+
+    def sources(self, student: str) -> dict[str | None, str]:
+        """Where the teacher's engines have their weights from: models, or servers' addresses, by route; None: all rows.
+
+        Args:
+            student: the model of `base` and `ema`.
+        """
+        if self.routes is None:
+            return {None: self.url or self.model_name_or_path or student}
+        try:
+            found = json.loads(self.routes)
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict) or not found or not all(isinstance(at, str) and at for at in found.values()):
+            self.fail("routes", 'give a JSON object such as \'{"math": "org/model", "code": "http://host:8000"}\'')
+        return found
 
 
 @dataclass(frozen=True)
@@ -354,28 +385,3 @@ def flat(nested: SimpleNamespace, prefix: str = "") -> dict[str, Any]:
     for key, value in vars(nested).items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, SimpleNamespace) else {f"{prefix}{key}": value}
     return found
-
-
-def add_group(parser: argparse.ArgumentParser, group: type[OptionGroup]) -> None:
-    """The flags of an option group: one per field, `--prefix.field`, with its type, choices, default and help."""
-    section = parser.add_argument_group(f"--{group.prefix}", (group.__doc__ or "").strip())
-    hints = typing.get_type_hints(group)
-    for f in dataclasses.fields(group):
-        kinds = [k for k in (typing.get_args(hints[f.name]) or (hints[f.name],)) if k is not type(None)]
-        optional = type(None) in typing.get_args(hints[f.name])
-        flag, help = f"--{group.prefix}.{f.name}", f.metadata["help"].replace("%", "%%")
-        if kinds == [bool]:
-            section.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=help)
-        else:
-            section.add_argument(
-                flag, type=_optional(kinds[0]) if optional else kinds[0], default=f.default,
-                choices=f.metadata["choices"], help=help,
-            )  # fmt: skip
-
-
-def _optional(kind: type) -> Any:
-    def convert(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    convert.__name__ = f"{kind.__name__} or none"  # argparse: "invalid float or none value: 'x'"
-    return convert

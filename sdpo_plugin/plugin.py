@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sdpo_plugin.config import GROUPS, ConfigError, add_group, from_namespace
+from sdpo_plugin.config import GROUPS, ConfigError, from_namespace
+from sdpo_plugin.flags import add_group
 from sdpo_plugin.hookspecs import hookimpl
 
 

@@ -13,7 +13,7 @@ from sdpo_plugin.algorithms.choices import Choices
 from sdpo_plugin.algorithms.compatibility import reject_unsupported, require_same_tokenizer
 from sdpo_plugin.algorithms.controller_side import ControllerSide
 from sdpo_plugin.algorithms.worker_side import WorkerSide
-from sdpo_plugin.config import ConfigError
+from sdpo_plugin.config import ConfigError, is_server
 from sdpo_plugin.distillation.chat_arguments import teacher_chat_template_kwargs
 from sdpo_plugin.distillation.consensus import CONSENSUS
 from sdpo_plugin.hookspecs import hookimpl
@@ -68,8 +68,10 @@ class SelfDistillation(ControllerSide, WorkerSide):
         if self.recorder is not None and not args.logger.tensorboard_dir:
             fix = "samples are written to the directory of the event files; give --logger.tensorboard_dir"
             self.diagnostics.fail("log_samples", fix)
-        if self.teacher_config.model_name_or_path is not None:
-            require_same_tokenizer(args.actor.model_name_or_path, self.teacher_config.model_name_or_path)
+        if self.teacher_config.kind == "model":
+            for source in self.teacher_config.sources("").values():
+                if not is_server(source):
+                    require_same_tokenizer(args.actor.model_name_or_path, source)
         if self.teacher_config.scored_by == "engine":
             self._require_tables_suffice()
         if not self.supports_hybrid_loss and self.distill.weight != 1.0:

@@ -11,7 +11,13 @@ import torch
 from sdpo_plugin import plugins
 from sdpo_plugin.algorithms import no_reward
 from sdpo_plugin.algorithms.choices import PREFIX
-from sdpo_plugin.algorithms.engine_scores import attach_engine_scores, begin_scoring, context_kl, scored_topk
+from sdpo_plugin.algorithms.engine_scores import (
+    attach_engine_scores,
+    begin_scoring,
+    context_kl,
+    require_routes,
+    scored_topk,
+)
 from sdpo_plugin.algorithms.prompt_side import TeacherPromptSide
 from sdpo_plugin.algorithms.teacher_images import add_teacher_images
 from sdpo_plugin.config import ConfigError, StopTraining
@@ -65,6 +71,7 @@ class ControllerSide(TeacherPromptSide):
     def openrlhf_dataset(self, dataset: Any, evaluation: bool, args: Any) -> None:
         if evaluation:  # there is no teacher in an evaluation
             return
+        require_routes(dataset, self.teacher_config)
         key = args.data.input_key
         for row, prompt in enumerate(dataset[key]):
             require_user_text(f"--data.input_key {key}: row {row}", prompt, images=has_images(args))
@@ -102,7 +109,8 @@ class ControllerSide(TeacherPromptSide):
     @hookimpl
     def openrlhf_record_columns(self, args: Any) -> list[str]:
         images = [self.reprompt.teacher_images] if self.reprompt.teacher_images is not None else []
-        return [*([self.reprompt.privileged_key] if self._shows_privileged else []), *images]
+        route = [self.teacher_config.route_key] if self.teacher_config.route_key is not None else []
+        return [*([self.reprompt.privileged_key] if self._shows_privileged else []), *images, *route]
 
     # ── the rewarded batch ──
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdpo_plugin.config import DistillConfig
+from sdpo_plugin.config import DistillConfig, TeacherConfig
 from sdpo_plugin.distillation.loss import LOG_ZERO, MIN_TAIL, TeacherTable, token_divergence
 from sdpo_plugin.interface.micro_batch import MicroBatch
 from sdpo_plugin.interface.rollout_batch import RolloutBatch, Scores, ToScore
@@ -29,6 +30,19 @@ TIMING = "timing/teacher_score"
 def scored_topk(config: DistillConfig) -> int:
     """How many of the teacher's likeliest tokens the loss needs."""
     return config.topk if config.mode == "topk" and config.topk is not None else 1
+
+
+def require_routes(dataset: Any, config: TeacherConfig) -> None:
+    """Raise ConfigError unless every row names one of `--teacher.routes`."""
+    if config.route_key is None:
+        return
+    if config.route_key not in dataset.column_names:
+        config.fail("route_key", f"the dataset has no such column; it has {', '.join(dataset.column_names)}")
+    known = config.sources("")
+    for row, route in enumerate(dataset[config.route_key]):
+        if str(route) not in known:
+            fix = f"row {row} has {route!r} there, which --teacher.routes does not name; add it, or correct the row"
+            config.fail("route_key", fix)
 
 
 def attach_engine_scores(
@@ -76,7 +90,7 @@ def context_kl(batch: RolloutBatch, prompts: Mapping[int, list[int]]) -> dict[st
     """
     engines, scores = batch.teacher_engines, batch.engine_scores
     assert engines is not None and scores is not None
-    asked = {i: ToScore([*ids, *batch.response_ids(i)], len(ids)) for i, ids in prompts.items()}
+    asked = {i: ToScore([*ids, *batch.response_ids(i)], len(ids), batch.route(i)) for i, ids in prompts.items()}
     asked = {i: request for i, request in asked.items() if len(request.ids) <= engines.max_tokens}
     if not asked:
         return {}
@@ -104,7 +118,7 @@ def _shared_kl(p_ids: Tensor, p: Tensor, q_ids: Tensor, q: Tensor) -> Tensor:
 def to_score(batch: RolloutBatch, i: int, prompt: TeacherPrompt) -> ToScore:
     """Sample i after a teacher's prompt, up to the last token that is scored."""
     last = int(prompt.position_mask.nonzero()[-1] - batch.response_mask(i).nonzero()[0]) + 1
-    return ToScore([*prompt.ids, *batch.response_ids(i)[:last]], len(prompt.ids))
+    return ToScore([*prompt.ids, *batch.response_ids(i)[:last]], len(prompt.ids), batch.route(i))
 
 
 def _of_sample(

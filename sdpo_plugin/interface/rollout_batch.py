@@ -43,10 +43,14 @@ class SentRow(dict[str, Any]):
 
 
 class ToScore(NamedTuple):
-    """A request to the teacher's engines: the log-probabilities of `ids` from position `start` on, at least 1."""
+    """A request to the teacher's engines: the log-probabilities of `ids` from position `start` on, at least 1.
+
+    `route`: which of several teachers is asked (`--teacher.route_key`).
+    """
 
     ids: Sequence[int]
     start: int
+    route: str | None = None
 
 
 class Scores(NamedTuple):
@@ -164,6 +168,11 @@ class RolloutBatch:
     def response_mask(self, i: int) -> torch.Tensor:
         """Bool [A_i]: the action positions that predict a token of sample i's response."""
         return self.samples[i].action_mask[0].bool()
+
+    def route(self, i: int) -> str | None:
+        """Which of several teachers scores sample i; None: there is one."""
+        key = self.args.teacher.route_key
+        return None if key is None else str(self.samples[i].record[key])
 
     def attach(self, name: str, values: Sequence[torch.Tensor]) -> None:
         """Send one tensor per sample (any shape) to the worker that trains on it: `micro_batch.data[name]`.

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sdpo_plugin.config import ConfigError, OptionGroup, StopTraining, add_group, flat, from_namespace, option
+from sdpo_plugin.config import ConfigError, OptionGroup, StopTraining, flat, from_namespace, option
+from sdpo_plugin.flags import add_group
 from sdpo_plugin.hookspecs import hookimpl
 from sdpo_plugin.monitoring.masking import is_secret, masked
 

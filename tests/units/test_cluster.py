@@ -47,7 +47,7 @@ def arguments(**changed) -> SimpleNamespace:
     groups = {
         "actor": one, "ref": one, "critic": one | {"model_name_or_path": None},
         "reward": one | {"remote_url": "reward.py"}, "vllm": {"num_engines": 4, "tensor_parallel_size": 2},
-        "algo": {"kl": SimpleNamespace(init_coef=0.0)},
+        "algo": {"kl": SimpleNamespace(init_coef=0.0), "name": None},
         "train": {"colocate_all": False, "colocate_actor_ref": False, "colocate_critic_reward": False,
                   "async_enable": False},
     }  # fmt: skip

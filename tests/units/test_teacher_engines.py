@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from three_samples import ACTION, ATTENTION, MASKS, PROMPTS, SEQUENCES
@@ -19,8 +20,9 @@ from sdpo_plugin.distillation.head import Head, TeacherStates
 from sdpo_plugin.distillation.loss import LOG_ZERO, TeacherTable, objective_of, token_divergence
 from sdpo_plugin.interface.rollout_batch import Scores, ToScore
 from sdpo_plugin.interface.scoring import TeacherPrompt
+from sdpo_plugin.openrlhf_adapter.controller.teacher_engines import SeveralTeachers
 from sdpo_plugin.openrlhf_adapter.controller.teacher_servers import Requests, scores_of
-from sdpo_plugin.openrlhf_adapter.platform.cluster import has_own_engines
+from sdpo_plugin.openrlhf_adapter.platform.cluster import own_engines
 from sdpo_plugin.testing import fake_worker
 
 N, V, H = 11, 23, 6
@@ -107,13 +109,13 @@ class Engines:
     def score(self, requests, topk):
         self.asked = requests
         found = []
-        for ids, start in requests:
+        for ids, start, _ in requests:
             at = torch.arange(start, len(ids))
             found.append(Scores(at.float(), at[:, None].expand(-1, topk).int(), at[:, None].expand(-1, topk).float()))
         return found
 
 
-def batch_of(responses, prompts, observations=()):
+def batch_of(responses, observations=()):
     """Samples of one prompt token; `observations`: positions of the response that are no action's."""
 
     def mask(i):
@@ -124,7 +126,7 @@ def batch_of(responses, prompts, observations=()):
     attached = {}
     return SimpleNamespace(
         teacher_engines=Engines(), response_mask=mask, response_ids=lambda i: responses[i],
-        attach=attached.__setitem__, attached=attached, metrics={}, prompts=prompts,
+        attach=attached.__setitem__, attached=attached, metrics={}, route=lambda i: None,
     )  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def test_every_sample_is_scored_after_each_of_its_prompts():
     first, second = torch.zeros(5, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)
     first[:2], second[3:] = True, True
     prompts = [[TeacherPrompt([1, 2, 3], {}, first), TeacherPrompt([9], {}, second)], []]
-    batch = batch_of([[10, 11, 12, 13, 14], [20]], prompts, observations=(2,))
+    batch = batch_of([[10, 11, 12, 13, 14], [20]], observations=(2,))
     batch.response_mask = lambda i: torch.tensor([True, True, False, True, True]) if i == 0 else torch.ones(1).bool()
     engine_scores.attach_engine_scores(batch, [prompts], topk=2)
     assert batch.teacher_engines.asked == [ToScore([1, 2, 3, 10, 11], 3), ToScore([9, 10, 11, 12, 13, 14], 1)]
@@ -216,8 +218,10 @@ REFUSED = {
     "url without engine": ({"kind": "model", "url": "http://x"}, "--teacher.scored_by engine with it"),
     "url and model": (
         {"kind": "model", "scored_by": "engine", "url": "http://x", "model_name_or_path": "y"},
-        "the server has the model",
+        "leave --teacher.model_name_or_path out",
     ),
+    "routes": ({"kind": "model", "scored_by": "engine", "routes": "[1]", "route_key": "x"}, "give a JSON object"),
+    "route_key": ({"kind": "model", "scored_by": "engine", "url": "http://x", "route_key": "x"}, "give both, or none"),
     "stage": ({"kind": "model", "model_name_or_path": "y", "zero_stage": 3, "scored_by": "engine"}, "leave it out"),
 }  # fmt: skip
 
@@ -236,7 +240,29 @@ def test_variants_that_read_distributions_are_refused(algorithm):
         plugin._require_tables_suffice()
 
 
-def test_engines_of_the_teacher_s_own_need_gpus():
-    assert has_own_engines(SimpleNamespace(scored_by="engine", kind="ema", url=None))
-    assert not has_own_engines(SimpleNamespace(scored_by="engine", kind="live", url=None))
-    assert not has_own_engines(SimpleNamespace(scored_by="worker", kind="ema", url=None))
+ROUTES = '{"math": "model", "code": "http://host:1"}'
+OWN = {
+    "ema": (2, {"kind": "ema"}), "live": (0, {"kind": "live"}), "worker": (0, {"scored_by": "worker"}),
+    "server": (0, {"kind": "model", "url": "http://host:1"}),
+    "routes": (2, {"kind": "model", "routes": ROUTES, "route_key": "subject"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "options"), OWN.values(), ids=OWN)
+def test_engines_of_the_teacher_s_own_need_gpus(number, options):
+    config = TeacherConfig(**{"scored_by": "engine", "num_engines": 2, **options})
+    assert own_engines(SimpleNamespace(teacher=SimpleNamespace(**vars(config)))) == number
+
+
+def test_rows_are_routed_to_their_teacher_and_unknown_ones_refused():
+    math, code = Engines(), Engines()
+    math.begin = code.begin = lambda requests, topk: None
+    asked = [ToScore([1, 2], 1, "code"), ToScore([1, 2, 3], 2, "math"), ToScore([4, 5, 6], 1, "code")]
+    found = SeveralTeachers({"math": math, "code": code}).score(asked, 2)
+    assert math.asked == asked[1:2] and code.asked == asked[::2]
+    assert [scores.sampled.tolist() for scores in found] == [[1.0], [2.0], [1.0, 2.0]]
+    config = TeacherConfig(kind="model", scored_by="engine", routes=ROUTES, route_key="subject")
+    rows = Dataset.from_dict({"subject": ["math", "art"]})
+    with pytest.raises(ConfigError, match="row 1 has 'art' there, which --teacher.routes does not name"):
+        engine_scores.require_routes(rows, config)
+    engine_scores.require_routes(rows.select([0]), config)

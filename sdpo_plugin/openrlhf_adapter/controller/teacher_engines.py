@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
 from openrlhf.trainer.ray import vllm_engine
 
-from sdpo_plugin.config import TeacherConfig, from_namespace
+from sdpo_plugin.config import TeacherConfig, from_namespace, is_server
 from sdpo_plugin.interface.rollout_batch import Scores, TeacherEngines, ToScore
 from sdpo_plugin.openrlhf_adapter.controller.rollout import max_seq_len
 from sdpo_plugin.openrlhf_adapter.controller.teacher_servers import Requests, TeacherServers
@@ -35,9 +35,32 @@ def teacher_engines(args: Any, rollout_engines: Sequence[Any]) -> TeacherEngines
         return None
     if config.kind == "live":
         return RolloutEngines(rollout_engines, args)
-    if config.url is not None:
-        return TeacherServers(config.url.split(","), args)
-    return OwnEngines(config, args)
+    found: dict[str | None, TeacherEngines] = {
+        route: TeacherServers(source.split(","), args) if is_server(source) else OwnEngines(source, config, args)
+        for route, source in config.sources(args.actor.model_name_or_path).items()
+    }
+    return found[None] if None in found else SeveralTeachers(found)
+
+
+class SeveralTeachers:
+    """Teachers by route (`--teacher.routes`)."""
+
+    def __init__(self, teachers: Mapping[str | None, TeacherEngines]) -> None:
+        self.teachers = teachers
+        self.max_tokens = min(teacher.max_tokens for teacher in teachers.values())
+
+    def begin(self, requests: Sequence[ToScore], topk: int) -> None:
+        for route, teacher in self.teachers.items():
+            teacher.begin([request for request in requests if request.route == route], topk)
+
+    def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
+        self.begin(requests, topk)  # else each would wait for the one before
+        found: list[Any] = [None] * len(requests)
+        for route, teacher in self.teachers.items():
+            places = [i for i, request in enumerate(requests) if request.route == route]
+            for i, scores in zip(places, teacher.score([requests[i] for i in places], topk), strict=True):
+                found[i] = scores
+        return found
 
 
 class RayEngines(Requests):
@@ -87,8 +110,7 @@ class RolloutEngines(RayEngines):
 class OwnEngines(RayEngines):
     """Engines of the teacher's own, on GPUs of their own, with the weights of the model that teaches."""
 
-    def __init__(self, config: TeacherConfig, args: Any) -> None:
-        model = config.model_name_or_path or args.actor.model_name_or_path
+    def __init__(self, model: str, config: TeacherConfig, args: Any) -> None:
         longest = int(min(max_seq_len(model), args.data.max_len + args.reprompt.max_len + 1))
         rollouts, vllm_engine.RolloutRayActor = vllm_engine.RolloutRayActor, ray.remote(TeacherEngine)
         try:

@@ -15,7 +15,7 @@ import aiohttp
 import numpy as np
 import torch
 
-from sdpo_plugin.config import ConfigError, RewardConfig, from_namespace
+from sdpo_plugin.config import ConfigError, RewardConfig, TeacherConfig, from_namespace, is_server
 from sdpo_plugin.distillation.loss import LOG_ZERO
 from sdpo_plugin.distillation.prompts import PROBE, text_tokenizer
 from sdpo_plugin.interface.rollout_batch import Scores, ToScore
@@ -187,7 +187,9 @@ def check(args: Any, tokenizer: Any, topk: int) -> None:
     tokenizer = text_tokenizer(tokenizer)
     spread = range(0, len(tokenizer), max(len(tokenizer) // CHECKED_TOKENS, 1))
     ids = [*tokenizer(PROBE, add_special_tokens=False)["input_ids"], *spread]
-    for url in args.teacher.url.split(","):
+    config: TeacherConfig = from_namespace(TeacherConfig, args)
+    sources = [source for source in config.sources("").values() if is_server(source)]
+    for url in ",".join(sources).split(",") if sources else ():
         try:
             theirs = TeacherServers([url], args).decoded(ids, topk)
         except TeacherError as error:

@@ -15,7 +15,8 @@ from typing import Any
 import pluggy
 
 from sdpo_plugin import plugins
-from sdpo_plugin.config import DiagnosticsConfig, DistillConfig, RepromptConfig, RewardConfig, TeacherConfig, add_group
+from sdpo_plugin.config import DiagnosticsConfig, DistillConfig, RepromptConfig, RewardConfig, TeacherConfig
+from sdpo_plugin.flags import add_group
 from sdpo_plugin.openrlhf_adapter.engine import deterministic
 from sdpo_plugin.openrlhf_adapter.failures import EXIT_CODES
 from sdpo_plugin.openrlhf_adapter.platform.cluster import PLATFORMS, VARIABLE

@@ -73,7 +73,7 @@ def check(args: Any, cluster: Cluster | None, cpu: bool) -> None:
             configs.append((flag, path, model(flag, path)))
         ring.models(args, configs)
     found = tokenizer(args)
-    if plugins.algorithm() is not None and args.teacher.url is not None:
+    if plugins.algorithm() is not None and args.teacher.scored_by == "engine":
         teacher_servers.check(args, found, args.distill.topk if args.distill.mode == "topk" else 1)
     data(args)
     chats(args, found)

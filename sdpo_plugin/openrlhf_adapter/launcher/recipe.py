@@ -107,7 +107,7 @@ def _shown(value: Any) -> str:
 
 
 def _takes_none(action: argparse.Action) -> bool:
-    """Whether `none` is a value of the flag that means None (`config._optional`)."""
+    """Whether `none` is a value of the flag that means None (`flags._optional`)."""
     try:
         return callable(action.type) and action.choices is None and action.type("none") is None
     except (TypeError, ValueError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from sdpo_plugin.config import ConfigError
+from sdpo_plugin.config import ConfigError, TeacherConfig, from_namespace, is_server
 
 PLATFORMS = ("auto", "cuda", "cpu")
 VARIABLE = "OPENRLHF_PLATFORM"  # where there is no `--platform`
@@ -111,8 +111,8 @@ def gpus_needed(args: Any) -> dict[str, int]:
         found["ref"] = args.ref.num_nodes * args.ref.num_gpus_per_node
     if not (train.colocate_all and not train.async_enable):
         found["vllm"] = (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
-    if args.algo.name is not None and has_own_engines(args.teacher):
-        found["teacher"] = args.teacher.num_engines * args.teacher.tensor_parallel_size
+    if args.algo.name is not None:
+        found["teacher"] = own_engines(args) * args.teacher.tensor_parallel_size
     critic = args.critic.num_nodes * args.critic.num_gpus_per_node if args.critic.model_name_or_path else 0
     reward = args.reward.num_nodes * args.reward.num_gpus_per_node if not args.reward.remote_url else 0
     if not train.colocate_all:
@@ -123,9 +123,12 @@ def gpus_needed(args: Any) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
-def has_own_engines(teacher: Any) -> bool:
-    """Whether the teacher (nested `--teacher.*`) is scored by engines that the run starts for it."""
-    return teacher.scored_by == "engine" and teacher.kind != "live" and teacher.url is None
+def own_engines(args: Any) -> int:
+    """How many vLLM engines the run starts for the teacher."""
+    config: TeacherConfig = from_namespace(TeacherConfig, args)
+    if config.scored_by == "worker" or config.kind == "live":
+        return 0
+    return config.num_engines * sum(not is_server(source) for source in config.sources("").values())
 
 
 def require_gpus(args: Any, cluster: Cluster | None, cpu: bool) -> None:
