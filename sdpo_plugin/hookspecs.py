@@ -88,8 +88,8 @@ def openrlhf_rollout_sample(sample: Any, response: dict[str, Any], args: Any) ->
 def openrlhf_rollout_group(batch: RolloutBatch) -> None:
     """All samples of one prompt have their rewards, and other prompts are still sampled: begin what takes time.
 
-    `batch` has these samples alone, and sends nothing anywhere. Called in synchronous runs with
-    `--teacher.scored_by engine`, if rewards come from a function or an agent. The group may not be trained on.
+    `batch` has these samples alone, and sends nothing anywhere. Not called in asynchronous runs, nor with a reward
+    model. The group may be left out of training.
     """
 
 

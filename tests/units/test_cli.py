@@ -74,7 +74,7 @@ def test_own_options_come_first_and_have_their_defaults(helps):
     shown = helps["train"].stdout
     assert OPTION.findall(shown)[:3] == ["--algo", "--config", "--plugins"]
     lines = shown.splitlines()
-    assert lines.index("  --algo NAME") < 12 and lines.index("--distill.*:") < 45 and len(lines) < 320
+    assert lines.index("  --algo NAME") < 12 and lines.index("--distill.*:") < 45 and len(lines) < 360
     assert shown.index("--distill.*:") < shown.index("--teacher.*:") < shown.index("--reward.*:")
     assert not re.search(r"^ +--\S+ [A-Z_]+\.[A-Z_]+", shown, re.MULTILINE)  # metavars like DISTILL.ALPHA
     parser, _ = options.own_parser()

@@ -156,7 +156,7 @@ def arguments(**changed) -> SimpleNamespace:
             "zero_stage": 2, "ring_attn_size": 1, "adam_offload": False, "param_dtype": "bf16",
             "grad_accum_dtype": None,
         },
-        "teacher": {"kind": "ema", "offload": False, "zero_stage": None, "max_tokens_per_gpu": 16384},
+        "teacher": {"kind": "ema", "offload": False, "zero_stage": None, "max_tokens_per_gpu": 16384, "scored_by": "worker"},
         "reprompt": {"max_len": 3072},
         "train": {"micro_batch_size": 1, "dynamic_batch_enable": False},
     }  # fmt: skip

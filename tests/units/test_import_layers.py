@@ -13,7 +13,7 @@ FILES = {
 ADAPTER = "openrlhf_adapter"
 # From the ground up. A module imports from its own layer and from those below.
 LAYERS = (
-    {"config"},
+    {"config", "flags"},
     {"distillation"},
     {"interface", "hookspecs"},
     {"plugins", "monitoring", "environments"},

@@ -96,8 +96,8 @@ class ControllerHooks(_Controller):
         self.wandb_logger = LogHook(self.wandb_logger, self.args)
         if plugins.algorithm() is not None:
             self.experience_maker.teacher_engines = teacher_engines(self.args, self.vllm_engines)
-            if self.experience_maker.teacher_engines is not None and not self.args.train.async_enable:
-                self.samples_generator.on_group = self.experience_maker.group_sampled
+        if not self.args.train.async_enable:
+            self.samples_generator.on_group = self.experience_maker.group_sampled
 
     @overrides(of=_BASE)
     def fit(self, *args: Any, **kwargs: Any) -> None:

@@ -331,7 +331,7 @@ def prompts(args: Any, tokenizer: Any, console: Console, report: dict[str, Any])
 def memory_table(args: Any, config: Any, cpu: bool, console: Console, report: dict[str, Any]) -> Check:
     shape = memory.shape_of(config, args.ds.lora.rank, args.ds.lora.target_modules)
     other = None
-    if args.algo.name is not None and args.teacher.kind == "model":
+    if args.algo.name is not None and args.teacher.model_name_or_path is not None:
         from sdpo_plugin.openrlhf_adapter.launcher import preflight
 
         other = memory.shape_of(preflight.model("--teacher.model_name_or_path", args.teacher.model_name_or_path))

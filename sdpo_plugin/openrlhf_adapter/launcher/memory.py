@@ -88,7 +88,8 @@ def policy_worker(
     ]
     if args.algo.name is not None:
         parts += _teacher(args, shape, teacher or shape, ranks, low, mine)
-        parts.append(Part(TEACHER_PASS, _teacher_pass(args, teacher or shape, low)))
+        if args.teacher.scored_by == "worker":
+            parts.append(Part(TEACHER_PASS, _teacher_pass(args, teacher or shape, low)))
     tokens = -(-args.train.micro_batch_size * args.data.max_len // args.ds.ring_attn_size)
     if args.train.dynamic_batch_enable:
         tokens = args.train.max_tokens_per_gpu
@@ -107,7 +108,9 @@ def _teacher(args: Any, shape: Shape, teacher: Shape, ranks: int, low: int, mine
         stage = args.teacher.zero_stage
     parts = []
     own = kind in ("ema", "base", "trust_region") and not shape.adapters
-    if own or kind == "model":
+    if args.teacher.scored_by == "engine":
+        own = own and kind == "ema"
+    if own or (kind == "model" and args.teacher.scored_by == "worker"):
         weights = low * (teacher.parameters / ranks if stage == 3 else teacher.parameters)
         parts.append(_on(args.teacher.offload, "teacher's weights", weights, sleeps=True))
         if args.teacher.offload and stage < 3:
@@ -139,9 +142,11 @@ def _loss(args: Any, shape: Shape, teacher: Shape, tokens: int, low: int, cpu: b
     from sdpo_plugin.distillation.products import gpu_rows
 
     responses = min(args.train.micro_batch_size * (args.rollout.max_new_tokens or args.data.max_len), tokens)
-    states = responses * (shape.hidden + teacher.hidden) * low
+    by_engine = args.algo.name is not None and args.teacher.scored_by == "engine"
+    taught = 8 * args.distill.topk if by_engine and args.distill.mode == "topk" else teacher.hidden * low
+    states = responses * (shape.hidden * low + taught)
     head = 0 if shape.adapters else 4 * shape.vocab * shape.hidden  # its gradient, summed in fp32
-    if args.ds.zero_stage == 3 and args.algo.name is not None and args.teacher.kind != "live":
+    if args.ds.zero_stage == 3 and args.algo.name is not None and args.teacher.kind != "live" and not by_engine:
         states += low * teacher.vocab * teacher.hidden  # the teacher's head, gathered
     if not cpu:
         chunk = 4 * shape.vocab * min(responses, gpu_rows(device_bytes, 4 * shape.vocab))

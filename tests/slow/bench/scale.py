@@ -48,7 +48,7 @@ def arguments(gpus: int, stage: int, teacher: str, offload: bool) -> SimpleNames
         algo=SimpleNamespace(name="sdpo"), data=SimpleNamespace(max_len=TOKENS),
         actor=SimpleNamespace(num_nodes=1, num_gpus_per_node=gpus, gradient_checkpointing_enable=True),
         ds=SimpleNamespace(zero_stage=stage, adam_offload=offload, param_dtype="bf16", grad_accum_dtype=None),
-        teacher=SimpleNamespace(kind=teacher, offload=offload, zero_stage=None),
+        teacher=SimpleNamespace(kind=teacher, offload=offload, zero_stage=None, scored_by="worker"),
         train=SimpleNamespace(micro_batch_size=1, dynamic_batch_enable=False),
         rollout=SimpleNamespace(max_new_tokens=2048),
     )  # fmt: skip
