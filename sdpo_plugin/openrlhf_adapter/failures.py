@@ -115,11 +115,11 @@ def classify_error(error: BaseException) -> Failure:
     if kind == "OutOfMemoryError" or "out of memory" in said.lower():
         return Failure(MACHINE, f"out of memory: {said.splitlines()[0]}", actor or last_frame(text), NO_ROOM)
     if actor.endswith("Engine.__init__"):
-        reason, flag = " ".join(said[:500].split()), "--actor.model_name_or_path"
+        reason, what = " ".join(said[:500].split()), "vLLM cannot serve --actor.model_name_or_path with these flags"
         if "TeacherEngine" in actor:
-            flag = "the teacher of --teacher.scored_by engine"
+            what = "vLLM cannot serve the teacher of --teacher.scored_by engine with these flags"
         return Failure(
-            SETTINGS, f"vLLM cannot serve {flag}: {kind}: {reason}", actor,
+            SETTINGS, f"{what}: {kind}: {reason}", actor,
             "correct the --vllm.* or --teacher.* flag or the model; vLLM's own messages are above",
         )  # fmt: skip
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):

@@ -43,7 +43,9 @@ def arguments(ranks: int, stage: int, teacher: str, rank: int, offload: bool) ->
         ds=SimpleNamespace(
             zero_stage=stage, adam_offload=offload, param_dtype="bf16", grad_accum_dtype=None, ring_attn_size=1
         ),
-        teacher=SimpleNamespace(kind=teacher, offload=offload, zero_stage=None, max_tokens_per_gpu=16384, scored_by="worker"),
+        teacher=SimpleNamespace(
+            kind=teacher, offload=offload, zero_stage=None, max_tokens_per_gpu=16384, scored_by="worker"
+        ),
         reprompt=SimpleNamespace(max_len=MAX_LEN),
         train=SimpleNamespace(micro_batch_size=8, dynamic_batch_enable=False),
         rollout=SimpleNamespace(max_new_tokens=8),

@@ -156,7 +156,10 @@ def arguments(**changed) -> SimpleNamespace:
             "zero_stage": 2, "ring_attn_size": 1, "adam_offload": False, "param_dtype": "bf16",
             "grad_accum_dtype": None,
         },
-        "teacher": {"kind": "ema", "offload": False, "zero_stage": None, "max_tokens_per_gpu": 16384, "scored_by": "worker"},
+        "teacher": {
+            "kind": "ema", "offload": False, "zero_stage": None, "max_tokens_per_gpu": 16384, "scored_by": "worker",
+        },
+        "distill": {"mode": "topk", "topk": 100},
         "reprompt": {"max_len": 3072},
         "train": {"micro_batch_size": 1, "dynamic_batch_enable": False},
     }  # fmt: skip
@@ -169,6 +172,14 @@ SHAPE = memory.Shape(8_000_000_000, 0, 4096, 36, 12288, 151_936)
 
 def parts(**changed) -> dict[str, tuple[float, float]]:
     return {p.name: (p.gpu / 1e9, p.cpu / 1e9) for p in memory.policy_worker(arguments(**changed), SHAPE)}
+
+
+def test_engines_that_score_leave_the_ema_alone_on_the_workers():
+    engine = {"scored_by": "engine"}
+    base, ema = (parts(teacher={"kind": kind, **engine}) for kind in ("base", "ema"))
+    assert "teacher's weights" not in base and ema["teacher's weights"] == (16, 0)
+    assert memory.TEACHER_PASS not in ema and memory.TEACHER_PASS in parts()
+    assert ema["the loss"][0] < parts()["the loss"][0]  # 8 bytes for each of the top-k, not two for each hidden state
 
 
 def test_a_model_of_8_billion_parameters():
