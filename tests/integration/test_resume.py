@@ -20,6 +20,22 @@ def unkilled(openrlhf, model, reward):
     return openrlhf(model, ROWS, reward, *FLAGS)
 
 
+ENGINE = ("--teacher.scored_by", "engine", "--teacher.gpu_memory_utilization", "0.1", "--distill.support", "teacher")
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("kind", ["base", "ema"])
+def test_a_killed_run_continues_with_a_teacher_in_an_engine(openrlhf, model, reward, unkilled, tmp_path, kind):
+    flags = [*FLAGS[:-3], *ENGINE, "--teacher.kind", kind, "--teacher.update_rate", "0.9", *FLAGS[-3:]]
+    never = openrlhf(model, ROWS, reward, *flags)
+    flags += ["--ckpt.path", str(tmp_path / "ckpt")]
+    with pytest.raises(RunFailed, match="^-9;"):
+        marker = str(tmp_path / "killed")
+        openrlhf(model, ROWS, reward, *flags, "--killer.at", "optimizer_step", "--killer.marker", marker)
+    resumed = openrlhf(model, ROWS, reward, *flags, "--ckpt.load_enable", "--teacher.num_engines", "2")
+    assert same(resumed, never) and not same(never, unkilled)
+
+
 @pytest.mark.parametrize("at", cases(POINTS[1:], "save_checkpoint"))  # the first: below
 def test_a_killed_run_continues(openrlhf, model, reward, unkilled, monkeypatch, tmp_path, at):
     flags = [*FLAGS, "--ckpt.path", str(tmp_path / "ckpt")]

@@ -67,19 +67,20 @@ class RayEngines(Requests):
     """Engines that are Ray actors. Each request goes to the one that has been sent the fewest tokens.
 
     Attributes:
-        engines: with a method `score(ids, start, topk)`.
+        engines: with a method `score(ids, start, topk, alone)`. alone: one request at a time each.
     """
 
     engines: Sequence[Any]
 
-    def __init__(self, engines: Sequence[Any], max_tokens: int) -> None:
+    def __init__(self, engines: Sequence[Any], max_tokens: int, args: Any) -> None:
         super().__init__()
         self.engines, self.max_tokens, self.sent = engines, max_tokens, [0] * len(engines)
+        self.alone = args.rollout.deterministic
 
     def _send(self, request: ToScore, topk: int) -> Any:
         least = self.sent.index(min(self.sent))
         self.sent[least] += len(request.ids)
-        return self.engines[least].score.remote(list(request.ids), request.start, topk)
+        return self.engines[least].score.remote(list(request.ids), request.start, topk, self.alone)
 
     def _received(self, sent: Sequence[Any]) -> list[Scores]:
         return [Scores(*map(torch.tensor, answer)) for answer in ray.get(list(sent))]
@@ -89,7 +90,7 @@ class RolloutEngines(RayEngines):
     """The rollout's own engines, whose weights are the student's that sampled (`--teacher.kind live`)."""
 
     def __init__(self, engines: Sequence[Any], args: Any) -> None:
-        super().__init__(engines, args.data.max_len - 1)  # vLLM samples a token after the last one
+        super().__init__(engines, args.data.max_len - 1, args)  # vLLM samples a token after the last one
         self.sleeps = args.vllm.enable_sleep
 
     def begin(self, requests: Sequence[ToScore], topk: int) -> None:
@@ -122,7 +123,7 @@ class OwnEngines(RayEngines):
             )  # fmt: skip
         finally:
             vllm_engine.RolloutRayActor = rollouts
-        super().__init__(engines, longest - 1)
+        super().__init__(engines, longest - 1, args)
         self.tempered = [engine.divide_logits.remote(args.rollout.temperature) for engine in self.engines]
 
     def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:

@@ -147,9 +147,9 @@ class Engine(RolloutRayActor):
         async with self.alone:
             return await super().generate(prompt_token_ids, sampling_params, **kwargs)
 
-    async def score(self, ids: list[int], start: int, topk: int) -> Any:
+    async def score(self, *request: Any) -> Any:
         """A live teacher's scores, see `scoring.score`."""
-        return await scoring.score(self.llm, ids, start, topk)
+        return await scoring.score(self, *request)
 
 
 def rewards_kept(executor: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,13 @@ RolloutRayActor: Any = patch_point("openrlhf.trainer.ray.vllm_engine:RolloutRayA
 MAX_BATCHED_TOKENS = 2048
 
 
-async def score(llm: Any, ids: list[int], start: int, topk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `llm` (vLLM's `AsyncLLM`) gives the n tokens of `ids` from position `start` (at least 1) on.
+async def score(
+    engine: Any, ids: list[int], start: int, topk: int, alone: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What an engine gives the n tokens of `ids` from position `start` (at least 1) on.
+
+    Args:
+        alone: with the engine to itself (`--rollout.deterministic`): other requests change the last bits.
 
     Returns:
         `interface.rollout_batch.Scores` as arrays: float32 [n], int32 [n, K], float32 [n, K].
@@ -27,8 +34,9 @@ async def score(llm: Any, ids: list[int], start: int, topk: int) -> tuple[np.nda
         max_tokens=1, temperature=0.0, prompt_logprobs=topk, flat_logprobs=True, detokenize=False
     )
     final: Any = None
-    async for output in llm.generate(TokensPrompt(prompt_token_ids=ids), params, request_id=random_uuid()):
-        final = output
+    async with engine.alone if alone else nullcontext():
+        async for output in engine.llm.generate(TokensPrompt(prompt_token_ids=ids), params, request_id=random_uuid()):
+            final = output
     found = final.prompt_logprobs  # of every position but the first, the token itself and then the top-k
     columns = len(found.token_ids) // (len(ids) - 1)
     rows = slice(start - 1, len(ids) - 1)
@@ -46,13 +54,14 @@ class TeacherEngine(RolloutRayActor):
             "max_logprobs": -1, "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         }  # fmt: skip
         await super().__init__(*args, **kwargs)
+        self.alone = asyncio.Lock()
 
     async def divide_logits(self, temperature: float) -> None:
         """Score at this temperature from here on; vLLM does not apply a request's to `prompt_logprobs`."""
         await self.llm.collective_rpc("divide_logits", args=(temperature,))
 
-    async def score(self, ids: list[int], start: int, topk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return await score(self.llm, ids, start, topk)
+    async def score(self, *request: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return await score(self, *request)
 
 
 class TemperedWorker(WorkerWrap):
