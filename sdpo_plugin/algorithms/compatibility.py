@@ -106,6 +106,13 @@ def _reject_with_engines(args: Any) -> None:
             f"--data.max_len {args.data.max_len}: the rollout's engines score prompts and responses up to it, so "
             f"teacher prompts are truncated there; give {wanted + 1} for prompts of --reprompt.max_len"
         )
+    ranks = args.actor.num_nodes * args.actor.num_gpus_per_node
+    shared = args.train.colocate_all and not args.train.async_enable and not rollout_engines
+    if shared and teacher.num_engines * teacher.tensor_parallel_size > ranks:
+        raise ConfigError(
+            f"--teacher.num_engines {teacher.num_engines}: with --train.colocate_all the engines share the policy's "
+            f"{ranks} GPUs; give at most {ranks // teacher.tensor_parallel_size}"
+        )
     if teacher.kind == "ema" and getattr(args.vllm, "sync_with_ray", False):
         raise ConfigError(
             "--vllm.sync_with_ray: the teacher's engines get the EMA's weights without it; leave it out"

@@ -60,8 +60,14 @@ def test_an_engine_gives_the_gradient_of_a_worker(first_step, flags):
     assert "train/timing/teacher_score" not in other.metrics
 
 
-@pytest.mark.parametrize("flags", cases({"whole": ((),), "zero3": ((*TWO_RANKS, "--ds.zero_stage", "3"),),
-    "lora": (LORA,), "offload": (("--teacher.offload",),)}, "whole"))  # fmt: skip
+PUBLISHED = {
+    "whole": ((),), "zero3": ((*TWO_RANKS, "--ds.zero_stage", "3"),), "lora": (LORA,),
+    "offload": (("--teacher.offload",),),
+    "colocated": (("--train.colocate_all", "--vllm.enable_sleep", "--ds.enable_sleep", "--vllm.num_engines", "1"),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", cases(PUBLISHED, "whole"))
 def test_an_ema_is_published_to_the_engines(replay, flags):
     """The second step's teacher has moved: without its new weights the engines would give the base teacher's loss."""
     own = ("--actor.adam.lr", "1e-2") if flags == LORA else ()

@@ -95,7 +95,9 @@ class ControllerHooks(_Controller):
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.wandb_logger = LogHook(self.wandb_logger, self.args)
         if plugins.algorithm() is not None:
-            self.experience_maker.teacher_engines = teacher_engines(self.args, self.vllm_engines)
+            self.experience_maker.teacher_engines = teacher_engines(
+                self.args, self.vllm_engines, self.actor_model_group
+            )
         if not self.args.train.async_enable:
             self.samples_generator.on_group = self.experience_maker.group_sampled
 
@@ -152,8 +154,9 @@ class ControllerHooks(_Controller):
 
     def _publish_teacher(self) -> None:
         """Send the teacher's own engines the weights that an EMA has for them."""
-        if isinstance(engines := self.experience_maker.teacher_engines, OwnEngines):
-            ray.get(self.actor_model_group.async_run_method(method_name="publish_teacher", engines=engines.engines))
+        if self.args.teacher.kind == "ema" and isinstance(own := self.experience_maker.teacher_engines, OwnEngines):
+            with own.awake(tags=["weights"]):
+                ray.get(self.actor_model_group.async_run_method(method_name="publish_teacher", engines=own.engines))
 
     def _begin(self, step: int) -> None:
         """After global step `step`: store what a restart needs."""

@@ -111,7 +111,7 @@ def gpus_needed(args: Any) -> dict[str, int]:
         found["ref"] = args.ref.num_nodes * args.ref.num_gpus_per_node
     if not (train.colocate_all and not train.async_enable):
         found["vllm"] = (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
-    if args.algo.name is not None:
+    if args.algo.name is not None and not (train.colocate_all and not train.async_enable):
         found["teacher"] = own_engines(args) * args.teacher.tensor_parallel_size
     critic = args.critic.num_nodes * args.critic.num_gpus_per_node if args.critic.model_name_or_path else 0
     reward = args.reward.num_nodes * args.reward.num_gpus_per_node if not args.reward.remote_url else 0

@@ -188,21 +188,24 @@ class PolicyTrainer(_ActorPPOTrainer):
             self.actor = actor
 
     def send_to_teacher(self, engines: Sequence[Any], modules: Iterable[Any]) -> None:
-        """OpenRLHF's weight sync, of these modules to the teacher's engines, which are a group of their own."""
+        """OpenRLHF's weight sync, of these modules to the teacher's engines, which are a group of their own.
+
+        Where they share the policy's GPUs, so do the rollout's, and CUDA IPC serves both.
+        """
         args, teacher = self.strategy.args, self.args.teacher
-        students = args.vllm, self.vllm_engines, self.use_cuda_ipc, self._model_update_group
+        students = args.vllm, self.vllm_engines, self._model_update_group
         towards = {"num_engines": teacher.num_engines, "tensor_parallel_size": teacher.tensor_parallel_size}
         args.vllm = SimpleNamespace(**{**vars(args.vllm), **towards, "enable_prefix_caching": False})
-        self.vllm_engines, self.use_cuda_ipc = engines, False
+        self.vllm_engines = engines
         try:
-            if self.worker.rank == 0:
+            if self.worker.rank == 0 and not self.use_cuda_ipc:
                 if self.teacher_group is None:
                     self._init_vllm_sync_group(args.vllm.sync_backend)
                     self.teacher_group = self._model_update_group
                 self._model_update_group = self.teacher_group
             self._send(modules)
         finally:
-            args.vllm, self.vllm_engines, self.use_cuda_ipc, self._model_update_group = students
+            args.vllm, self.vllm_engines, self._model_update_group = students
 
     def _require_finite(self, found: dict[str, Any], skipped: bool) -> None:
         """Raises NotFinite: in bf16 DeepSpeed skips such a step in silence and logs the norm of the one before.

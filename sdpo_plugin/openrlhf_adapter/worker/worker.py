@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import ray
 import torch.distributed as dist
 from openrlhf.trainer.ray import ppo_actor
 
@@ -106,6 +107,10 @@ class PolicyWorker(_PolicyModelActor):
         if asleep:
             self.sleeper.sleep(self.sleeper.tensors)
         self.published = None
+
+    def placement_group(self) -> Any:
+        """Ray's, which engines that share this worker's GPUs are put into."""
+        return ray.util.get_current_placement_group()
 
     def take_reports(self) -> Reports:
         """This rank's reports to the controller on the rollout batch that it has trained on."""
