@@ -21,7 +21,6 @@ from sdpo_plugin.interface.scoring import TeacherPrompt, numbered
 from sdpo_plugin.monitoring.collapse import CONTEXT_KL
 
 SAMPLED, IDS, LOG_PROBS = "teacher_sampled", "teacher_ids", "teacher_log_probs"
-TIMING = "timing/teacher_score"
 
 
 # ── the controller ──
@@ -66,7 +65,7 @@ def attach_engine_scores(
     for k, scores in enumerate(found):
         for name, field in ((SAMPLED, "sampled"), (IDS, "ids"), (LOG_PROBS, "log_probs")):
             batch.attach(numbered(name, k), [getattr(own, field) for own in scores])
-    batch.metrics[TIMING] = time.monotonic() - began
+    batch.metrics["timing/teacher_score"] = time.monotonic() - began
     return found
 
 
