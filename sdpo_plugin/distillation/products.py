@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def head_products(states: Tensor, head: Any, buffer: Tensor) -> Tensor:
 
 def _multiply(states: Tensor, weight: Tensor, buffer: Tensor, add: bool = False) -> Tensor:
     """`states @ weight.T` `[r, V]`, in the first rows of `buffer`, or added to what is there."""
-    out, dtype = buffer[: len(states)], product_dtype(weight)
+    out, dtype = buffer[: len(states)], factor_dtype(weight)
     states = states.to(dtype)
     for columns, block in _blocks(weight, dtype):
         if add:
@@ -43,13 +44,26 @@ def accumulate(
     if grad_bias is not None:
         grad_bias[:vocab] += gradient.sum(dim=0)
     gradient = gradient.to(dtype)
-    if grad_weight is not None:
-        _add_product(grad_weight[:vocab], gradient.t(), states)
-    if grad_hidden is not None:
-        total = torch.zeros_like(states, dtype=sum_dtype(weight))
-        for columns, block in _blocks(weight, dtype):
-            _add_product(total, gradient[:, columns], block)
-        grad_hidden[rows] = total.to(grad_hidden.dtype)
+    with tf32(weight.dtype == torch.float16):
+        if grad_weight is not None:
+            _add_product(grad_weight[:vocab], gradient.t(), states)
+        if grad_hidden is not None:
+            total = torch.zeros_like(states, dtype=sum_dtype(weight))
+            for columns, block in _blocks(weight, dtype):
+                _add_product(total, gradient[:, columns], block)
+            grad_hidden[rows] = total.to(grad_hidden.dtype)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """On a GPU, products of float32 factors with 11 bits of each: weights and states that were fp16 are exact so."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -66,13 +80,17 @@ def sum_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def product_dtype(weight: Tensor) -> torch.dtype:
-    """Of the factors of a product. bf16 is for GPUs: products of bf16 took this CPU 6 to 400 times as long as float32.
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """Of the factors of logits: the weight's own on a GPU, whose products of 16 bits have float32 sums.
 
-    float16 is never a factor, it cannot hold the gradient of a mean over many tokens.
+    Products of bf16 took a CPU 6 to 400 times as long as float32.
     """
-    native = weight.dtype == torch.bfloat16 and weight.device.type != "cpu"
-    return torch.bfloat16 if native else sum_dtype(weight)
+    return weight.dtype if weight.device.type != "cpu" else sum_dtype(weight)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Of the factors of gradients: as of logits, but never fp16, which cannot hold the gradient of a mean."""
+    return sum_dtype(weight) if weight.dtype == torch.float16 else factor_dtype(weight)
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -100,7 +118,7 @@ def rows_at_a_time(device: torch.device, row_bytes: int) -> tuple[int, int]:
 
 
 def gpu_rows(device_bytes: int, row_bytes: int) -> int:
-    """Rows of a chunk on a GPU: 2048, or as many as fill a 24th of its memory.
+    """Rows of a chunk on a GPU: 2048, or as many as fill a 24th of its memory with their two and a half tensors.
 
     Of all its memory, not of what is free: a run is to compute the same when it is done again.
     """

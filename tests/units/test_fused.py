@@ -286,8 +286,8 @@ def test_weights_may_depend_on_the_student_s_own_log_probabilities(cfg, differen
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_is_close_to_float32(cfg, dtype, differentiable, native, monkeypatch):
     if native:  # products as on a GPU
-        for module in (fused, products):
-            monkeypatch.setattr(module, "product_dtype", lambda weight: weight.dtype)
+        for module, name in ((fused, "product_dtype"), (products, "product_dtype"), (products, "factor_dtype")):
+            monkeypatch.setattr(module, name, lambda weight: weight.dtype)
     monkeypatch.setattr(products, "MIB", 16)  # several blocks of the head
     case, exact = (Case(n=30, bias=True, dtype=dtype) for _ in range(2))
     exact.widen()
@@ -301,6 +301,30 @@ def test_16_bit_is_close_to_float32(cfg, dtype, differentiable, native, monkeypa
     assert [x.dtype for x in results[0][1:]] == [dtype] * 3
     for got, expected in zip(*results, strict=True):
         assert (got.float() - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.usefixtures("device")
+def test_only_gradients_of_fp16_are_products_of_float32_factors(monkeypatch):
+    """On a GPU: logits are products of fp16 factors, gradients of float32 ones with 11 bits of each."""
+    seen = []
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, noting(getattr(torch, name), name, seen))
+    monkeypatch.setattr(torch.Tensor, "addmm_", noting(torch.Tensor.addmm_, "addmm_", seen))
+    case = Case(n=4, dtype=torch.float16)
+    scores = linear_distillation(*case.arguments, torch.ones(4), CONFIGS[0])
+    torch.autograd.grad(scores.loss, case.leaves)
+    logits = torch.float32 if case.hidden.device.type == "cpu" else torch.float16
+    assert {(dtype, precision) for name, dtype, precision in seen if name == "mm"} == {(logits, "highest")}
+    assert {(dtype, precision) for name, dtype, precision in seen if name == "addmm_"} == {(torch.float32, "high")}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def noting(product, name, seen):
+    def call(*args, **kwargs):
+        seen.append((name, args[-1].dtype, torch.get_float32_matmul_precision()))
+        return product(*args, **kwargs)
+
+    return call
 
 
 @pytest.mark.usefixtures("device")
