@@ -124,6 +124,8 @@ class ControllerHooks(_Controller):
                 batch.collect_reports(reports)
         hook.openrlhf_after_training_step(batch=batch)
         status.update(batch.metrics)
+        # OpenRLHF takes the sum of all `timing/` for the step's.
+        status["timing/make_experience"] -= batch.metrics.get("timing/teacher_score", 0.0)
         try:
             hook.openrlhf_metrics(status=status, args=self.args)
         except StopTraining as reason:
