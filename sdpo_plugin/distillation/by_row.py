@@ -1,10 +1,9 @@
-"""The loss of rows from a few numbers of each: log-sum-exp, entropy, divergence, some log-probabilities.
+"""On a GPU, the loss of rows from a few numbers of each: log-sum-exp, entropy, divergence, some log-probabilities.
 
-On a GPU, elementwise work on `[r, V]` takes several times as long as the matrix products, because every operation reads
-and writes device memory; on a CPU, autograd does twice of what is needed. Most objectives
-need no whole distribution: what they are made of is differentiated by autograd, and how it depends on the distribution
-by one pass (`kernels.py`, `kernels_cpu.py`). One that reads whole distributions all the same is left to `fused.py`'s
-general form.
+Elementwise work on `[r, V]` takes several times as long as the matrix products there, because every operation reads and
+writes device memory. Most objectives need no whole distribution: what they are made of is differentiated by autograd,
+and how it depends on the distribution by one kernel (`kernels.py`). One that reads whole distributions all the same is
+left to `fused.py`'s general form.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from sdpo_plugin.config import DistillConfig
-from sdpo_plugin.distillation import kernels_cpu
 from sdpo_plugin.distillation.loss import (
     TeacherTable,
     TokenBatch,
@@ -50,8 +48,6 @@ def kernels(products: Tensor, heads: Sequence[Any]) -> ModuleType | None:
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
     """The kernels, if this device can run them; else, on a GPU, a warning."""
-    if device.type == "cpu":
-        return kernels_cpu
     if device.type != "cuda":
         return None
     try:
@@ -89,13 +85,12 @@ class RowTokens(TokenBatch):
         raise WholeDistribution
 
     @cached_property
-    def _statistics(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-sum-exp `[r]`, entropy `[r]` and maxima `[r, P]`, the last two where they cost nothing."""
+    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
         lse, entropy, maxima = self._kernels.statistics(self._logits)
-        return self._leaf(lse), entropy, maxima
+        return self._leaf(lse), self._leaf(entropy), maxima
 
     @cached_property
-    def _teacher_statistics(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    def _teacher_statistics(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [self._kernels.statistics(logits) for _, logits in self._taught_by]
 
     def _leaf(self, values: Tensor) -> Tensor:
@@ -120,13 +115,10 @@ class RowTokens(TokenBatch):
             return torch.stack([table.sampled[self.rows] for table in self.tables])
         return torch.stack([self._teacher_at(self.ids[:, None], k).squeeze(1) for k in range(len(self._taught_by))])
 
-    @cached_property
+    @property
     def entropy(self) -> Tensor:
         """`[r]`, in nats, differentiable."""
-        return self._leaf(self._entropy(self._statistics, self._logits))
-
-    def _entropy(self, statistics: tuple[Tensor, Tensor | None, Tensor | None], logits: Any) -> Tensor:
-        return self._kernels.entropy(logits) if statistics[1] is None else statistics[1]
+        return self._statistics[1]
 
     @cached_property
     def student_entropy(self) -> Tensor:
@@ -134,9 +126,7 @@ class RowTokens(TokenBatch):
 
     @cached_property
     def teacher_entropy(self) -> Tensor:
-        return entropy_of(self.teachers[0]) if self.tables else (
-            self._entropy(self._teacher_statistics[0], self._taught_by[0][1])
-        )
+        return entropy_of(self.teachers[0]) if self.tables else self._teacher_statistics[0][1]
 
     def divergence(self, config: DistillConfig) -> Tensor:
         if self.tables:
@@ -156,8 +146,6 @@ class RowTokens(TokenBatch):
     def _largest(self, products: Tensor, k: int) -> Tensor:
         own = products is self._logits.products
         maxima = (self._statistics if own else self._teacher_statistics[0])[2]
-        if maxima is None:
-            return products.topk(k, dim=-1).indices
         return largest(products, k, maxima, self._kernels.PART)
 
     def _over_all(self, config: DistillConfig) -> Tensor:
@@ -173,14 +161,11 @@ class RowTokens(TokenBatch):
         """Over the student's products, their gradient for the gradients that arrive at `outputs`, `[r]` each."""
         which, loss, total = self._divergence or (None, None, None)
         gathered = [products for _, products in self._gathered]
-        entropy = self.__dict__.get("entropy")  # if it was read
-        leaves = [x for x in (self._statistics[0], *gathered, loss, entropy) if x is not None]
-        by_lse, *by_rest = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
-        by_entropy = by_rest.pop() if entropy is not None else None
-        lse = self._statistics[0].detach()
+        leaves = [*self._statistics[:2], *gathered, *([] if loss is None else [loss])]
+        by_lse, by_entropy, *by_rest = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+        lse, entropy = (x.detach() for x in self._statistics[:2])
         by_lse = torch.zeros_like(lse) if by_lse is None else by_lse
         by_loss = None if loss is None else by_rest[-1]
-        entropy = None if entropy is None else entropy.detach()
         self._kernels.write_gradient(self._logits, lse, entropy, by_lse, by_entropy, by_loss, total, which)
         for (ids, _), gradient in zip(self._gathered, by_rest, strict=False):
             if gradient is not None:

@@ -286,18 +286,15 @@ def _scored(
     Where an upstream gradient arrives, that of the student's products is written over them.
     """
     heads = [head, *(teacher.head for teacher in (job.distilled.teachers if job.distilled else ()))]
-    kernels = by_row.kernels(student, heads)
-    at_once = len(rows) if kernels is not None and student.device.type != "cpu" else tile_rows
-    for start in range(0, len(rows), at_once):
-        tile = slice(start, start + at_once)
-        inputs = student[tile], [x[tile] for x in taught_by], rows[tile]
-        if kernels is not None:
-            try:
-                yield rows[tile], _score_by_row(kernels, *inputs, heads, job, upstream)
-                continue
-            except by_row.WholeDistribution:
-                kernels = None
-        yield rows[tile], _score(*inputs, heads, job, upstream)
+    if (kernels := by_row.kernels(student, heads)) is not None:
+        try:
+            yield rows, _score_by_row(kernels, student, taught_by, rows, heads, job, upstream)
+            return
+        except by_row.WholeDistribution:
+            pass
+    for start in range(0, len(rows), tile_rows):
+        tile = slice(start, start + tile_rows)
+        yield rows[tile], _score(student[tile], [x[tile] for x in taught_by], rows[tile], heads, job, upstream)
 
 
 def _score(
@@ -333,9 +330,8 @@ def _score_by_row(
         data, tables = (distilled.data, distilled.tables) if distilled else ({}, ())
         ids = job.token_ids[rows]
         tokens = by_row.RowTokens(kernels, products, heads[0], taught_by, ids, rows, data, tables, differentiate)
-        entropy = tokens.entropy if job.with_entropy else None  # first: a CPU's divergence uses up what it is made of
         loss = None if distilled is None else distilled.objective(tokens)
-        outputs = (loss, tokens.log_probs, entropy)
+        outputs = (loss, tokens.log_probs, tokens.entropy if job.with_entropy else None)
     if differentiate:
         tokens.write_gradient(*_reached(outputs, rows, job, upstream))
     return outputs
