@@ -140,7 +140,8 @@ class OwnEngines(RayEngines):
         finally:
             vllm_engine.RolloutRayActor = rollouts
         super().__init__(engines, longest - 1, args, sleeps)
-        self.tempered = [engine.divide_logits.remote(args.rollout.temperature) for engine in engines]
+        temperature = args.rollout.temperature
+        self.tempered = [engine.divide_logits.remote(temperature) for engine in engines if temperature != 1.0]
 
     def score(self, requests: Sequence[ToScore], topk: int) -> list[Scores]:
         ray.get(self.tempered)

@@ -71,5 +71,11 @@ class TemperedWorker(WorkerWrap):
 
     def divide_logits(self, temperature: float) -> None:
         model = self.model_runner.model
-        logits = model.compute_logits
-        model.compute_logits = lambda *args, **kwargs: logits(*args, **kwargs) / temperature
+        compute = model.compute_logits
+
+        def tempered(*args: Any, **kwargs: Any) -> Any:
+            logits = compute(*args, **kwargs)
+            # With tensor parallelism some ranks have none. In place: they are the largest tensor here.
+            return None if logits is None else logits.div_(temperature)
+
+        model.compute_logits = tempered
